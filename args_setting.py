@@ -1,0 +1,217 @@
+"""Every setting of the project: edit a default here, or give the flag of the same name.
+
+Each script reads one frozen dataclass below; `parse_args` makes its command line from the fields,
+and a flag wins over this file. Nothing is parsed at import. The source of a default is named beside
+it: "paper" (Gu et al., BSPC 96, 2024, 106478), "published code" (the authors' repository),
+or "ours".
+"""
+
+import argparse
+import sys
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+# task -> folder of source 1 (source 2 is always MRI); the published names
+TASKS = {"CT-MRI": "CT", "PET-MRI": "PET", "SPECT-MRI": "SPECT"}
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Widths of the network; the defaults are the published ones (171.0 M parameters in use)."""
+
+    channels: tuple[int, ...] = (64, 112, 160, 208, 256)  # inlayer, then the four encoder blocks
+    tail: int = 16  # channels before the last 1x1 convolution
+    patch: tuple[int, ...] = (16, 16, 16, 16)  # CASF patch side at each scale, in its pixels
+    dim: int = 256  # CASF token width
+    heads: int = 8
+    experts: int = 4
+    slots: int = 256  # per expert
+    fft_norm: str = "backward"  # AFF; "ortho" keeps its statistics independent of the image size
+    sfef_residual: bool = False  # the published SFEF has none
+
+
+SIZES = {
+    "paper": ModelSize(),
+    # Ours: the same modules; a patch side per scale keeps the token count equal at every scale.
+    "compact": ModelSize(
+        channels=(16, 24, 32, 48, 64),
+        tail=32,
+        patch=(16, 8, 4, 2),
+        dim=96,
+        heads=4,
+        experts=4,
+        slots=16,
+        fft_norm="ortho",
+        sfef_residual=True,
+    ),
+}
+
+
+def setting(default, source: str, help: str, **argparse_kwargs):
+    """A dataclass field that carries its command-line help, its source and argparse's extras."""
+    return field(default=default, metadata={"help": help, "source": source, **argparse_kwargs})
+
+
+@dataclass(frozen=True)
+class CommonArgs:
+    """What training and testing share."""
+
+    DEVICE: str = setting("auto", "ours", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps")
+    task: str = setting("CT-MRI", "published code", "fusion task", choices=tuple(TASKS))
+    size: str = setting("compact", "ours", "size of the network", choices=tuple(SIZES))
+    data_dir: Path = setting(ROOT / "HMIFDatasets", "published code", "folder of the HMIF data set")
+    threads: int = setting(0, "ours", "CPU threads; 0 leaves the choice to PyTorch")
+
+
+@dataclass(frozen=True)
+class TrainArgs(CommonArgs):
+    """Settings of train_asfe.py."""
+
+    epoch: int = setting(60, "ours", "passes over the training pairs (published: 2000)")
+    lr: float = setting(1e-3, "ours", "highest learning rate of AdamW (published: 2e-4)")
+    batch_size: int = setting(4, "published code", "pairs in a training step")
+    patch_size: int = setting(128, "ours", "side of the random crop, in pixels (published: 256)")
+    weight_decay: float = setting(1e-4, "ours", "AdamW's decay of the weights")
+    warmup: int = setting(100, "ours", "steps over which the learning rate rises from 0")
+    recipe: str = setting("detail", "ours", "training loss", choices=("paper", "detail"))
+    seed: int = setting(3407, "published code", "seed of weights, order and augmentation")
+    save_dir: Path = setting(ROOT / "modelsave", "published code", "where the weights are written")
+    init: Path | None = setting(None, "ours", "weights to start from instead of random ones")
+
+
+@dataclass(frozen=True)
+class TestArgs(CommonArgs):
+    """Settings of test_asfe.py."""
+
+    __test__ = False  # not a test case, whatever pytest makes of the name
+
+    weights: Path | None = setting(
+        None, "ours", "weights file; without it model_pre/<size>_<task>.safetensors"
+    )
+    aff: str = setting(
+        "auto",
+        "ours",
+        "inverse transform of AFF: full (as in the paper), published (as in the authors' code); "
+        "auto: published for their checkpoints, else full",
+        choices=("auto", "full", "published"),
+    )
+    img1: Path | None = setting(None, "ours", "one pair: source 1 (CT, PET or SPECT)")
+    img2: Path | None = setting(None, "ours", "one pair: source 2 (MRI)")
+    dir1: Path | None = setting(None, "ours", "two folders: source 1")
+    dir2: Path | None = setting(None, "ours", "two folders: source 2, paired by file name")
+    out: Path | None = setting(
+        None, "ours", "output file of --img1/--img2, else folder; default result/<task>"
+    )
+    demo: bool = setting(False, "ours", "fuse three drawn phantom pairs; needs no data")
+    skip_unmatched: bool = setting(False, "ours", "leave out files without a partner")
+    batch_size: int = setting(4, "ours", "pairs of equal size that go through the network together")
+    stretch: bool = setting(
+        False, "published code", "min-max stretch of each fused image instead of a clip to [0, 1]"
+    )
+    contact_rows: int = setting(6, "ours", "pairs shown on the contact sheet; 0 writes none")
+
+
+@dataclass(frozen=True)
+class DataArgs:
+    """Settings of dataset.py run as a script."""
+
+    download: bool = setting(False, "ours", "fetch the HMIF data set and verify it")
+    check: bool = setting(False, "ours", "print what is there per task, and what is wrong")
+    data_dir: Path = setting(ROOT / "HMIFDatasets", "published code", "folder of the HMIF data set")
+
+
+@dataclass(frozen=True)
+class MetricArgs:
+    """Settings of metrics.py run as a script."""
+
+    fused: tuple[str, ...] = setting(
+        (),
+        "ours",
+        "folders of fused images to compare, as FOLDER or NAME=FOLDER",
+        nargs="+",
+        metavar="FOLDER",
+    )
+    task: str = setting("CT-MRI", "published code", "fusion task", choices=tuple(TASKS))
+    data_dir: Path = setting(ROOT / "HMIFDatasets", "published code", "folder of the HMIF data set")
+    dir1: Path | None = setting(None, "ours", "source 1 in another folder than the task's test set")
+    dir2: Path | None = setting(None, "ours", "source 2 (MRI) for --dir1, paired by file name")
+    skip_unmatched: bool = setting(False, "ours", "leave out images that are not there everywhere")
+    metrics: tuple[str, ...] = setting(
+        (), "ours", "metrics to compute; without it the panel of 19", nargs="+", metavar="METRIC"
+    )
+    jobs: int = setting(0, "ours", "processes; 0: one for each core")
+    rank: bool = setting(False, "ours", "add the mean rank over all metrics")
+    between: tuple[str, ...] = setting(
+        (),
+        "ours",
+        "two methods to test against each other: paired Wilcoxon, bootstrap 95 % interval",
+        nargs=2,
+        metavar=("A", "B"),
+    )
+    seed: int = setting(3407, "ours", "seed of the bootstrap")
+    csv: Path | None = setting(None, "ours", "write each image and the means")
+    json: Path | None = setting(None, "ours", "write the same with ranks and differences")
+    markdown: Path | None = setting(None, "ours", "write the table of means")
+    latex: Path | None = setting(None, "ours", "write the table of means")
+    plot: Path | None = setting(None, "ours", "write a panel for each metric, a dot for each image")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, but an error is one line (and, as ever, exit code 2)."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def get_args_parser(cls: type, description: str = "") -> argparse.ArgumentParser:
+    """The command line of a settings dataclass: one flag for each field, named like the field."""
+    parser = OneLineParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    hints = typing.get_type_hints(cls)
+    for f in fields(cls):
+        extras = dict(f.metadata)
+        source, text = extras.pop("source"), extras.pop("help")
+        shown = f.default.name if isinstance(f.default, Path) else f.default
+        extras["help"] = f"{text} (default {shown}; {source})".replace("%", "%%")
+        if hints[f.name] is bool:
+            extras["action"] = argparse.BooleanOptionalAction
+        elif "action" not in extras:
+            extras["type"] = _plain_type(hints[f.name])
+        spellings = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
+        parser.add_argument(*spellings, default=f.default, **extras)
+    return parser
+
+
+def _plain_type(hint):
+    """Path | None -> Path: argparse wants something it can call; None is only ever a default."""
+    if isinstance(hint, types.UnionType):
+        return next(t for t in typing.get_args(hint) if t is not type(None))
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
+
+
+def parse_args(cls: type, argv: list[str] | None = None, description: str = ""):
+    """Parse `argv` (default: the command line) into an instance of `cls`; errors exit with 2."""
+    parser = get_args_parser(cls, description)
+    args = cls(**vars(parser.parse_args(argv)))
+    for f in fields(cls):  # argparse does not check a default that was edited in this file
+        value, choices = getattr(args, f.name), f.metadata.get("choices")
+        if choices and value is not None and value not in choices:
+            parser.error(f"{f.name} is {value!r}, expected one of {', '.join(choices)}")
+    return args
+
+
+def run_script(main, args) -> None:
+    """Run a script's `main(args)`; what the user can mend ends in one line and exit code 2."""
+    try:
+        main(args)
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

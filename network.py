@@ -1,0 +1,535 @@
+"""The ASFE-Fusion network, and loading and saving of its weights.
+
+Gu, Wang, Deng, Cao, Huang, Zhu: "Adaptive spatial and frequency experts fusion network for medical
+image fusion", Biomedical Signal Processing and Control 96 (2024) 106478. Two sizes (args_setting):
+`paper`, the published network, and `compact`, ours, with the same modules and topology.
+
+Legend: B batch, C channels of one modality at a scale, H W pixels of that scale, N tokens, D width
+of a CASF token, d = 2C width of a SFEF token, E experts, S slots of an expert, p patch side.
+x comes from img1 (CT, or the luma of PET or SPECT), y from img2 (MRI). Maps are (B, C, H, W).
+"""
+
+import json
+import pickle
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from args_setting import SIZES, ModelSize
+
+MIN_SIDE = 16  # smallest image side that `fuse` takes
+
+
+def conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """bn(conv(x)); at inference the normalisation moves into the weights, one pass less."""
+    if bn.training or torch.is_grad_enabled():
+        return bn(conv(x))
+    statistics = bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+    weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+    return F.conv2d(x, weight, bias, padding=conv.padding)
+
+
+class BlurPool(nn.Module):
+    """Max-pool of stride 1, then a fixed low-pass filter of stride 2 (Zhang, ICML 2019)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        row = torch.tensor([1.0, 3.0, 3.0, 1.0], device="cpu")  # also under torch.device("meta")
+        kernel = torch.outer(row, row) / 64
+        self.channels = channels
+        # Rebuilt from the formula, so it is not stored with the weights.
+        self.register_buffer("filt", kernel.expand(channels, 1, 4, 4).clone(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H/2, W/2)
+        # Two maxima of shifted maps: on a CPU several times faster than max_pool2d of stride 1.
+        x = torch.maximum(x[..., :-1, :], x[..., 1:, :])  # (B, C, H-1, W)
+        x = torch.maximum(x[..., :-1], x[..., 1:])  # (B, C, H-1, W-1)
+        x = F.pad(x, (1, 2, 1, 2), mode="reflect")  # (B, C, H+2, W+2)
+        return F.conv2d(x, self.filt, stride=2, groups=self.channels)
+
+
+class ConvBlock(nn.Module):
+    """Conv 3x3, BatchNorm, conv 3x3, BatchNorm; no activation between the two convolutions."""
+
+    def __init__(self, c_in: int, c_hidden: int, c_out: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_hidden, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(c_hidden)
+        self.conv2 = nn.Conv2d(c_hidden, c_out, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(c_out)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, c_in, H, W) -> (B, c_out, H, W)
+        return conv_bn(self.conv2, self.bn2, conv_bn(self.conv1, self.bn1, x))
+
+
+class EncoderBlock(ConvBlock):
+    """A block of the encoder; all but the first halve their input beforehand."""
+
+    def __init__(self, c_in: int, c_out: int, downsample: bool):
+        super().__init__(c_in, c_in // 2, c_out)
+        self.down = BlurPool(c_in) if downsample else None
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, c_in, H, W) -> (B, c_out, H, W) or half of it
+        if self.down is not None:
+            x = F.gelu(self.down(x))  # (B, c_in, H/2, W/2)
+        return F.gelu(super().forward(x))
+
+
+class Encoder(nn.Module):
+    """Features of one image at four scales; both images share the weights."""
+
+    def __init__(self, channels: tuple[int, ...]):
+        super().__init__()
+        self.inlayer = nn.Conv2d(1, channels[0], 1)
+        self.blocks = nn.ModuleList(
+            EncoderBlock(c_in, c_out, downsample=k > 0)
+            for k, (c_in, c_out) in enumerate(zip(channels, channels[1:], strict=False))
+        )
+
+    def forward(self, img: Tensor) -> list[Tensor]:  # (B, 1, H, W)
+        x = self.inlayer(img)  # (B, C0, H, W)
+        scales = []
+        for block in self.blocks:
+            x = block(x)
+            scales.append(x)  # (B, C, H, W), then H/2, H/4, H/8
+        return scales
+
+
+class AFF(nn.Module):
+    """Adaptive frequency fusion: one modality's spectrum, mixed, masked and transformed back.
+
+    `aff="full"` uses the whole spectrum in the inverse transform, as the paper describes.
+    `aff="published"` keeps what the authors' code computes: rows 0 and 1 of the spectrum's H axis
+    serve as real and imaginary part of a (W/2+1) x 2 map, and every other row is dropped.
+    """
+
+    def __init__(self, channels: int, fft_norm: str, aff: str = "full"):
+        super().__init__()
+        self.conv = nn.Conv2d(2 * channels, 2 * channels, 1, bias=False)
+        self.bn = nn.BatchNorm2d(2 * channels)
+        self.mask = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+        self.fft_norm, self.aff = fft_norm, aff
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        # Half precision has too little range for a spectrum, and no FFT on most devices.
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float().permute(0, 2, 3, 1)  # (B, H, W, C): pixels first, as convolutions like it
+            spectrum = torch.fft.rfft2(x, dim=(1, 2), norm=self.fft_norm)  # (B, H, W/2+1, C)
+            z = torch.view_as_real(spectrum.contiguous()).flatten(3)  # …, 2C: c0.re, c0.im, c1.re …
+            z = self._mix(z.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, H, W/2+1, 2C)
+            z = z.unflatten(3, (-1, 2))  # (B, H, W/2+1, C, 2)
+            if self.aff == "published":
+                z = torch.stack([z[:, 0], z[:, 1]], -1).transpose(2, 3)  # (B, W/2+1, 2, C, 2)
+            spectrum = torch.view_as_complex(z.contiguous())  # (B, H, W/2+1, C)
+            out = torch.fft.irfft2(spectrum, s=x.shape[1:3], dim=(1, 2), norm=self.fft_norm)
+        return out.permute(0, 3, 1, 2)
+
+    def _mix(self, z: Tensor) -> Tensor:  # (B, 2C, H, W/2+1) -> the same
+        z = conv_bn(self.conv, self.bn, z).relu_()
+        pooled = torch.cat([z.mean(1, keepdim=True), z.amax(1, keepdim=True)], 1)  # (B, 2, …)
+        return z * torch.sigmoid(self.mask(pooled))
+
+
+class CASF(nn.Module):
+    """Cross-attention spatial fusion: the self-similarity of one image weighs the other's values.
+
+    A p x p convolution of stride p makes the tokens; A1 = softmax(q1 k1^T / sqrt(D/heads)) acts on
+    v2, A2 on v1. Their mean is laid back as patches and added to x + y.
+    """
+
+    def __init__(self, channels: int, patch: int, dim: int, heads: int):
+        super().__init__()
+        self.patch, self.heads = patch, heads
+        self.embed1 = nn.Conv2d(channels, dim, patch, stride=patch)
+        self.embed2 = nn.Conv2d(channels, dim, patch, stride=patch)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv1 = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv2 = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj1, self.proj2 = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.unpatch = nn.Linear(dim, patch * patch * channels)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # two (B, C, H, W) -> (B, C, H, W)
+        rows, columns = x.shape[-2] // self.patch, x.shape[-1] // self.patch
+        q1, k1, v1 = self._heads(self.qkv1(self.norm1(self._tokens(self.embed1, x))))
+        q2, k2, v2 = self._heads(self.qkv2(self.norm2(self._tokens(self.embed2, y))))
+        a1 = F.scaled_dot_product_attention(q1, k1, v2)  # (B, heads, N, D/heads)
+        a2 = F.scaled_dot_product_attention(q2, k2, v1)
+        t1 = self.proj1(a1.transpose(1, 2).flatten(2))  # (B, N, D)
+        t2 = self.proj2(a2.transpose(1, 2).flatten(2))
+        patches = self.unpatch((t1 + t2) / 2)  # (B, N, p*p*C)
+        patches = patches.unflatten(2, (self.patch, self.patch, -1))  # (B, N, p, p, C)
+        patches = patches.unflatten(1, (rows, columns))  # (B, H/p, W/p, p, p, C)
+        patches = patches.permute(0, 1, 3, 2, 4, 5)  # (B, H/p, p, W/p, p, C)
+        patches = patches.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)  # (B, C, H, W)
+        return (x + y).add_(patches)
+
+    @staticmethod
+    def _tokens(embed: nn.Conv2d, x: Tensor) -> Tensor:
+        return embed(x).flatten(2).transpose(1, 2)  # (B, N, D)
+
+    def _heads(self, qkv: Tensor) -> Tensor:
+        qkv = qkv.unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, D/heads)
+        return qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, N, D/heads)
+
+
+class RMSNorm(nn.Module):
+    """t / max(||t||, 1e-12) * sqrt(d) * gamma."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    @property
+    def scale(self) -> Tensor:  # (d,)
+        return self.gamma * len(self.gamma) ** 0.5
+
+    def forward(self, t: Tensor) -> Tensor:  # (..., d) -> (..., d)
+        return F.normalize(t, dim=-1) * self.scale
+
+
+class SFEF(nn.Module):
+    """Spatial and frequency experts fusion: a soft mixture of experts over the pixels.
+
+    Puigcerver, Riquelme, Mustafa, Houlsby: "From sparse to soft mixtures of experts" (ICLR 2024).
+    Dispatch (softmax over the tokens) and combine (softmax over the slots) are written as two
+    attentions without 1/sqrt(d), so the N x E*S logits never exist as a whole.
+    """
+
+    def __init__(self, dim: int, experts: int, slots: int, residual: bool):
+        super().__init__()
+        self.slot_embeds = nn.Parameter(torch.randn(experts, slots, dim))
+        self.norm, self.slot_norm = RMSNorm(dim), RMSNorm(dim)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+            for _ in range(experts)
+        )
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, d, H, W) -> (B, d, H, W)
+        unit = F.normalize(x.permute(0, 2, 3, 1).flatten(1, 2), dim=-1)  # (B, N, d)
+        # The scale of the tokens' norm is per channel: it acts on the few slots instead.
+        scale = self.norm.scale  # (d,)
+        slots = self.slot_norm(self.slot_embeds).flatten(0, 1) * scale  # (E*S, d)
+        slots = slots.expand(len(x), -1, -1)  # (B, E*S, d)
+        slot_in = attend(slots, unit, unit) * scale  # (B, E*S, d)
+        per_expert = slot_in.chunk(len(self.experts), dim=1)  # E of (B, S, d)
+        slot_out = [expert(t) for expert, t in zip(self.experts, per_expert, strict=True)]
+        out = attend(unit, slots, torch.cat(slot_out, 1))  # (B, N, d)
+        out = out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # (B, d, H, W)
+        return x + out if self.residual else out
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T) v of (B, Nq, d), (B, Nk, d), (B, Nk, d); the Nq x Nk matrix never exists."""
+    q, k, v = (t.unsqueeze(1) for t in (q, k, v))  # one head
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0).squeeze(1)  # (B, Nq, d)
+
+
+class FusionModule(nn.Module):
+    """SFEF(concat[CASF(x, y), AFF2(x) + AFF1(y)]) at one scale (AFF numbers as published)."""
+
+    def __init__(self, channels: int, patch: int, size: ModelSize, aff: str):
+        super().__init__()
+        self.casf = CASF(channels, patch, size.dim, size.heads)
+        self.aff1 = AFF(channels, size.fft_norm, aff)
+        self.aff2 = AFF(channels, size.fft_norm, aff)
+        self.sfef = SFEF(2 * channels, size.experts, size.slots, size.sfef_residual)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # two (B, C, H, W) -> (B, 2C, H, W)
+        spatial = self.casf(x, y)  # (B, C, H, W)
+        frequency = (self.aff2(x) + self.aff1(y)).to(spatial.dtype)  # (B, C, H, W)
+        both = torch.cat([t.permute(0, 2, 3, 1) for t in (spatial, frequency)], -1)  # (B, H, W, 2C)
+        return self.sfef(both.permute(0, 3, 1, 2))
+
+
+class DecoderBlock(ConvBlock):
+    """A block of the decoder; all but the last double their output's sides."""
+
+    def __init__(self, c_in: int, c_out: int, upsample: bool):
+        super().__init__(c_in, c_out // 2, c_out)
+        self.upsample = upsample
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, c_in, H, W) -> (B, c_out, H, W) or twice of it
+        x = super().forward(x)
+        if self.upsample:
+            x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+        return F.gelu(x)
+
+
+class Decoder(nn.Module):
+    """From the coarsest fused scale to the image; each step takes in the next finer scale."""
+
+    def __init__(self, channels: tuple[int, ...], tail: int):
+        super().__init__()
+        _, c1, c2, c3, c4 = channels
+        self.up4 = DecoderBlock(2 * c4, c3, upsample=True)
+        self.up3 = DecoderBlock(c3 + 2 * c3, c2, upsample=True)
+        self.up2 = DecoderBlock(c2 + 2 * c2, c1, upsample=True)
+        self.up1 = DecoderBlock(c1 + 2 * c1, tail, upsample=False)
+        self.outlayer = nn.Conv2d(tail, 1, 1)
+
+    def steps(self) -> tuple[DecoderBlock, ...]:
+        return self.up4, self.up3, self.up2, self.up1
+
+
+class ASFEFusion(nn.Module):
+    """The whole network.
+
+    Args:
+        size: widths, see `args_setting.ModelSize`; a name of `SIZES` or the dataclass itself.
+        aff: "full" or "published", see `AFF`.
+    """
+
+    def __init__(self, size: str | ModelSize = "paper", aff: str = "full"):
+        super().__init__()
+        size = SIZES[size] if isinstance(size, str) else size
+        self.size = size
+        self.encoder = Encoder(size.channels)
+        self.fusion = nn.ModuleList(
+            FusionModule(c, p, size, aff)
+            for c, p in zip(size.channels[1:], size.patch, strict=True)
+        )
+        self.decoder = Decoder(size.channels, size.tail)
+        self.multiple = max(2**k * p for k, p in enumerate(size.patch))
+        # Convolutions are faster so, and pixels become SFEF's tokens without a copy.
+        self.to(memory_format=torch.channels_last)
+
+    @property
+    def aff(self) -> str:
+        """Which inverse transform AFF uses: "full" or "published"."""
+        return self.fusion[0].aff1.aff
+
+    @aff.setter
+    def aff(self, aff: str) -> None:
+        for module in self.modules():
+            if isinstance(module, AFF):
+                module.aff = aff
+
+    def forward(self, img1: Tensor, img2: Tensor) -> Tensor:
+        """Fuse two (B, 1, H, W) float images in [0, 1] into (B, 1, H, W), not clipped.
+
+        H and W must be multiples of `self.multiple` (128 for `paper`, 16 for `compact`); `fuse`
+        takes any size. Raises ValueError for other shapes.
+        """
+        _check_shapes(img1, img2, self.multiple)
+        # One pass for both images: twice the batch, and BatchNorm trains on the statistics that
+        # it uses at test. Lists are emptied as they are used, to free the finest maps early.
+        if self.training:
+            scales = [s.chunk(2) for s in self.encoder(torch.cat([img1, img2]))]
+        else:
+            scales = list(zip(self.encoder(img1), self.encoder(img2), strict=True))
+        z = None
+        for fusion, up in zip(reversed(self.fusion), self.decoder.steps(), strict=True):
+            fused = fusion(*scales.pop())  # (B, 2C, H/8, W/8), then H/4, H/2, H
+            z = up(fused if z is None else torch.cat([z, fused], 1))  # (B, C, H/4, W/4) … H
+        return self.decoder.outlayer(z)  # (B, 1, H, W)
+
+    @torch.no_grad()
+    def fuse(
+        self, img1: Tensor | np.ndarray, img2: Tensor | np.ndarray, stretch: bool = False
+    ) -> Tensor:
+        """Fuse two images of any size from 16 x 16 up, in evaluation mode.
+
+        Args:
+            img1, img2: (H, W) or (B, 1, H, W), tensor or array; float in [0, 1] or unsigned
+                integers of 8 or 16 bits (divided by 255 or 65535).
+            stretch: as the published code, stretch each fused image from its minimum and maximum
+                to [0, 1] in place of the clip; a constant one becomes 0.
+
+        Returns:
+            A float32 tensor of the input's shape, on the model's device, clipped to [0, 1].
+
+        Raises:
+            ValueError: shapes that differ or are too small, values that are not finite.
+        """
+        device = next(self.parameters()).device
+        a, b = _as_batch("img1", img1, device), _as_batch("img2", img2, device)
+        if a.shape != b.shape:
+            raise ValueError(f"img1 is {_sides(a)} and img2 is {_sides(b)}, expected equal sizes")
+        height, width = a.shape[-2:]
+        a, b = (pad_to_multiple(t, self.multiple) for t in (a, b))
+        was_training = self.training
+        out = self.eval()(a, b).float()
+        self.train(was_training)
+        out = out[..., :height, :width]
+        if stretch:
+            low, high = out.amin((1, 2, 3), keepdim=True), out.amax((1, 2, 3), keepdim=True)
+            out = (out - low) / (high - low).clamp(min=torch.finfo(out.dtype).tiny)
+        out = out.clamp(0, 1)
+        return out[0, 0] if img1.ndim == 2 else out
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Mirror (B, C, H, W) at its lower and right edge until both sides are multiples.
+
+    The mirror repeats where the padding is larger than the image; nothing is copied where no
+    padding is needed.
+    """
+    for axis in (2, 3):
+        n = x.shape[axis]
+        if n % multiple:
+            i = torch.arange(n + -n % multiple, device=x.device) % (2 * n)
+            x = x.index_select(axis, torch.minimum(i, 2 * n - 1 - i))
+    return x
+
+
+def _as_batch(name: str, img: Tensor | np.ndarray, device: torch.device) -> Tensor:
+    t = torch.as_tensor(img)
+    if t.ndim not in (2, 4) or (t.ndim == 4 and t.shape[1] != 1):
+        raise ValueError(f"{name} has shape {tuple(t.shape)}, expected (H, W) or (B, 1, H, W)")
+    if min(t.shape[-2:]) < MIN_SIDE:
+        raise ValueError(f"{name} is {_sides(t)}, expected at least {MIN_SIDE}x{MIN_SIDE}")
+    scale = {torch.uint8: 255, torch.uint16: 65535}.get(t.dtype, 1)
+    t = t.to(device, torch.float32) / scale
+    if not torch.isfinite(t).all():
+        raise ValueError(f"{name} has values that are not finite")
+    return t if t.ndim == 4 else t[None, None]
+
+
+def _check_shapes(img1: Tensor, img2: Tensor, multiple: int) -> None:
+    if img1.shape != img2.shape or img1.ndim != 4 or img1.shape[1] != 1:
+        got = f"{tuple(img1.shape)} and {tuple(img2.shape)}"
+        raise ValueError(f"img1 and img2 have shapes {got}, expected (B, 1, H, W) twice")
+    if img1.shape[-2] % multiple or img1.shape[-1] % multiple:
+        raise ValueError(f"images are {_sides(img1)}, expected multiples of {multiple}; use fuse()")
+
+
+def _sides(t: Tensor) -> str:
+    return f"{t.shape[-2]}x{t.shape[-1]}"
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `--DEVICE` names; "auto" is CUDA, then MPS, then CPU.
+
+    Raises ValueError if the device is unknown or absent.
+    """
+    absent = {"cuda": not torch.cuda.is_available(), "mps": not torch.mps.is_available()}
+    if name == "auto":
+        return torch.device(next((d for d in ("cuda", "mps") if not absent[d]), "cpu"))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"DEVICE is {name!r}, expected auto, cpu, cuda, cuda:N or mps") from None
+    if absent.get(device.type) or (device.index or 0) >= max(torch.cuda.device_count(), 1):
+        raise ValueError(f"DEVICE is {name!r}, but this machine has no such device")
+    return device
+
+
+# --- weights ---------------------------------------------------------------------------------
+
+# Where the published checkpoints call a part otherwise; applied in this order.
+_RENAME = tuple(
+    (re.compile(pattern), ours)
+    for pattern, ours in (
+        (r"^module\.", ""),
+        (r"^encoder\.block(\d)\.", lambda m: f"encoder.blocks.{int(m[1]) - 1}."),
+        (r"^fusionnet(\d)\.", lambda m: f"fusion.{int(m[1]) - 1}."),
+        (r"^conv_up", "decoder.up"),
+        (r"^outlayer\.", "decoder.outlayer."),
+        (r"\.AFFusion(\d)\.conv_layer1\.", r".aff\1.mask."),
+        (r"\.AFFusion(\d)\.conv_layer\.", r".aff\1.conv."),
+        (r"\.AFFusion(\d)\.", r".aff\1."),
+        (r"\.CASFusion\.", ".casf."),
+        (r"\.patchembed(\d)\.proj\.", r".embed\1."),
+        (r"\.QKV_Block(\d)\.norm1\.", r".norm\1."),
+        (r"\.QKV_Block(\d)\.attn\.qkv\.", r".qkv\1."),
+        (r"\.depatch\.projection\.0\.", ".unpatch."),
+        (r"\.SFEFusion\.experts\.", ".sfef."),
+        (r"\.SFEFusion\.", ".sfef."),
+        (r"(\.experts\.\d)\.3\.", r"\1.2."),  # the published expert has a dropout at place 2
+    )
+)
+# Stored by the published code but never used in its forward pass, or rebuilt from a formula here.
+_UNUSED = re.compile(r"\.QKV_Block\d\.(attn\.proj|norm2|mlp)\.|\.down_anti\.filt$")
+
+
+def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names for a state dict of the published code; its unused tensors are left out."""
+    ours = {}
+    for key, value in state.items():
+        if not _UNUSED.search(key):
+            for pattern, name in _RENAME:
+                key = pattern.sub(name, key)
+            ours[key] = value
+    return ours
+
+
+def save_weights(model: ASFEFusion, path: Path, metadata: dict, half: bool = True) -> None:
+    """Write safetensors, in float16 if `half`, with JSON-able `metadata`.
+
+    Size, widths and AFF variant are added. Written beside `path` and renamed: never half a file.
+    """
+    kind = torch.float16 if half else torch.float32
+    state = {
+        key: value.to("cpu", kind if value.is_floating_point() else value.dtype).contiguous()
+        for key, value in model.state_dict().items()
+    }
+    name = next((n for n, s in SIZES.items() if s == model.size), "custom")
+    metadata = {"size": name, "widths": asdict(model.size), "aff": model.aff, **metadata}
+    beside = path.with_name(path.name + ".part")
+    save_file(state, beside, {"asfe": json.dumps(metadata)})
+    beside.replace(path)
+
+
+def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[ASFEFusion, dict]:
+    """A model in evaluation mode and the metadata of its file.
+
+    Takes our safetensors, and state dicts (`.pth`) made by the published code, also wrapped in
+    `module.` by DataParallel; those select `aff="published"`. Pickled code is never run.
+
+    Raises:
+        ValueError: the file is absent, damaged, of another model, or holds more than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"weights {path}: no such file")
+    if path.suffix == ".safetensors":
+        state, metadata = _read_safetensors(path)
+    else:
+        state = from_published(_read_state_dict(path))
+        metadata = {"size": "paper", "widths": asdict(SIZES["paper"]), "aff": "published"}
+    widths = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["widths"].items()}
+    with torch.device("meta"):  # no time spent on random weights that are replaced at once
+        model = ASFEFusion(ModelSize(**widths), metadata["aff"])
+    expected = model.state_dict()
+    shapes = {k: (expected.get(k), state.get(k)) for k in {**expected, **state}}
+    for key, (want, got) in shapes.items():
+        if want is None or got is None or want.shape != got.shape:
+            want, got = (None if t is None else tuple(t.shape) for t in (want, got))
+            raise ValueError(f"weights {path}: {key} has shape {got}, expected {want}")
+    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    model.load_state_dict(state, assign=True)
+    return model.to(device, memory_format=torch.channels_last).eval(), metadata
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("asfe", "null"))
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"weights {path}: damaged or not safetensors ({error})") from None
+    if not isinstance(metadata, dict) or not {"widths", "aff"} <= metadata.keys():
+        raise ValueError(f"weights {path}: not made by this project, expected `asfe` metadata")
+    return state, metadata
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"weights {path}: damaged, or pickled code, which is not run") from None
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"weights {path}: damaged or not a checkpoint ({first_line})") from None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"weights {path}: expected a state dict of tensors")
+    return state

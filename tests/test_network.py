@@ -1,0 +1,372 @@
+"""The network is the published one; any size goes through; damaged weights are refused."""
+
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from direct import direct
+from torch import nn
+
+from args_setting import SIZES
+from network import (
+    AFF,
+    ASFEFusion,
+    conv_bn,
+    from_published,
+    load_weights,
+    pad_to_multiple,
+    pick_device,
+    save_weights,
+)
+
+PUBLISHED_STAGES = {  # module of ours -> name in the golden file
+    **{f"encoder.blocks.{k}": f"encoder.block{k + 1}" for k in range(4)},
+    **{f"fusion.{k}.aff1": f"fusionnet{k + 1}.AFFusion1" for k in range(4)},
+    **{f"fusion.{k}.aff2": f"fusionnet{k + 1}.AFFusion2" for k in range(4)},
+    **{f"fusion.{k}.casf": f"fusionnet{k + 1}.CASFusion" for k in range(4)},
+    **{f"fusion.{k}.sfef": f"fusionnet{k + 1}.SFEFusion" for k in range(4)},
+    **{f"fusion.{k}": f"fusionnet{k + 1}" for k in range(4)},
+    **{f"decoder.up{k}": f"conv_up{k}" for k in range(1, 5)},
+}
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+def settled(model: ASFEFusion) -> ASFEFusion:
+    """The model in evaluation mode, with running statistics as after some training."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def compact() -> ASFEFusion:
+    torch.manual_seed(1)
+    return settled(ASFEFusion("compact"))
+
+
+# --- the published function ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published_file(shared, tmp_path_factory) -> Path:
+    """A checkpoint in the published format: their names, unused tensors, DataParallel's prefix."""
+    sys.path.insert(0, str(shared / "golden"))
+    import weights
+
+    arrays = weights.state_dict(shared / "golden" / "authors_keys.json")
+    row = torch.tensor([1.0, 3.0, 3.0, 1.0])
+    blur = torch.outer(row, row) / 64
+    state = {
+        f"module.{name}": blur.expand(array.shape).clone()
+        if name.endswith("down_anti.filt")
+        else torch.from_numpy(np.asarray(array))
+        for name, array in arrays.items()
+    }
+    path = tmp_path_factory.mktemp("published") / "ASFE.pth"
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def published_model(published_file) -> ASFEFusion:
+    model, metadata = load_weights(published_file)
+    assert metadata["aff"] == model.aff == "published"
+    return model
+
+
+@pytest.mark.parametrize("case", ["ct_mri_16009", "noise_2x128x256"])
+def test_golden_vectors(published_model, shared, case):
+    expected = np.load(shared / "golden" / "expected.npz")
+    stages: dict[str, torch.Tensor] = {}
+
+    def keep(name):
+        def hook(module, inputs, output):
+            call = sum(key.startswith(f"{name}#") for key in stages)
+            stages[f"{name}#{call}"] = output
+
+        return hook
+
+    handles = [
+        published_model.get_submodule(ours).register_forward_hook(keep(theirs))
+        for ours, theirs in PUBLISHED_STAGES.items()
+    ]
+    img1, img2 = (torch.from_numpy(expected[f"{case}/img{i}"]) for i in (1, 2))
+    with torch.no_grad():
+        fused = published_model(img1, img2)
+    for handle in handles:
+        handle.remove()
+
+    names = {n.removeprefix(f"{case}/") for n in expected.files if n.startswith(f"{case}/")}
+    assert names - {"img1", "img2", "fused"} == stages.keys()
+    assert relative_error(fused, torch.from_numpy(expected[f"{case}/fused"])) < 1e-4
+    for name, t in stages.items():
+        c, h, w = t.shape[1:]
+        sample = t[:, :: max(1, c // 8), :: max(1, h // 16), :: max(1, w // 16)]
+        golden = torch.from_numpy(expected[f"{case}/{name}"])
+        assert relative_error(sample, golden) < 1e-4, name
+
+
+def test_only_the_listed_tensors_are_unused(published_file, shared):
+    unused = set(json.loads((shared / "golden" / "authors_unused_keys.json").read_text()))
+    state = torch.load(published_file, weights_only=True)
+    dropped = {
+        key.removeprefix("module.") for key, value in state.items() if not from_published({key: 0})
+    }
+    assert {key for key in dropped if not key.endswith("filt")} == unused
+
+
+@pytest.mark.parametrize("aff", ["full", "published"])
+@pytest.mark.parametrize("size", [(64, 96), (128, 128)])
+def test_equals_the_direct_version(aff, size):
+    model = settled(ASFEFusion("compact", aff))
+    img1, img2 = torch.rand(2, 2, 1, *size)
+    with torch.no_grad():
+        assert relative_error(model(img1, img2), direct(model)(img1, img2)) < 1e-5
+    # with gradients, normalisation is a pass of its own
+    assert relative_error(model(img1, img2), direct(model)(img1, img2)) < 1e-5
+
+
+@pytest.mark.parametrize("side", [(16, 24), (15, 33)])
+def test_aff_is_the_fourier_transform_of_its_definition(side):
+    """The default AFF against discrete Fourier sums in numpy, in float64."""
+    aff = AFF(3, "backward").eval()
+    nn.init.normal_(aff.bn.running_mean)
+    x = torch.randn(1, 3, *side)
+    h, w = side
+    with torch.no_grad():
+        got = aff(x)[0].double().numpy()
+        weight = aff.conv.weight[:, :, 0, 0].double().numpy()
+
+    rows = np.exp(-2j * np.pi * np.outer(np.arange(h), np.arange(h)) / h)
+    columns = np.exp(-2j * np.pi * np.outer(np.arange(w), np.arange(w)) / w)
+    spectrum = rows @ x[0].double().numpy() @ columns  # (3, H, W)
+    half = spectrum[:, :, : w // 2 + 1]
+    z = np.stack([half.real, half.imag], 1).reshape(6, h, -1)  # c0.re, c0.im, c1.re, …
+    z = np.einsum("oc,chw->ohw", weight, z)
+    mean, var = aff.bn.running_mean.numpy(), aff.bn.running_var.numpy()
+    z = np.maximum((z - mean[:, None, None]) / np.sqrt(var + 1e-5)[:, None, None], 0)
+    pooled = torch.from_numpy(np.stack([z.mean(0), z.max(0)])[None]).float()
+    z = z * torch.sigmoid(aff.mask(pooled)).detach().double().numpy()[0]
+    half = z[0::2] + 1j * z[1::2]
+    # A real image's spectrum is point-symmetric; what the half lacks follows from that, and the
+    # inverse ignores the imaginary parts of the sums over rows at frequency 0 and W/2.
+    along_rows = np.einsum("hk,ckw->chw", rows.conj(), half) / h
+    weights = np.full(w // 2 + 1, 2.0)
+    weights[0] = 1
+    if w % 2 == 0:
+        weights[-1] = 1
+    waves = columns.conj()[: w // 2 + 1]
+    expected = np.einsum("chk,kw,k->chw", along_rows, waves, weights).real / w
+    assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_aff_stays_in_float32_under_autocast():
+    aff = AFF(4, "ortho").eval()
+    x = torch.randn(1, 4, 16, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got = aff(x)
+    assert got.dtype == torch.float32
+    assert relative_error(got, aff(x)) < 1e-5  # bfloat16 would be 1e-3 off
+
+
+def test_conv_bn_folds_without_a_change():
+    conv, bn = nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5).eval()
+    bn.running_mean.normal_()
+    bn.running_var.uniform_(0.5, 2)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert relative_error(conv_bn(conv, bn, x), bn(conv(x))) < 1e-5
+
+
+def test_parameter_counts():
+    with torch.device("meta"):
+        counts = {size: sum(p.numel() for p in ASFEFusion(size).parameters()) for size in SIZES}
+    assert counts["paper"] == 170_982_569
+    assert counts["compact"] <= 5_000_000
+
+
+@pytest.mark.parametrize("aff", ["full", "published"])
+def test_every_parameter_gets_a_gradient(aff):
+    model = ASFEFusion("compact", aff).train()
+    model(*torch.rand(2, 2, 1, 64, 64)).square().mean().backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # The published inverse transform reads only rows 0 and 1, but those through every weight.
+    assert without == []
+
+
+# --- any size --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", [(16, 16), (100, 130), (255, 255), (192, 256), (512, 384)])
+def test_any_size_goes_through(compact, side):
+    fused = compact.fuse(*torch.rand(2, *side))
+    assert fused.shape == side
+    assert 0 <= fused.min() and fused.max() <= 1
+    assert torch.isfinite(fused).all()
+
+
+def test_padding_leaves_alone_what_needs_none(compact):
+    images = torch.rand(2, 1, 1, 96, 64)
+    assert torch.equal(pad_to_multiple(images[0], 16), images[0])
+    with torch.no_grad():
+        assert torch.equal(compact.fuse(*images), compact(*images).clamp(0, 1))
+
+
+@pytest.mark.parametrize("side", [(16, 16), (20, 50), (127, 129)])
+def test_padding_mirrors(side):
+    x = torch.rand(1, 1, *side)
+    padded = pad_to_multiple(x, 128)
+    assert [n % 128 for n in padded.shape[2:]] == [0, 0]
+    widths = [(0, p - n) for p, n in zip(padded.shape[2:], side, strict=True)]
+    assert np.array_equal(padded[0, 0].numpy(), np.pad(x[0, 0].numpy(), widths, "symmetric"))
+
+
+def test_fuse_takes_arrays_and_integers(compact):
+    img = np.random.default_rng(0).integers(0, 256, (2, 32, 48), dtype=np.uint8)
+    fused = compact.fuse(img[0], img[1])
+    assert torch.equal(fused, compact.fuse(*(img / np.float32(255))))
+    wide = img.astype(np.uint16) * 257
+    assert torch.allclose(fused, compact.fuse(wide[0], wide[1]), atol=1e-6)
+
+
+def test_constant_images_give_no_nan(compact):
+    for stretch in (False, True):
+        for level in (0.0, 0.5, 1.0):
+            flat = torch.full((64, 64), level)
+            assert torch.isfinite(compact.fuse(flat, flat, stretch)).all()
+
+
+def test_stretch_uses_the_whole_range(compact):
+    fused = compact.fuse(*torch.rand(2, 2, 1, 32, 32), stretch=True)
+    assert fused.amin((1, 2, 3)).eq(0).all() and fused.amax((1, 2, 3)).eq(1).all()
+
+
+def test_fuse_keeps_the_mode(compact):
+    model = ASFEFusion("compact").train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.fuse(*torch.rand(2, 16, 16))
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("img1", "img2", "message"),
+    [
+        (torch.rand(16, 16), torch.rand(16, 17), "img1 is 16x16 and img2 is 16x17"),
+        (torch.rand(15, 64), torch.rand(15, 64), "img1 is 15x64, expected at least 16x16"),
+        (torch.rand(3, 64, 64), torch.rand(3, 64, 64), "img1 has shape"),
+        (torch.rand(1, 3, 64, 64), torch.rand(1, 3, 64, 64), "img1 has shape"),
+        (torch.full((16, 16), torch.nan), torch.rand(16, 16), "img1 has values that are not"),
+    ],
+)
+def test_fuse_names_what_is_wrong(compact, img1, img2, message):
+    with pytest.raises(ValueError, match=message):
+        compact.fuse(img1, img2)
+
+
+def test_forward_is_strict(compact):
+    with pytest.raises(ValueError, match="multiples of 16"):
+        compact(*torch.rand(2, 1, 1, 40, 64))
+    with pytest.raises(ValueError, match="expected"):
+        compact(torch.rand(1, 1, 32, 32), torch.rand(2, 1, 32, 32))
+
+
+# --- weights ---------------------------------------------------------------------------------
+
+
+def test_saved_weights_come_back(compact, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_weights(compact, path, {"task": "PET-MRI", "metrics": {"SSIM": 0.7}}, half=False)
+    model, metadata = load_weights(path)
+    assert metadata["task"] == "PET-MRI" and metadata["size"] == "compact"
+    assert metadata["metrics"] == {"SSIM": 0.7}
+    images = torch.rand(2, 40, 56)
+    assert torch.equal(model.fuse(*images), compact.fuse(*images))
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_float16_weights_fit_the_promise(compact, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_weights(compact, path, {})
+    assert path.stat().st_size <= 10e6
+    images = torch.rand(2, 64, 64)
+    difference = load_weights(path)[0].fuse(*images) - compact.fuse(*images)
+    assert difference.abs().mean() < 5e-3
+
+
+def damaged(path: Path, kind: str, compact: ASFEFusion) -> str:
+    """Write a file that must be refused; returns a part of the message."""
+    if kind == "empty":
+        path.write_bytes(b"")
+        return "damaged"
+    if kind == "other keys":
+        torch.save({"conv.weight": torch.zeros(3)}, path)
+        return "shape"
+    if kind == "other shapes":
+        torch.save({"outlayer.weight": torch.zeros(1, 9, 1, 1)}, path)
+        return "shape"
+    if kind == "pickled code":
+        path.write_bytes(pickle.dumps(Path("x")))
+        return "pickled code"
+    if kind == "not tensors":
+        torch.save([1, 2], path)
+        return "state dict"
+    if kind == "truncated":
+        torch.save(from_published(compact.state_dict()), path)
+        path.write_bytes(path.read_bytes()[:50_000])
+        return "damaged"
+    raise AssertionError(kind)
+
+
+KINDS = ["empty", "other keys", "other shapes", "pickled code", "not tensors", "truncated"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_checkpoints_are_refused(compact, tmp_path, kind):
+    path = tmp_path / "w.pth"
+    message = damaged(path, kind, compact)
+    with pytest.raises(ValueError, match=message) as error:
+        load_weights(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("cut", [0, 5, 1000, 100_000])
+def test_truncated_safetensors_are_refused(compact, tmp_path, cut):
+    path = tmp_path / "w.safetensors"
+    save_weights(compact, path, {})
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(ValueError, match="damaged"):
+        load_weights(path)
+
+
+def test_foreign_safetensors_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "w.safetensors"
+    save_file({"a": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="not made by this project"):
+        load_weights(path)
+    with pytest.raises(ValueError, match="no such file"):
+        load_weights(tmp_path / "absent.safetensors")
+
+
+# --- devices ---------------------------------------------------------------------------------
+
+
+def test_pick_device():
+    assert pick_device("cpu").type == "cpu"
+    assert pick_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(ValueError, match="expected auto, cpu"):
+        pick_device("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no such device"):
+            pick_device("cuda")
