@@ -1,0 +1,289 @@
+"""Reading and writing of image pairs, colour, augmentation, and the HMIF data set.
+
+HMIF: registered CT-MRI, PET-MRI and SPECT-MRI slices of the Harvard Whole Brain Atlas (AANLIB), as
+collected in github.com/xianming-gu/Havard-Medical-Image-Fusion-Datasets. As a script:
+`python dataset.py --download` fetches and verifies it, `--check` says what is there.
+
+Legend: H W pixels. Luma is BT.601, in [0, 1]; chroma is what colour adds to it, RGB - luma.
+"""
+
+import hashlib
+import io
+import urllib.request
+import warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from args_setting import TASKS, DataArgs, parse_args, run_script
+
+HMIF_URL = (
+    "https://raw.githubusercontent.com/xianming-gu/Havard-Medical-Image-Fusion-Datasets/"
+    "HEAD/MyDatasets"
+)
+HMIF_SUMS = Path(__file__).with_name("HMIFDatasets") / "SHA256SUMS"
+EXTENSIONS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
+BT601 = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # R, G, B
+
+
+class Pair(NamedTuple):
+    """Two registered images of one slice."""
+
+    name: str  # file name without its extension
+    path1: Path  # CT, PET or SPECT
+    path2: Path  # MRI
+
+
+# --- images ----------------------------------------------------------------------------------
+
+
+def read_image(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Luma (H, W) float32 in [0, 1], and chroma (H, W, 3), None for grey.
+
+    8 or 16 bits, PNG, TIFF, JPEG or BMP. Grey stored as three equal channels is grey.
+
+    Raises:
+        ValueError: no image, a damaged one, or another kind of pixel.
+    """
+    pixels = _decode(Path(path))
+    scaled = pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
+    if pixels.ndim == 2:
+        return scaled, None
+    if np.ptp(pixels, axis=2).max() == 0:
+        return np.ascontiguousarray(scaled[..., 0]), None
+    luma = scaled @ BT601
+    return luma, scaled - luma[..., None]
+
+
+def _decode(path: Path) -> np.ndarray:
+    """uint8 or uint16, (H, W) or (H, W, 3) in RGB order."""
+    data = path.read_bytes()
+    try:
+        # Pillow refuses a truncated file, which OpenCV may fill up or comment on stderr.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Image.open(io.BytesIO(data)).load()
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except (OSError, SyntaxError, ValueError, cv2.error, Image.DecompressionBombError):
+        pixels = None
+    if pixels is None:
+        raise ValueError(f"{path}: damaged or not an image, expected PNG, TIFF, JPEG or BMP")
+    if pixels.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"{path}: pixels are {pixels.dtype}, expected 8 or 16 bits")
+    if pixels.ndim == 2:
+        return pixels
+    if pixels.shape[2] == 4 and pixels[..., 3].min() < np.iinfo(pixels.dtype).max:
+        raise ValueError(f"{path}: has transparent pixels, expected an opaque image")
+    return pixels[..., 2::-1]
+
+
+def to_uint8(luma: np.ndarray, chroma: np.ndarray | None = None) -> np.ndarray:
+    """(H, W) or, with chroma, (H, W, 3) RGB in 0..255: added, rounded and clipped once, here.
+
+    Adding a source's chroma to a new luma is the YCbCr exchange of the luma. Where the sum leaves
+    the range of 8 bits, the clip changes the stored luma.
+    """
+    image = luma if chroma is None else luma[..., None] + chroma
+    return np.clip(np.rint(image * 255), 0, 255).astype(np.uint8)
+
+
+def read_luma8(path: Path) -> np.ndarray:
+    """Luma (H, W) of an image file in 8 bits, as the metrics take it."""
+    return to_uint8(read_image(path)[0])
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Write uint8 (H, W) or (H, W, 3) RGB; beside `path` first, so there is never half a file."""
+    image = image if image.ndim == 2 else image[..., ::-1]
+    data = cv2.imencode(".png", image)[1].tobytes()
+    write_bytes(path, data)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write beside `path`, then rename: a stopped run leaves the old file or the new one."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        beside.write_bytes(data)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+# --- pairs -----------------------------------------------------------------------------------
+
+
+def match_pairs(dir1: Path, dir2: Path, skip_unmatched: bool = False) -> list[Pair]:
+    """Pairs of equal file name (without extension) of two folders, sorted by name.
+
+    Raises:
+        ValueError: a folder is missing or empty, a name occurs twice in a folder, or one has no
+            partner (unless `skip_unmatched`).
+    """
+    files1, files2 = _images(Path(dir1)), _images(Path(dir2))
+    unmatched = sorted(files1.keys() ^ files2.keys())
+    if unmatched and not skip_unmatched:
+        name = unmatched[0]
+        here, there = (dir1, dir2) if name in files1 else (dir2, dir1)
+        others = f" (and {len(unmatched) - 1} others)" if len(unmatched) > 1 else ""
+        raise ValueError(
+            f"{name}{others} is in {here} but not in {there}; --skip-unmatched leaves it out"
+        )
+    names = sorted(files1.keys() & files2.keys())
+    if not names:
+        raise ValueError(f"no file name occurs in both {dir1} and {dir2}")
+    return [Pair(name, files1[name], files2[name]) for name in names]
+
+
+def _images(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in EXTENSIONS:
+            if path.stem in files:
+                raise ValueError(f"{folder}: both {files[path.stem].name} and {path.name}")
+            files[path.stem] = path
+    if not files:
+        raise ValueError(f"{folder}: no images, expected {' '.join(EXTENSIONS)}")
+    return files
+
+
+def task_pairs(root: Path, task: str, split: str, skip_unmatched: bool = False) -> list[Pair]:
+    """Pairs of `<root>/<task>/<split>/<CT|PET|SPECT>` and `…/MRI`; split is train or test."""
+    folder = Path(root) / task / split
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; `python dataset.py --download` fetches it")
+    return match_pairs(folder / TASKS[task], folder / "MRI", skip_unmatched)
+
+
+def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Luma of both images, (H, W) in [0, 1], and the chroma to put back (source 1's, else 2's)."""
+    (luma1, chroma1), (luma2, chroma2) = read_image(pair.path1), read_image(pair.path2)
+    if luma1.shape != luma2.shape:
+        sides = [f"{h}x{w}" for h, w in (luma1.shape, luma2.shape)]
+        raise ValueError(f"{pair.path1} is {sides[0]}, {pair.path2} is {sides[1]}, expected equal")
+    return luma1, luma2, chroma2 if chroma1 is None else chroma1
+
+
+# --- training --------------------------------------------------------------------------------
+
+
+class TrainPairs(torch.utils.data.Dataset):
+    """Augmented crops of all pairs, which stay in memory as 8-bit luma.
+
+    An item is (img1, img2, name) with (1, patch, patch) float32 images in [0, 1].
+    """
+
+    def __init__(self, pairs: list[Pair], patch: int):
+        self.names = [pair.name for pair in pairs]
+        self.images = []
+        for pair in pairs:
+            lumas = [to_uint8(luma) for luma in read_pair(pair)[:2]]
+            if min(lumas[0].shape) < patch:
+                sides = "x".join(map(str, lumas[0].shape))
+                raise ValueError(f"patch_size is {patch}, but {pair.path1} is only {sides}")
+            self.images.append(torch.from_numpy(np.stack(lumas)))  # (2, H, W)
+        self.augment = augmentation(patch)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, str]:
+        img1, img2 = self.augment(self.images[i]).unsqueeze(1).float() / 255
+        return img1, img2, self.names[i]
+
+
+def augmentation(patch: int) -> v2.Transform:
+    """One random crop, flip and turn by right angles, the same for both images of a (2, H, W)."""
+    turns = [v2.Lambda(partial(torch.rot90, k=k, dims=(-2, -1))) for k in range(4)]
+    return v2.Compose([v2.RandomCrop(patch), v2.RandomHorizontalFlip(), v2.RandomChoice(turns)])
+
+
+# --- the HMIF data set -----------------------------------------------------------------------
+
+
+def hmif_sums() -> dict[str, str]:
+    """SHA-256 of every file of the set, by its path below the data folder."""
+    lines = HMIF_SUMS.read_text().splitlines()
+    return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+
+
+def download(root: Path, url: str = HMIF_URL) -> int:
+    """Fetch what is absent or damaged, file by file; returns how many were fetched.
+
+    A file is written only once its hash is right, so a stopped download goes on where it was.
+
+    Raises:
+        ValueError: the server cannot be reached, or sends other bytes than the list expects.
+    """
+    sums = hmif_sums()
+    wanted = [name for name, digest in sums.items() if _sha256(root / name) != digest]
+
+    def fetch(name: str) -> None:
+        try:
+            with urllib.request.urlopen(f"{url}/{name}", timeout=60) as reply:
+                data = reply.read()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{url}/{name}: {error}; run the command again to go on") from None
+        if hashlib.sha256(data).hexdigest() != sums[name]:
+            raise ValueError(f"{url}/{name}: not the bytes that {HMIF_SUMS.name} lists")
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(root / name, data)
+
+    pool = ThreadPoolExecutor(8)
+    try:
+        for _ in tqdm(pool.map(fetch, wanted), total=len(wanted), unit="file", desc="HMIF"):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return len(wanted)
+
+
+def _sha256(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def check(root: Path) -> tuple[list[str], list[str]]:
+    """What is there, a line for each task and split, and a line for each thing that is wrong."""
+    sums, found, wrong = hmif_sums(), [], []
+    expected = Counter(str(Path(name).parent) for name in sums)
+    for folder, count in expected.items():
+        there = {p.name for p in (root / folder).glob("*")}
+        listed = {Path(name).name for name in sums if str(Path(name).parent) == folder}
+        found.append(f"{folder}: {len(there & listed)} of {count}")
+        wrong += [f"{folder}/{name}: missing" for name in sorted(listed - there)]
+        wrong += [f"{folder}/{name}: not part of the set" for name in sorted(there - listed)]
+    for name, digest in sums.items():
+        if (root / name).is_file() and _sha256(root / name) != digest:
+            wrong.append(f"{name}: damaged, its hash differs")
+    return found, wrong
+
+
+def main(args: DataArgs) -> None:
+    if not (args.download or args.check):
+        args = replace(args, check=True)
+    if args.download:
+        print(f"{download(args.data_dir)} files fetched into {args.data_dir}")
+    found, wrong = check(args.data_dir)
+    print("\n".join(found))
+    if wrong:
+        more = f" (and {len(wrong) - 20} more)" if len(wrong) > 20 else ""
+        raise ValueError(
+            f"{len(wrong)} things wrong in {args.data_dir}: {'; '.join(wrong[:20])}{more}"
+        )
+    print(f"{args.data_dir}: all files present and verified")
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args(DataArgs, description=__doc__))

@@ -1,0 +1,184 @@
+"""Fuse image pairs with trained weights and write them as PNG, with a contact sheet to look at.
+
+    python test_asfe.py --demo                                three drawn phantom pairs
+    python test_asfe.py --task PET-MRI                        the test split of HMIFDatasets/
+    python test_asfe.py --img1 ct.png --img2 mri.png --out fused.png
+    python test_asfe.py --dir1 pet/ --dir2 mri/ --out fused/  two folders, paired by file name
+
+Source 1 is CT, PET or SPECT, source 2 is MRI. Colour is fused as luma and gets its chroma back.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from args_setting import ROOT, TASKS, TestArgs, parse_args, run_script
+from dataset import Pair, match_pairs, read_image, read_pair, task_pairs, to_uint8, write_png
+from network import MIN_SIDE, ASFEFusion, load_weights, pick_device
+from phantom import phantom_pair
+
+CELL, GAP, HEADER = 256, 6, 26  # pixels of the contact sheet
+
+
+def load_model(args: TestArgs, task: str, device: torch.device) -> ASFEFusion:
+    """The network with the weights that the settings ask for; ValueError if they do not fit."""
+    path = args.weights or ROOT / "model_pre" / f"{args.size}_{task}.safetensors"
+    if args.weights is None and not path.is_file():
+        raise ValueError(f"no weights of size {args.size} are shipped; train them or use --weights")
+    model, metadata = load_weights(path, device)
+    if metadata["size"] != args.size:
+        raise ValueError(f"weights {path} are of size {metadata['size']}, --size is {args.size}")
+    if args.aff != "auto":
+        model.aff = args.aff
+    return model
+
+
+def fuse_pairs(
+    model: ASFEFusion, pairs: list[Pair], batch_size: int, stretch: bool
+) -> Iterator[tuple[Pair, np.ndarray]]:
+    """Yield each pair with its fused image, uint8 (H, W) or RGB; equal sizes share a batch."""
+    batch: list[tuple] = []  # (pair, luma1, luma2, chroma)
+
+    def flush() -> Iterator[tuple[Pair, np.ndarray]]:
+        if batch:
+            luma1, luma2 = (np.stack([b[i] for b in batch])[:, None] for i in (1, 2))
+            fused = model.fuse(luma1, luma2, stretch).cpu().numpy()  # (B, 1, H, W)
+            for (pair, _, _, chroma), luma in zip(batch, fused[:, 0], strict=True):
+                yield pair, to_uint8(luma, chroma)
+            batch.clear()
+
+    for pair in pairs:
+        item = (pair, *read_pair(pair))
+        if batch and (len(batch) == batch_size or batch[0][1].shape != item[1].shape):
+            yield from flush()
+        batch.append(item)
+    yield from flush()
+
+
+def check_pairs(pairs: list[Pair]) -> None:
+    """Read every pair once before anything is written, so that bad input leaves no output."""
+    for pair in pairs:
+        height, width = read_pair(pair)[0].shape
+        if min(height, width) < MIN_SIDE:
+            side = f"{MIN_SIDE}x{MIN_SIDE}"
+            raise ValueError(f"{pair.path1} is {height}x{width}, expected at least {side}")
+
+
+def contact_sheet(rows: list[tuple[str, list[np.ndarray]]], titles: list[str]) -> np.ndarray:
+    """Rows of (name, images) under column titles, as one RGB image."""
+    cells = [[_cell(image) for image in images] for _, images in rows]
+    height = HEADER + len(rows) * (CELL + GAP)
+    sheet = np.full((height, len(titles) * (CELL + GAP) + GAP, 3), 24, np.uint8)
+    for column, title in enumerate(titles):
+        left = GAP + column * (CELL + GAP)
+        _write(sheet, title, (left + 4, HEADER - 8))
+        for row, (name, _) in enumerate(rows):
+            top = HEADER + row * (CELL + GAP)
+            sheet[top : top + CELL, left : left + CELL] = cells[row][column]
+            if column == 0:
+                _write(sheet, name, (left + 4, top + CELL - 6))
+    return sheet
+
+
+def _cell(image: np.ndarray) -> np.ndarray:
+    """The image, fitted into a square cell."""
+    scale = CELL / max(image.shape[:2])
+    size = [max(1, round(n * scale)) for n in image.shape[1::-1]]
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
+    image = cv2.resize(np.ascontiguousarray(image), size, interpolation=how)
+    image = image if image.ndim == 3 else cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
+    cell = np.zeros((CELL, CELL, 3), np.uint8)
+    top, left = (CELL - image.shape[0]) // 2, (CELL - image.shape[1]) // 2
+    cell[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return cell
+
+
+def _write(sheet: np.ndarray, text: str, place: tuple[int, int]) -> None:
+    cv2.putText(sheet, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (220, 220, 220), 1, cv2.LINE_AA)
+
+
+def as_stored(path: Path) -> np.ndarray:
+    """An image file as 8-bit grey or RGB."""
+    return to_uint8(*read_image(path))
+
+
+def fuse_folder(args: TestArgs, pairs: list[Pair], out: Path, device: torch.device) -> None:
+    """Fuse pairs into the folder `out` and draw a contact sheet beside it."""
+    check_pairs(pairs)
+    model = load_model(args, args.task, device)
+    out.mkdir(parents=True, exist_ok=True)
+    shown = np.linspace(0, len(pairs) - 1, min(args.contact_rows, len(pairs))).round()
+    shown = {pairs[int(i)].name for i in shown}
+    rows = []
+    progress = tqdm(total=len(pairs), unit="pair", desc=f"{args.size} {args.task}")
+    started = time.perf_counter()
+    for pair, fused in fuse_pairs(model, pairs, args.batch_size, args.stretch):
+        write_png(out / f"{pair.name}.png", fused)
+        if pair.name in shown:
+            images = [as_stored(pair.path1), as_stored(pair.path2), fused]
+            rows.append((pair.name, images))
+        progress.update()
+    progress.close()
+    print(f"{len(pairs)} pairs in {time.perf_counter() - started:.1f} s: {out}")
+    if rows:
+        sheet = out.with_name(f"{out.name}_contact_sheet.png")
+        write_png(sheet, contact_sheet(rows, [TASKS[args.task], "MRI", "fused"]))
+        print(f"contact sheet: {sheet}")
+
+
+def fuse_demo(args: TestArgs, device: torch.device) -> None:
+    """Draw a phantom pair for each task, fuse it with the task's weights, and show all three."""
+    out = args.out or ROOT / "result" / "demo"
+    models = {task: load_model(args, task, device) for task in TASKS}
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for task, model in tqdm(models.items(), unit="pair", desc="phantoms"):
+        paths = [out / f"{task}_{modality}.png" for modality in (TASKS[task], "MRI")]
+        for path, image in zip(paths, phantom_pair(task), strict=True):
+            write_png(path, image)
+        for pair, fused in fuse_pairs(model, [Pair(task, *paths)], 1, args.stretch):
+            write_png(out / f"{task}_fused.png", fused)
+            rows.append((pair.name, [as_stored(path) for path in paths] + [fused]))
+    sheet = out / "contact_sheet.png"
+    write_png(sheet, contact_sheet(rows, ["CT / PET / SPECT", "MRI", "fused"]))
+    print(f"look at {sheet}")
+
+
+def main(args: TestArgs) -> None:
+    given = {name for name in ("img1", "img2", "dir1", "dir2") if getattr(args, name)}
+    if given not in (set(), {"img1", "img2"}, {"dir1", "dir2"}):
+        raise ValueError("give --img1 with --img2, or --dir1 with --dir2, or none of them")
+    if given and (args.demo or not args.out):
+        raise ValueError("--img1 and --dir1 need --out and go without --demo")
+    if args.batch_size < 1:
+        raise ValueError(f"batch_size is {args.batch_size}, expected at least 1")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = pick_device(args.DEVICE)
+    if args.demo:
+        fuse_demo(args, device)
+    elif "img1" in given:
+        if args.out.suffix.lower() != ".png" or args.out.is_dir():
+            raise ValueError(f"--out is {args.out}, expected a file name that ends in .png")
+        pair = Pair(args.img1.stem, args.img1, args.img2)
+        check_pairs([pair])
+        model = load_model(args, args.task, device)
+        for _, fused in fuse_pairs(model, [pair], 1, args.stretch):
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            write_png(args.out, fused)
+        print(f"fused image: {args.out}")
+    elif "dir1" in given:
+        pairs = match_pairs(args.dir1, args.dir2, args.skip_unmatched)
+        fuse_folder(args, pairs, args.out, device)
+    else:
+        pairs = task_pairs(args.data_dir, args.task, "test", args.skip_unmatched)
+        fuse_folder(args, pairs, args.out or ROOT / "result" / args.task, device)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args(TestArgs, description=__doc__))
