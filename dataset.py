@@ -73,6 +73,7 @@ def _decode(path: Path) -> np.ndarray:
         # Pillow refuses a truncated file, which OpenCV may fill up or comment on stderr.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            Image.open(io.BytesIO(data)).verify()
             Image.open(io.BytesIO(data)).load()
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except (OSError, SyntaxError, ValueError, cv2.error, Image.DecompressionBombError):
@@ -99,8 +100,13 @@ def to_uint8(luma: np.ndarray, chroma: np.ndarray | None = None) -> np.ndarray:
 
 
 def read_luma8(path: Path) -> np.ndarray:
-    """Luma (H, W) of an image file in 8 bits, as the metrics take it."""
-    return to_uint8(read_image(path)[0])
+    """Luma (H, W) of an image file in 8 bits, as the metrics take it; exact, halves round up."""
+    pixels = _decode(Path(path))
+    if pixels.dtype == np.uint16:
+        return to_uint8(read_image(path)[0])
+    if pixels.ndim == 2:
+        return pixels
+    return ((pixels.astype(np.int32) @ [299, 587, 114] + 500) // 1000).astype(np.uint8)
 
 
 def write_png(path: Path, image: np.ndarray) -> None:
@@ -130,7 +136,7 @@ def match_pairs(dir1: Path, dir2: Path, skip_unmatched: bool = False) -> list[Pa
         ValueError: a folder is missing or empty, a name occurs twice in a folder, or one has no
             partner (unless `skip_unmatched`).
     """
-    files1, files2 = _images(Path(dir1)), _images(Path(dir2))
+    files1, files2 = images_in(Path(dir1)), images_in(Path(dir2))
     unmatched = sorted(files1.keys() ^ files2.keys())
     if unmatched and not skip_unmatched:
         name = unmatched[0]
@@ -145,7 +151,8 @@ def match_pairs(dir1: Path, dir2: Path, skip_unmatched: bool = False) -> list[Pa
     return [Pair(name, files1[name], files2[name]) for name in names]
 
 
-def _images(folder: Path) -> dict[str, Path]:
+def images_in(folder: Path) -> dict[str, Path]:
+    """The images of a folder by file name without extension; ValueError if none, or two of one."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     files: dict[str, Path] = {}

@@ -8,6 +8,8 @@ depends on neither batch nor patch. `reduction="published"` gives the published 
 Legend: B batch, H W pixels. Images are (B, 1, H, W) in [0, 1]; a loss is a tensor without axes.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -70,8 +72,8 @@ def gaussian_matrix(n: int, like: Tensor) -> Tensor:
     """(n, n): the 11-tap gaussian of sigma 1.5 at each of n places, cut off at the ends."""
     i = torch.arange(n, dtype=like.dtype, device=like.device)
     distance = i[:, None] - i  # (n, n)
-    taps = torch.exp(-(torch.arange(-5.0, 6.0) ** 2) / (2 * 1.5**2)).sum().item()
-    return torch.exp(-(distance**2) / (2 * 1.5**2)) * (distance.abs() <= 5) / taps
+    total = sum(math.exp(-(k**2) / (2 * 1.5**2)) for k in range(-5, 6))
+    return torch.exp(-(distance**2) / (2 * 1.5**2)) * (distance.abs() <= 5) / total
 
 
 def max_content_loss(fused: Tensor, img1: Tensor, img2: Tensor) -> Tensor:

@@ -28,13 +28,21 @@ from args_setting import SIZES, ModelSize
 MIN_SIDE = 16  # smallest image side that `fuse` takes
 
 
-def conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """bn(conv(x)); at inference the normalisation moves into the weights, one pass less."""
+def conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d, *maps: Tensor) -> Tensor:
+    """bn(conv(maps side by side)).
+
+    At inference the normalisation moves into the weights, and each map meets its own part of them:
+    two passes over large maps less.
+    """
     if bn.training or torch.is_grad_enabled():
-        return bn(conv(x))
+        return bn(conv(torch.cat(maps, 1) if len(maps) > 1 else maps[0]))
     statistics = bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
     weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
-    return F.conv2d(x, weight, bias, padding=conv.padding)
+    parts = weight.split([len(m[0]) for m in maps], 1)
+    out = F.conv2d(maps[0], parts[0], bias, padding=conv.padding)
+    for m, part in zip(maps[1:], parts[1:], strict=True):
+        out += F.conv2d(m, part, padding=conv.padding)
+    return out
 
 
 class BlurPool(nn.Module):
@@ -66,8 +74,8 @@ class ConvBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_hidden, c_out, 3, padding=1)
         self.bn2 = nn.BatchNorm2d(c_out)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, c_in, H, W) -> (B, c_out, H, W)
-        return conv_bn(self.conv2, self.bn2, conv_bn(self.conv1, self.bn1, x))
+    def forward(self, *maps: Tensor) -> Tensor:  # c_in channels in all -> (B, c_out, H, W)
+        return conv_bn(self.conv2, self.bn2, conv_bn(self.conv1, self.bn1, *maps))
 
 
 class EncoderBlock(ConvBlock):
@@ -95,7 +103,9 @@ class Encoder(nn.Module):
         )
 
     def forward(self, img: Tensor) -> list[Tensor]:  # (B, 1, H, W)
-        x = self.inlayer(img)  # (B, C0, H, W)
+        # The 1x1 convolution of one channel, written as what it is: a multiple of the image.
+        weight, bias = self.inlayer.weight.flatten(), self.inlayer.bias
+        x = torch.addcmul(bias, img.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)
         scales = []
         for block in self.blocks:
             x = block(x)
@@ -122,20 +132,19 @@ class AFF(nn.Module):
         # Half precision has too little range for a spectrum, and no FFT on most devices.
         with torch.autocast(x.device.type, enabled=False):
             x = x.float().permute(0, 2, 3, 1)  # (B, H, W, C): pixels first, as convolutions like it
-            spectrum = torch.fft.rfft2(x, dim=(1, 2), norm=self.fft_norm)  # (B, H, W/2+1, C)
-            z = torch.view_as_real(spectrum.contiguous()).flatten(3)  # …, 2C: c0.re, c0.im, c1.re …
-            z = self._mix(z.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, H, W/2+1, 2C)
-            z = z.unflatten(3, (-1, 2))  # (B, H, W/2+1, C, 2)
+            z = torch.fft.rfft2(x, dim=(1, 2), norm=self.fft_norm)  # (B, H, W/2+1, C)
+            z = torch.view_as_real(z.contiguous()).flatten(3)  # …, 2C: c0.re, c0.im, c1.re, …
+            z = z.permute(0, 3, 1, 2)  # (B, 2C, H, W/2+1)
+            z = conv_bn(self.conv, self.bn, z).relu_()
+            pooled = torch.cat([z.mean(1, keepdim=True), z.amax(1, keepdim=True)], 1)  # (B, 2, …)
+            mask = torch.sigmoid(self.mask(pooled))  # (B, 1, H, W/2+1)
+            z = z * mask if torch.is_grad_enabled() else z.mul_(mask)
+            z = z.permute(0, 2, 3, 1).unflatten(3, (-1, 2))  # (B, H, W/2+1, C, 2)
             if self.aff == "published":
                 z = torch.stack([z[:, 0], z[:, 1]], -1).transpose(2, 3)  # (B, W/2+1, 2, C, 2)
-            spectrum = torch.view_as_complex(z.contiguous())  # (B, H, W/2+1, C)
-            out = torch.fft.irfft2(spectrum, s=x.shape[1:3], dim=(1, 2), norm=self.fft_norm)
+            z = torch.view_as_complex(z.contiguous())  # (B, H, W/2+1, C)
+            out = torch.fft.irfft2(z, s=x.shape[1:3], dim=(1, 2), norm=self.fft_norm)
         return out.permute(0, 3, 1, 2)
-
-    def _mix(self, z: Tensor) -> Tensor:  # (B, 2C, H, W/2+1) -> the same
-        z = conv_bn(self.conv, self.bn, z).relu_()
-        pooled = torch.cat([z.mean(1, keepdim=True), z.amax(1, keepdim=True)], 1)  # (B, 2, …)
-        return z * torch.sigmoid(self.mask(pooled))
 
 
 class CASF(nn.Module):
@@ -158,8 +167,8 @@ class CASF(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:  # two (B, C, H, W) -> (B, C, H, W)
         rows, columns = x.shape[-2] // self.patch, x.shape[-1] // self.patch
-        q1, k1, v1 = self._heads(self.qkv1(self.norm1(self._tokens(self.embed1, x))))
-        q2, k2, v2 = self._heads(self.qkv2(self.norm2(self._tokens(self.embed2, y))))
+        q1, k1, v1 = self._heads(self.qkv1(self.norm1(self._embed(self.embed1, x))))
+        q2, k2, v2 = self._heads(self.qkv2(self.norm2(self._embed(self.embed2, y))))
         a1 = F.scaled_dot_product_attention(q1, k1, v2)  # (B, heads, N, D/heads)
         a2 = F.scaled_dot_product_attention(q2, k2, v1)
         t1 = self.proj1(a1.transpose(1, 2).flatten(2))  # (B, N, D)
@@ -171,9 +180,13 @@ class CASF(nn.Module):
         patches = patches.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)  # (B, C, H, W)
         return (x + y).add_(patches)
 
-    @staticmethod
-    def _tokens(embed: nn.Conv2d, x: Tensor) -> Tensor:
-        return embed(x).flatten(2).transpose(1, 2)  # (B, N, D)
+    def _embed(self, conv: nn.Conv2d, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, N, D)
+        # The convolution as a matrix product: patches do not overlap, and a library's convolution
+        # would rearrange its large weight at every call.
+        patches = x.permute(0, 2, 3, 1).unflatten(2, (-1, self.patch))  # (B, H, W/p, p, C)
+        patches = patches.unflatten(1, (-1, self.patch)).transpose(2, 3)  # (B, H/p, W/p, p, p, C)
+        weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p*p*C)
+        return F.linear(patches.flatten(3).flatten(1, 2), weight, conv.bias)
 
     def _heads(self, qkv: Tensor) -> Tensor:
         qkv = qkv.unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, D/heads)
@@ -214,7 +227,9 @@ class SFEF(nn.Module):
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:  # (B, d, H, W) -> (B, d, H, W)
-        unit = F.normalize(x.permute(0, 2, 3, 1).flatten(1, 2), dim=-1)  # (B, N, d)
+        tokens = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, d)
+        in_place = not (self.residual or torch.is_grad_enabled())
+        unit = F.normalize(tokens, dim=-1, out=tokens if in_place else None)
         # The scale of the tokens' norm is per channel: it acts on the few slots instead.
         scale = self.norm.scale  # (d,)
         slots = self.slot_norm(self.slot_embeds).flatten(0, 1) * scale  # (E*S, d)
@@ -222,7 +237,13 @@ class SFEF(nn.Module):
         slot_in = attend(slots, unit, unit) * scale  # (B, E*S, d)
         per_expert = slot_in.chunk(len(self.experts), dim=1)  # E of (B, S, d)
         slot_out = [expert(t) for expert, t in zip(self.experts, per_expert, strict=True)]
-        out = attend(unit, slots, torch.cat(slot_out, 1))  # (B, N, d)
+        slot_out = torch.cat(slot_out, 1)  # (B, E*S, d)
+        if in_place:  # each token's output takes its own place
+            for part in unit.split(2**14, 1):
+                part.copy_(attend(part, slots, slot_out))
+            out = unit  # (B, N, d)
+        else:
+            out = attend(unit, slots, slot_out)  # (B, N, d)
         out = out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # (B, d, H, W)
         return x + out if self.residual else out
 
@@ -244,10 +265,15 @@ class FusionModule(nn.Module):
         self.sfef = SFEF(2 * channels, size.experts, size.slots, size.sfef_residual)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:  # two (B, C, H, W) -> (B, 2C, H, W)
+        return self.sfef(self.concat(x, y))
+
+    def concat(self, x: Tensor, y: Tensor) -> Tensor:
+        """The maps of the spatial and the frequency expert, side by side: (B, 2C, H, W)."""
+        frequency = self.aff2(x).add_(self.aff1(y))  # (B, C, H, W)
         spatial = self.casf(x, y)  # (B, C, H, W)
-        frequency = (self.aff2(x) + self.aff1(y)).to(spatial.dtype)  # (B, C, H, W)
+        frequency = frequency.to(spatial.dtype)
         both = torch.cat([t.permute(0, 2, 3, 1) for t in (spatial, frequency)], -1)  # (B, H, W, 2C)
-        return self.sfef(both.permute(0, 3, 1, 2))
+        return both.permute(0, 3, 1, 2)
 
 
 class DecoderBlock(ConvBlock):
@@ -257,8 +283,8 @@ class DecoderBlock(ConvBlock):
         super().__init__(c_in, c_out // 2, c_out)
         self.upsample = upsample
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, c_in, H, W) -> (B, c_out, H, W) or twice of it
-        x = super().forward(x)
+    def forward(self, *maps: Tensor) -> Tensor:  # (B, c_in, H, W) -> (B, c_out, H, W) or 2H, 2W
+        x = super().forward(*maps)
         if self.upsample:
             x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
         return F.gelu(x)
@@ -267,14 +293,16 @@ class DecoderBlock(ConvBlock):
 class Decoder(nn.Module):
     """From the coarsest fused scale to the image; each step takes in the next finer scale."""
 
-    def __init__(self, channels: tuple[int, ...], tail: int):
+    def __init__(self, channels: tuple[int, ...], tail: int, head: str):
         super().__init__()
         _, c1, c2, c3, c4 = channels
         self.up4 = DecoderBlock(2 * c4, c3, upsample=True)
         self.up3 = DecoderBlock(c3 + 2 * c3, c2, upsample=True)
         self.up2 = DecoderBlock(c2 + 2 * c2, c1, upsample=True)
         self.up1 = DecoderBlock(c1 + 2 * c1, tail, upsample=False)
-        self.outlayer = nn.Conv2d(tail, 1, 1)
+        self.outlayer = nn.Conv2d(tail, 2 if head == "gains" else 1, 1)
+        if head == "gains":
+            nn.init.constant_(self.outlayer.bias, 0.5)  # begin near the mean of the sources
 
     def steps(self) -> tuple[DecoderBlock, ...]:
         return self.up4, self.up3, self.up2, self.up1
@@ -297,7 +325,7 @@ class ASFEFusion(nn.Module):
             FusionModule(c, p, size, aff)
             for c, p in zip(size.channels[1:], size.patch, strict=True)
         )
-        self.decoder = Decoder(size.channels, size.tail)
+        self.decoder = Decoder(size.channels, size.tail, size.head)
         self.multiple = max(2**k * p for k, p in enumerate(size.patch))
         # Convolutions are faster so, and pixels become SFEF's tokens without a copy.
         self.to(memory_format=torch.channels_last)
@@ -320,17 +348,21 @@ class ASFEFusion(nn.Module):
         takes any size. Raises ValueError for other shapes.
         """
         _check_shapes(img1, img2, self.multiple)
-        # One pass for both images: twice the batch, and BatchNorm trains on the statistics that
-        # it uses at test. Lists are emptied as they are used, to free the finest maps early.
-        if self.training:
-            scales = [s.chunk(2) for s in self.encoder(torch.cat([img1, img2]))]
-        else:
-            scales = list(zip(self.encoder(img1), self.encoder(img2), strict=True))
+        # One pass for both images: BatchNorm then trains on the joint statistics that it uses at
+        # test. Lists are emptied as they are used, to free the finest maps early.
+        scales = [s.chunk(2) for s in self.encoder(torch.cat([img1, img2]))]  # 2 of (B, C, H, W)
         z = None
         for fusion, up in zip(reversed(self.fusion), self.decoder.steps(), strict=True):
-            fused = fusion(*scales.pop())  # (B, 2C, H/8, W/8), then H/4, H/2, H
-            z = up(fused if z is None else torch.cat([z, fused], 1))  # (B, C, H/4, W/4) … H
-        return self.decoder.outlayer(z)  # (B, 1, H, W)
+            fused = fusion.sfef(fusion.concat(*scales.pop()))  # (B, 2C, H/8, W/8), …, H, W
+            z = up(fused) if z is None else up(z, fused)  # (B, C, H/4, W/4), …, (B, tail, H, W)
+        return self.head(z, img1, img2)
+
+    def head(self, z: Tensor, img1: Tensor, img2: Tensor) -> Tensor:
+        """The fused (B, 1, H, W) from the decoder's last map, as `ModelSize.head` says."""
+        out = self.decoder.outlayer(z)  # (B, 1 or 2, H, W)
+        if self.size.head == "gains":
+            out = (out * torch.cat([img1, img2], 1)).sum(1, keepdim=True)
+        return out
 
     @torch.no_grad()
     def fuse(

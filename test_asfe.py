@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from args_setting import ROOT, TASKS, TestArgs, parse_args, run_script
 from dataset import Pair, match_pairs, read_image, read_pair, task_pairs, to_uint8, write_png
+from metrics_report import compare, print_table
 from network import MIN_SIDE, ASFEFusion, load_weights, pick_device
 from phantom import phantom_pair
 
@@ -129,6 +130,8 @@ def fuse_folder(args: TestArgs, pairs: list[Pair], out: Path, device: torch.devi
         sheet = out.with_name(f"{out.name}_contact_sheet.png")
         write_png(sheet, contact_sheet(rows, [TASKS[args.task], "MRI", "fused"]))
         print(f"contact sheet: {sheet}")
+    if args.metrics:  # in this process: a fork after CUDA has started would hang
+        print_table(compare({"ASFE-Fusion": out}, pairs, jobs=1, title=args.task))
 
 
 def fuse_demo(args: TestArgs, device: torch.device) -> None:

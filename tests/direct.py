@@ -93,7 +93,7 @@ class DirectASFEFusion(ASFEFusion):
         z = self.decoder.up3(torch.cat([z, z3], 1))
         z = self.decoder.up2(torch.cat([z, z2], 1))
         z = self.decoder.up1(torch.cat([z, z1], 1))
-        return self.decoder.outlayer(z)
+        return self.head(z, img1, img2)
 
 
 def direct(model: ASFEFusion, share: bool = False) -> DirectASFEFusion:

@@ -1,0 +1,112 @@
+"""The losses: golden values of the published code, SSIM against scikit-image, gradients."""
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import structural_similarity
+
+from losses import (
+    content_loss,
+    fusion_loss,
+    gradient_loss,
+    max_content_loss,
+    max_gradient_loss,
+    sobel,
+    ssim,
+    structure_loss,
+)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(3, 2, 1, 48, 40)
+
+
+def test_golden_values(shared):
+    golden = np.load(shared / "golden" / "expected.npz")
+    fused, img1, img2 = (torch.from_numpy(golden[f"loss/{n}"]) for n in ("fused", "img1", "img2"))
+    fused.requires_grad_()
+    content = content_loss(fused, img1, img2, "published")
+    gradient = gradient_loss(fused, img1, img2, "published")
+    total, terms = fusion_loss(fused, img1, img2, "paper", "published")
+    tensor_norm = np.log1p(golden["loss/structure_tensor_norm"])
+    for got, expected in [
+        (content, golden["loss/content"]),
+        (gradient, tensor_norm),
+        (ssim(fused, img1).mean(), golden["loss/ssim1"]),
+        (ssim(fused, img2).mean(), golden["loss/ssim2"]),
+        (total, golden["loss/total"]),
+        (terms["structure"], 2 - golden["loss/ssim1"] - golden["loss/ssim2"]),
+    ]:
+        assert got.item() == pytest.approx(float(expected), rel=1e-5)
+    (0.5 * content + 0.5 * gradient).backward()
+    expected = torch.from_numpy(golden["loss/grad_without_ssim"])
+    assert (fused.grad - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_ssim_is_scikit_images(images):
+    """Zero padding done by hand: then every window of the image itself lies inside."""
+    a, b = images[0, 0, 0].double(), images[1, 0, 0].double()
+    _, full = structural_similarity(
+        *(np.pad(t.numpy(), 5) for t in (a, b)),
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        data_range=1.0,
+        full=True,
+    )
+    got = ssim(a[None, None], b[None, None])
+    assert got.item() == pytest.approx(full[5:-5, 5:-5].mean(), abs=1e-9)
+
+
+def test_ssim_of_equal_images_is_one(images):
+    assert torch.allclose(ssim(images[0], images[0]), torch.ones(2))
+    assert structure_loss(images[0], images[0], images[0]).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "detail"])
+def test_losses_depend_on_neither_batch_nor_tiling(images, recipe):
+    whole, _ = fusion_loss(*images, recipe)
+    halves = [fusion_loss(*images[:, i : i + 1], recipe)[0] for i in range(2)]
+    assert whole.item() == pytest.approx(torch.stack(halves).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "detail"])
+def test_every_term_gives_a_gradient(images, recipe):
+    fused = images[0].clone().requires_grad_()
+    total, terms = fusion_loss(fused, images[1], images[2], recipe)
+    assert set(terms) == {"content", "gradient", "structure"}
+    for term in terms.values():
+        (gradient,) = torch.autograd.grad(term, fused, retain_graph=True)
+        assert gradient.abs().sum() > 0
+    total.backward()
+    assert torch.isfinite(fused.grad).all()
+
+
+@pytest.mark.parametrize("recipe", ["paper", "detail"])
+@pytest.mark.parametrize("level", [0.0, 0.7])
+def test_constant_images_give_finite_gradients(recipe, level):
+    flat = torch.full((2, 1, 32, 32), level)
+    fused = flat.clone().requires_grad_()
+    total, _ = fusion_loss(fused, flat, flat, recipe)
+    total.backward()
+    assert torch.isfinite(total) and torch.isfinite(fused.grad).all()
+
+
+def test_the_minimum_is_where_it_should_be(images):
+    img1, img2 = images[1], images[2]
+    assert content_loss((img1 + img2) / 2, img1, img2) < 1e-5
+    assert max_content_loss(torch.maximum(img1, img2), img1, img2) == 0
+    assert max_gradient_loss(img1, img1, torch.zeros_like(img1)) == 0
+
+
+def test_sobel_of_a_ramp():
+    ramp = (2 * torch.arange(9.0) + 3 * torch.arange(7.0)[:, None])[None, None]
+    inner = sobel(ramp)[..., 1:-1, 1:-1]
+    assert torch.allclose(inner[:, 0], torch.tensor(2.0))
+    assert torch.allclose(inner[:, 1], torch.tensor(3.0))
+
+
+def test_unknown_recipe(images):
+    with pytest.raises(ValueError, match="expected paper or detail"):
+        fusion_loss(*images, "best")

@@ -1,0 +1,381 @@
+"""The command lines: what they write, and one line with exit code 2 for bad input."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import args_setting
+import test_asfe
+import train_asfe
+from args_setting import ROOT, TASKS, CommonArgs, TestArgs, TrainArgs, parse_args, run_script
+from dataset import read_luma8, to_uint8, write_png
+from network import ASFEFusion, load_weights, save_weights
+from phantom import phantom_pair
+
+KINDS = {test_asfe: TestArgs, train_asfe: TrainArgs}
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a script in this process: exit code, stdout, stderr."""
+
+    def run(script, *argv) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, argv)])
+        try:
+            run_script(script.main, parse_args(KINDS[script]))
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    save_weights(ASFEFusion("compact").eval(), path, {"task": "PET-MRI"})
+    return path
+
+
+def write_task(root: Path, task: str, split: str, sides: dict[str, int]) -> Path:
+    """A data folder of phantoms: `sides` gives the image side for each name."""
+    for name, side in sides.items():
+        for folder, image in zip((TASKS[task], "MRI"), phantom_pair(task, side), strict=True):
+            path = root / task / split / folder / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_png(path, image)
+    return root
+
+
+def files(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+# --- test_asfe.py ----------------------------------------------------------------------------
+
+
+def test_fuses_a_test_split(call, weights, tmp_path):
+    data = write_task(tmp_path / "data", "PET-MRI", "test", {"b": 64, "a": 64, "c": 80, "d": 64})
+    argv = ["--task", "PET-MRI", "--data_dir", data, "--weights", weights, "--batch_size", 2]
+    out = tmp_path / "out"
+    code, stdout, _ = call(test_asfe, *argv, "--out", out)
+    assert code == 0 and "4 pairs" in stdout
+    names = {"a.png", "b.png", "c.png", "d.png"}
+    assert files(tmp_path) - files(data.parent / "data") >= {f"out/{n}" for n in names}
+    assert files(out) == names
+    # batches do not change a pair, and neither does going alone
+    model, _ = load_weights(weights)
+    source = data / "PET-MRI" / "test"
+    for name, side in (("a", 64), ("c", 80)):
+        pet, mri = phantom_pair("PET-MRI", side)
+        lumas = read_luma8(source / "PET" / f"{name}.png")
+        fused = cv2.imread(str(out / f"{name}.png"))[..., ::-1]
+        assert fused.shape == pet.shape and fused.dtype == np.uint8
+        exact = pet.astype(np.float32) / 255 @ np.array([0.299, 0.587, 0.114], np.float32)
+        luma = model.fuse(exact, mri).numpy()
+        expected = to_uint8(luma, pet / np.float32(255) - exact[..., None])
+        assert np.abs(fused.astype(int) - expected).max() <= 1
+        assert lumas.shape == luma.shape
+
+
+def test_contact_sheet_shows_sources_and_result(call, weights, tmp_path):
+    data = write_task(tmp_path / "data", "CT-MRI", "test", {"a": 64, "b": 48, "c": 64})
+    argv = ["--data_dir", data, "--weights", weights, "--out", tmp_path / "out"]
+    assert call(test_asfe, *argv, "--contact_rows", 2)[0] == 0
+    sheet = cv2.imread(str(tmp_path / "out_contact_sheet.png"))
+    cell, gap, header = test_asfe.CELL, test_asfe.GAP, test_asfe.HEADER
+    assert sheet.shape == (header + 2 * (cell + gap), 3 * (cell + gap) + gap, 3)
+    ct = cv2.resize(phantom_pair("CT-MRI", 64)[0], (cell, cell), interpolation=cv2.INTER_NEAREST)
+    shown = sheet[header : header + cell - 30, gap : gap + cell, 0]  # above the name
+    assert np.array_equal(shown, ct[:-30])
+    os.remove(tmp_path / "out_contact_sheet.png")
+    assert call(test_asfe, *argv, "--contact_rows", 0)[0] == 0
+    assert not (tmp_path / "out_contact_sheet.png").exists()
+
+
+def test_fuses_one_pair_and_two_folders(call, weights, tmp_path):
+    data = write_task(tmp_path, "CT-MRI", "test", {"a": 50}) / "CT-MRI" / "test"
+    pair = ["--img1", data / "CT/a.png", "--img2", data / "MRI/a.png", "--weights", weights]
+    assert call(test_asfe, *pair, "--out", tmp_path / "new" / "one.png")[0] == 0
+    folders = ["--dir1", data / "CT", "--dir2", data / "MRI", "--weights", weights]
+    assert call(test_asfe, *folders, "--out", tmp_path / "many")[0] == 0
+    one = cv2.imread(str(tmp_path / "new" / "one.png"), cv2.IMREAD_UNCHANGED)
+    assert one.shape == (50, 50)
+    assert np.array_equal(one, cv2.imread(str(tmp_path / "many" / "a.png"), cv2.IMREAD_UNCHANGED))
+
+
+def test_stretch_and_aff_reach_the_network(call, weights, tmp_path):
+    data = write_task(tmp_path, "CT-MRI", "test", {"a": 64}) / "CT-MRI" / "test"
+    pair = ["--img1", data / "CT/a.png", "--img2", data / "MRI/a.png", "--weights", weights]
+    results = {}
+    for name, extra in {
+        "plain": [],
+        "stretch": ["--stretch"],
+        "aff": ["--aff", "published"],
+    }.items():
+        assert call(test_asfe, *pair, *extra, "--out", tmp_path / f"{name}.png")[0] == 0
+        results[name] = read_luma8(tmp_path / f"{name}.png")
+    assert results["stretch"].min() == 0 and results["stretch"].max() == 255
+    assert not np.array_equal(results["plain"], results["aff"])
+
+
+def test_metrics_of_what_was_written(call, weights, tmp_path):
+    data = write_task(tmp_path / "data", "PET-MRI", "test", {"a": 64, "b": 64})
+    argv = ["--task", "PET-MRI", "--data_dir", data, "--weights", weights]
+    code, out, _ = call(test_asfe, *argv, "--out", tmp_path / "out", "--metrics")
+    assert code == 0
+    table = out[out.index("contact sheet") :]
+    assert "ASFE-Fusion" in table and "max" in table and "mean" in table and "Qabf" in table
+
+
+def test_a_stray_file_can_be_skipped(call, weights, tmp_path):
+    data = write_task(tmp_path / "data", "CT-MRI", "test", {"a": 64, "b": 64})
+    (data / "CT-MRI" / "test" / "MRI" / "b.png").unlink()
+    argv = ["--data_dir", data, "--weights", weights, "--out", tmp_path / "out"]
+    code, _, err = call(test_asfe, *argv)
+    assert code == 2 and err.count("\n") == 1
+    assert "b is in" in err and "--skip-unmatched" in err and not (tmp_path / "out").exists()
+    assert call(test_asfe, *argv, "--skip-unmatched")[0] == 0
+    assert files(tmp_path / "out") == {"a.png"}
+
+
+def test_a_constant_image_works(call, weights, tmp_path):
+    for level in (0, 255):
+        write_png(tmp_path / "flat.png", np.full((40, 40), level, np.uint8))
+        pair = ["--img1", tmp_path / "flat.png", "--img2", tmp_path / "flat.png"]
+        out = tmp_path / "out.png"
+        assert call(test_asfe, *pair, "--weights", weights, "--stretch", "--out", out)[0] == 0
+
+
+def broken(tmp_path: Path, weights: Path, kind: str) -> tuple[list, str]:
+    """Arguments that must fail, and what the message must say."""
+    data = write_task(tmp_path / "data", "CT-MRI", "test", {"a": 64, "b": 64})
+    ct, mri = (data / "CT-MRI" / "test" / folder for folder in ("CT", "MRI"))
+    plain = ["--data_dir", data, "--weights", weights, "--out", tmp_path / "out"]
+    if kind == "missing folder":
+        return [*plain[2:], "--data_dir", tmp_path / "no"], "no such folder"
+    if kind == "empty folder":
+        (tmp_path / "none").mkdir()
+        return [*plain[2:], "--dir1", ct, "--dir2", tmp_path / "none"], "no images"
+    if kind == "unmatched":
+        (ct / "b.png").rename(ct / "z.png")
+        return plain, "b (and 1 others) is in"
+    if kind == "two sizes":
+        write_png(ct / "b.png", phantom_pair("CT-MRI", 48)[0])
+        return plain, "48x48"
+    if kind == "too small":
+        write_task(data, "CT-MRI", "test", {"b": 12})
+        return plain, "12x12, expected at least 16x16"
+    if kind == "truncated":
+        (mri / "b.png").write_bytes((mri / "b.png").read_bytes()[:300])
+        return plain, "damaged"
+    if kind == "text":
+        (mri / "b.png").write_text("hello")
+        return plain, "b.png: damaged or not an image"
+    if kind == "empty weights":
+        (tmp_path / "w.safetensors").write_bytes(b"")
+        return [*plain, "--weights", tmp_path / "w.safetensors"], "damaged"
+    if kind == "other size":
+        return [*plain, "--size", "paper"], "are of size compact, --size is paper"
+    if kind == "no paper weights":
+        return [*plain[:2], "--size", "paper"], "no weights of size paper"
+    if kind == "unknown task":
+        return [*plain, "--task", "CT-PET"], "invalid choice: 'CT-PET'"
+    if kind == "unwritable":
+        (tmp_path / "file").write_text("")
+        return [*plain[:4], "--out", tmp_path / "file" / "out"], "Not a directory"
+    if kind == "cuda":
+        return [*plain, "--DEVICE", "cuda"], "no such device"
+    if kind == "half a pair":
+        return [*plain, "--img1", ct / "a.png"], "--img1 with --img2"
+    if kind == "no out":
+        return ["--img1", ct / "a.png", "--img2", mri / "a.png"], "need --out"
+    if kind == "out is no png":
+        pair = ["--img1", ct / "a.png", "--img2", mri / "a.png", "--weights", weights]
+        return [*pair, "--out", tmp_path / "out.jpg"], "ends in .png"
+    if kind == "batch":
+        return [*plain, "--batch_size", "0"], "batch_size is 0"
+    raise AssertionError(kind)
+
+
+BROKEN = (
+    "missing folder;empty folder;unmatched;two sizes;too small;truncated;text;empty weights;"
+    "other size;no paper weights;unknown task;unwritable;half a pair;no out;out is no png;batch"
+).split(";") + ([] if torch.cuda.is_available() else ["cuda"])
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_bad_input_is_one_line_and_writes_nothing(call, weights, tmp_path, kind):
+    argv, message = broken(tmp_path, weights, kind)
+    before = files(tmp_path)
+    code, _, err = call(test_asfe, *argv)
+    assert code == 2
+    assert message in err and err.count("\n") == 1 and "Traceback" not in err
+    assert files(tmp_path) == before
+
+
+def test_the_published_format_is_chosen_by_its_keys(call, shared, tmp_path):
+    """A checkpoint of the authors' format needs --size paper and selects their AFF."""
+    torch.save({"outlayer.weight": torch.zeros(1)}, tmp_path / "w.pth")
+    write_png(tmp_path / "a.png", phantom_pair("CT-MRI", 32)[0])
+    pair = ["--img1", tmp_path / "a.png", "--img2", tmp_path / "a.png", "--out", tmp_path / "o.png"]
+    code, _, err = call(test_asfe, *pair, "--weights", tmp_path / "w.pth", "--size", "paper")
+    assert code == 2 and "has shape" in err
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_shipped_weights_say_what_they_are(task):
+    path = ROOT / "model_pre" / f"compact_{task}.safetensors"
+    assert path.stat().st_size <= 10e6
+    model, metadata = load_weights(path)
+    assert metadata["task"] == task and metadata["size"] == "compact"
+    assert metadata["settings"]["task"] == task and metadata["epochs"] >= 1
+    # trained weights keep what both sources show; random ones do not
+    source1, mri = phantom_pair(task)
+    luma = source1 if source1.ndim == 2 else cv2.cvtColor(source1, cv2.COLOR_RGB2GRAY)
+    fused = model.fuse(luma, mri).numpy()
+    brighter = np.maximum(luma, mri) / 255
+    assert np.corrcoef(fused.ravel(), brighter.ravel())[0, 1] > 0.95
+    assert fused[:12].max() < 0.05, "the background is black"
+
+
+def test_demo_in_a_process_of_its_own(tmp_path):
+    command = [sys.executable, ROOT / "test_asfe.py", "--demo", "--out", tmp_path / "demo"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "contact_sheet.png" in done.stdout
+    expected = {f"{t}_{m}.png" for t, s in TASKS.items() for m in (s, "MRI", "fused")}
+    assert files(tmp_path / "demo") == {*expected, "contact_sheet.png"}
+
+
+# --- train_asfe.py ---------------------------------------------------------------------------
+
+
+def test_training_learns_and_its_weights_fuse(call, tmp_path):
+    data = write_task(tmp_path / "data", "CT-MRI", "train", {str(i): 64 for i in range(8)})
+    argv = ["--data_dir", data, "--save_dir", tmp_path / "save", "--patch_size", 64]
+    argv += ["--batch_size", 4, "--warmup", 2, "--lr", 0.003]
+    code, out, err = call(train_asfe, *argv, "--epoch", 1)
+    path = tmp_path / "save" / "compact_CT-MRI.safetensors"
+    assert code == 0, err
+    assert f"weights written to {path}" in out
+    first = load_weights(path)[1]["training_loss"]
+    assert call(train_asfe, *argv, "--epoch", 12)[0] == 0
+    model, metadata = load_weights(path)
+    assert metadata["training_loss"] < first / 2
+    assert metadata["task"] == "CT-MRI" and metadata["settings"]["epoch"] == 12
+    assert str(tmp_path) not in str(metadata), "no path of a machine in the weights"
+    assert files(tmp_path / "save") == {path.name}
+    assert torch.isfinite(model.fuse(*phantom_pair("CT-MRI", 64))).all()
+    # and training goes on from them
+    assert call(train_asfe, *argv, "--epoch", 1, "--init", path)[0] == 0
+    assert load_weights(path)[1]["settings"]["init"] == path.name
+
+
+def test_the_same_seed_gives_the_same_weights(call, tmp_path):
+    data = write_task(tmp_path / "data", "CT-MRI", "train", {"a": 32, "b": 32})
+    argv = ["--data_dir", data, "--patch_size", 32, "--batch_size", 2, "--epoch", 1]
+    for name in ("1", "2"):
+        assert call(train_asfe, *argv, "--threads", 1, "--save_dir", tmp_path / name)[0] == 0
+    one, two = (load_weights(tmp_path / n / "compact_CT-MRI.safetensors")[0] for n in ("1", "2"))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_learning_rate_rises_and_falls():
+    rates = [train_asfe.learning_rate(step, 100, 10) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[10] == 1
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 0.001
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--recipe", "best"], "invalid choice: 'best'"),
+        (["--patch_size", 128], "patch_size is 128, but"),
+        (["--patch_size", 40], "expected a multiple of 16"),
+        (["--batch_size", 9], "batch_size is 9, but there are 2 pairs"),
+        (["--size", "paper", "--init", "WEIGHTS"], "is of size compact, --size is paper"),
+        (["--save_dir", "FILE/save"], "Not a directory"),
+        (["--task", "PET-MRI"], "no such folder"),
+        (["--epoch", "many"], "invalid int value"),
+    ],
+)
+def test_bad_training_input_is_one_line(call, weights, tmp_path, extra, message):
+    data = write_task(tmp_path / "data", "CT-MRI", "train", {"a": 64, "b": 64})
+    (tmp_path / "file").write_text("")
+    extra = [str(e).replace("WEIGHTS", str(weights)).replace("FILE", str(tmp_path / "file"))
+             for e in extra]  # fmt: skip
+    argv = ["--data_dir", data, "--save_dir", tmp_path / "save", "--patch_size", 64]
+    argv += ["--batch_size", 2, *extra]
+    code, _, err = call(train_asfe, *argv)
+    assert code == 2
+    assert message in err and err.count("\n") == 1
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_pairs(call, tmp_path, monkeypatch):
+    data = write_task(tmp_path / "data", "CT-MRI", "train", {"a": 32, "b": 32})
+    monkeypatch.setattr(train_asfe, "ASFEFusion", lambda size: NotFinite())
+    argv = ["--data_dir", data, "--save_dir", tmp_path / "save", "--patch_size", 32]
+    code, _, err = call(train_asfe, *argv, "--batch_size", 2)
+    assert code == 2 and "loss is nan in epoch 0" in err and "'a'" in err and "'b'" in err
+    assert files(tmp_path / "save") == set()
+
+
+class NotFinite(nn.Module):
+    multiple = 16
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(torch.nan))
+
+    def forward(self, img1, img2):
+        return self.scale * img1
+
+
+# --- args_setting.py -------------------------------------------------------------------------
+
+
+def test_every_default_names_its_source():
+    for cls in (TrainArgs, TestArgs, args_setting.DataArgs):
+        for field in args_setting.fields(cls):
+            assert field.metadata["source"] in ("paper", "published code", "ours"), field.name
+
+
+def test_published_flags_keep_their_names():
+    argv = "--DEVICE cpu --epoch 3 --lr 0.1 --batch_size 2 --patch_size 64 --task SPECT-MRI"
+    args = parse_args(TrainArgs, argv.split())
+    assert (args.DEVICE, args.epoch, args.lr) == ("cpu", 3, 0.1)
+    assert (args.batch_size, args.patch_size, args.task) == (2, 64, "SPECT-MRI")
+
+
+def test_an_edited_default_counts_and_a_flag_wins(capsys):
+    @args_setting.dataclass(frozen=True)
+    class Edited(CommonArgs):
+        task: str = args_setting.setting("PET-MRI", "ours", "x", choices=tuple(TASKS))
+        size: str = args_setting.setting("small", "ours", "x", choices=("paper", "compact"))
+
+    args = parse_args(Edited, ["--size", "paper"])
+    assert args.task == "PET-MRI" and args.size == "paper"
+    assert parse_args(Edited, ["--size", "paper", "--task", "CT-MRI"]).task == "CT-MRI"
+    with pytest.raises(SystemExit) as stop:  # an edited default outside of the choices
+        parse_args(Edited, [])
+    assert stop.value.code == 2
+    assert "size is 'small', expected one of paper, compact" in capsys.readouterr().err
+
+
+def test_spelling_with_hyphens_works_too():
+    assert parse_args(TestArgs, ["--skip-unmatched"]).skip_unmatched
+    assert not parse_args(TestArgs, ["--no-skip-unmatched"]).skip_unmatched
+    assert parse_args(TestArgs, ["--contact-rows", "2"]).contact_rows == 2
