@@ -12,6 +12,7 @@ x comes from img1 (CT, or the luma of PET or SPECT), y from img2 (MRI). Maps are
 import json
 import pickle
 import re
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -38,7 +39,7 @@ def conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d, *maps: Tensor) -> Tensor:
         return bn(conv(torch.cat(maps, 1) if len(maps) > 1 else maps[0]))
     statistics = bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
     weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
-    parts = weight.split([len(m[0]) for m in maps], 1)
+    parts = weight.split([m.shape[1] for m in maps], 1)
     out = F.conv2d(maps[0], parts[0], bias, padding=conv.padding)
     for m, part in zip(maps[1:], parts[1:], strict=True):
         out += F.conv2d(m, part, padding=conv.padding)
@@ -213,7 +214,8 @@ class SFEF(nn.Module):
 
     Puigcerver, Riquelme, Mustafa, Houlsby: "From sparse to soft mixtures of experts" (ICLR 2024).
     Dispatch (softmax over the tokens) and combine (softmax over the slots) are written as two
-    attentions without 1/sqrt(d), so the N x E*S logits never exist as a whole.
+    attentions without 1/sqrt(d), so the N x E*S logits never exist as a whole. At inference, and
+    without a residual path, the result takes the place of the input map, which is lost.
     """
 
     def __init__(self, dim: int, experts: int, slots: int, residual: bool):
@@ -228,7 +230,7 @@ class SFEF(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, d, H, W) -> (B, d, H, W)
         tokens = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, d)
-        in_place = not (self.residual or torch.is_grad_enabled())
+        in_place = not self.residual and not torch.is_grad_enabled()
         unit = F.normalize(tokens, dim=-1, out=tokens if in_place else None)
         # The scale of the tokens' norm is per channel: it acts on the few slots instead.
         scale = self.norm.scale  # (d,)
@@ -443,13 +445,15 @@ def pick_device(name: str) -> torch.device:
 
     Raises ValueError if the device is unknown or absent.
     """
-    absent = {"cuda": not torch.cuda.is_available(), "mps": not torch.mps.is_available()}
+    absent = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device(next((d for d in ("cuda", "mps") if not absent[d]), "cpu"))
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"DEVICE is {name!r}, expected auto, cpu, cuda, cuda:N or mps") from None
+        device = torch.device("meta")  # as wrong as any other that follows
+    if device.type not in ("cpu", *absent):
+        raise ValueError(f"DEVICE is {name!r}, expected auto, cpu, cuda, cuda:N or mps")
     if absent.get(device.type) or (device.index or 0) >= max(torch.cuda.device_count(), 1):
         raise ValueError(f"DEVICE is {name!r}, but this machine has no such device")
     return device
@@ -507,8 +511,11 @@ def save_weights(model: ASFEFusion, path: Path, metadata: dict, half: bool = Tru
     name = next((n for n, s in SIZES.items() if s == model.size), "custom")
     metadata = {"size": name, "widths": asdict(model.size), "aff": model.aff, **metadata}
     beside = path.with_name(path.name + ".part")
-    save_file(state, beside, {"asfe": json.dumps(metadata)})
-    beside.replace(path)
+    try:
+        beside.write_bytes(save(state, {"asfe": json.dumps(metadata)}))
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[ASFEFusion, dict]:
@@ -556,7 +563,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # the error that follows says enough
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"weights {path}: damaged, or pickled code, which is not run") from None
     except (RuntimeError, EOFError, ValueError, OSError) as error:

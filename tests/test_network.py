@@ -11,7 +11,7 @@ import torch
 from direct import direct
 from torch import nn
 
-from args_setting import SIZES
+from args_setting import SIZES, ModelSize
 from network import (
     AFF,
     ASFEFusion,
@@ -44,6 +44,10 @@ def settled(model: ASFEFusion) -> ASFEFusion:
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 2)
     return model.eval()
+
+
+# as the published size in everything but its widths
+NARROW = ModelSize(channels=(8, 8, 12, 16, 20), patch=(4,) * 4, dim=32, heads=2, experts=2, slots=8)
 
 
 @pytest.fixture(scope="module")
@@ -127,14 +131,28 @@ def test_only_the_listed_tensors_are_unused(published_file, shared):
 
 
 @pytest.mark.parametrize("aff", ["full", "published"])
-@pytest.mark.parametrize("size", [(64, 96), (128, 128)])
-def test_equals_the_direct_version(aff, size):
-    model = settled(ASFEFusion("compact", aff))
-    img1, img2 = torch.rand(2, 2, 1, *size)
+@pytest.mark.parametrize("side", [(64, 96), (192, 128)])
+@pytest.mark.parametrize("size", ["compact", NARROW], ids=["compact", "narrow"])
+def test_equals_the_direct_version(aff, side, size):
+    model = settled(ASFEFusion(size, aff))
+    img1, img2 = torch.rand(2, 2, 1, *side)
     with torch.no_grad():
         assert relative_error(model(img1, img2), direct(model)(img1, img2)) < 1e-5
-    # with gradients, normalisation is a pass of its own
+    # with gradients, normalisation is a pass of its own and nothing is done in place
     assert relative_error(model(img1, img2), direct(model)(img1, img2)) < 1e-5
+
+
+@pytest.mark.parametrize("size", ["compact", NARROW], ids=["compact", "narrow"])
+def test_bfloat16_autocast_stays_near(size):
+    model = settled(ASFEFusion(size))
+    img1, img2 = torch.rand(2, 1, 1, 64, 64)
+    expected = model(img1, img2).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        with_gradients = model(img1, img2)
+        with torch.no_grad():
+            without = model(img1, img2)
+    assert relative_error(with_gradients.float(), expected) < 0.1
+    assert relative_error(without.float(), expected) < 0.1
 
 
 @pytest.mark.parametrize("side", [(16, 24), (15, 33)])
@@ -333,6 +351,7 @@ KINDS = ["empty", "other keys", "other shapes", "pickled code", "not tensors", "
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("error")
 def test_damaged_checkpoints_are_refused(compact, tmp_path, kind):
     path = tmp_path / "w.pth"
     message = damaged(path, kind, compact)
@@ -367,8 +386,9 @@ def test_foreign_safetensors_are_refused(tmp_path):
 def test_pick_device():
     assert pick_device("cpu").type == "cpu"
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
-    with pytest.raises(ValueError, match="expected auto, cpu"):
-        pick_device("gpu")
+    for name in ("gpu", "meta", "xpu"):
+        with pytest.raises(ValueError, match="expected auto, cpu"):
+            pick_device(name)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no such device"):
             pick_device("cuda")
