@@ -30,7 +30,9 @@ def load_model(args: TestArgs, task: str, device: torch.device) -> ASFEFusion:
     """The network with the weights that the settings ask for; ValueError if they do not fit."""
     path = args.weights or ROOT / "model_pre" / f"{args.size}_{task}.safetensors"
     if args.weights is None and not path.is_file():
-        raise ValueError(f"no weights of size {args.size} are shipped; train them or use --weights")
+        raise ValueError(
+            f"no weights of size {args.size} for {task}, expected {path}; train some or use --weights"
+        )
     model, metadata = load_weights(path, device)
     if metadata["size"] != args.size:
         raise ValueError(f"weights {path} are of size {metadata['size']}, --size is {args.size}")

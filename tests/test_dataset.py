@@ -318,7 +318,9 @@ def test_check_names_what_is_wrong(served, tmp_path, capsys):
     (target / missing).unlink()
     stray = target / "PET-MRI/test/MRI/41101.jpg"
     stray.write_bytes(b"")
+    (target / "PET-MRI/test/41101.jpg").write_bytes(b"")  # as in the published collection
     found, wrong = dataset.check(target)
+    assert "PET-MRI/test/41101.jpg: not part of the set, never read" in found
     assert "CT-MRI/test/CT: 0 of 1" in found and "CT-MRI/test/MRI: 1 of 1" in found
     assert wrong == [f"{missing}: missing", "PET-MRI/test/MRI/41101.jpg: not part of the set"]
     with pytest.raises(ValueError, match="2 things wrong"):

@@ -224,8 +224,7 @@ def test_bad_input_is_one_line_and_writes_nothing(call, weights, tmp_path, kind)
     assert files(tmp_path) == before
 
 
-def test_the_published_format_is_chosen_by_its_keys(call, shared, tmp_path):
-    """A checkpoint of the authors' format needs --size paper and selects their AFF."""
+def test_a_checkpoint_of_another_model_is_refused(call, tmp_path):
     torch.save({"outlayer.weight": torch.zeros(1)}, tmp_path / "w.pth")
     write_png(tmp_path / "a.png", phantom_pair("CT-MRI", 32)[0])
     pair = ["--img1", tmp_path / "a.png", "--img2", tmp_path / "a.png", "--out", tmp_path / "o.png"]
