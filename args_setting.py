@@ -55,7 +55,10 @@ SIZES = {
 
 
 def setting(default, source: str, help: str, **argparse_kwargs):
-    """A dataclass field that carries its command-line help, its source and argparse's extras."""
+    """A dataclass field with its command-line help and its source.
+
+    Extras go to argparse, but for `minimum`, the least value that a number may have.
+    """
     return field(default=default, metadata={"help": help, "source": source, **argparse_kwargs})
 
 
@@ -67,21 +70,25 @@ class CommonArgs:
     task: str = setting("CT-MRI", "published code", "fusion task", choices=tuple(TASKS))
     size: str = setting("compact", "ours", "size of the network", choices=tuple(SIZES))
     data_dir: Path = setting(ROOT / "HMIFDatasets", "published code", "folder of the HMIF data set")
-    threads: int = setting(0, "ours", "CPU threads; 0 leaves the choice to PyTorch")
+    threads: int = setting(0, "ours", "CPU threads; 0 leaves the choice to PyTorch", minimum=0)
 
 
 @dataclass(frozen=True)
 class TrainArgs(CommonArgs):
     """Settings of train_asfe.py."""
 
-    epoch: int = setting(60, "ours", "passes over the training pairs (published: 2000)")
-    lr: float = setting(1e-3, "ours", "highest learning rate of AdamW (published: 2e-4)")
-    batch_size: int = setting(4, "published code", "pairs in a training step")
-    patch_size: int = setting(128, "ours", "side of the random crop, in pixels (published: 256)")
-    weight_decay: float = setting(1e-4, "ours", "AdamW's decay of the weights")
-    warmup: int = setting(100, "ours", "steps over which the learning rate rises from 0")
+    epoch: int = setting(60, "ours", "passes over the training pairs (published: 2000)", minimum=1)
+    lr: float = setting(1e-3, "ours", "highest learning rate of AdamW (published: 2e-4)", minimum=0)
+    batch_size: int = setting(4, "published code", "pairs in a training step", minimum=1)
+    patch_size: int = setting(
+        128, "ours", "side of the random crop, in pixels (published: 256)", minimum=16
+    )
+    weight_decay: float = setting(1e-4, "ours", "AdamW's decay of the weights", minimum=0)
+    warmup: int = setting(100, "ours", "steps over which the learning rate rises from 0", minimum=0)
     recipe: str = setting("detail", "ours", "training loss", choices=("paper", "detail"))
-    seed: int = setting(3407, "published code", "seed of weights, order and augmentation")
+    seed: int = setting(
+        3407, "published code", "seed of weights, order and augmentation", minimum=0
+    )
     save_dir: Path = setting(ROOT / "modelsave", "published code", "where the weights are written")
     init: Path | None = setting(None, "ours", "weights to start from instead of random ones")
 
@@ -111,12 +118,16 @@ class TestArgs(CommonArgs):
     )
     demo: bool = setting(False, "ours", "fuse three drawn phantom pairs; needs no data")
     skip_unmatched: bool = setting(False, "ours", "leave out files without a partner")
-    batch_size: int = setting(4, "ours", "pairs of equal size that go through the network together")
+    batch_size: int = setting(
+        4, "ours", "pairs of equal size that go through the network together", minimum=1
+    )
     stretch: bool = setting(
         False, "published code", "min-max stretch of each fused image instead of a clip to [0, 1]"
     )
     metrics: bool = setting(False, "ours", "print the metrics of what was written to a folder")
-    contact_rows: int = setting(6, "ours", "pairs shown on the contact sheet; 0 writes none")
+    contact_rows: int = setting(
+        6, "ours", "pairs shown on the contact sheet; 0 writes none", minimum=0
+    )
 
 
 @dataclass(frozen=True)
@@ -124,7 +135,7 @@ class DataArgs:
     """Settings of dataset.py run as a script."""
 
     download: bool = setting(False, "ours", "fetch the HMIF data set and verify it")
-    check: bool = setting(False, "ours", "print what is there per task, and what is wrong")
+    check: bool = setting(True, "ours", "print what is there per task, and what is wrong")
     data_dir: Path = setting(ROOT / "HMIFDatasets", "published code", "folder of the HMIF data set")
 
 
@@ -147,7 +158,7 @@ class MetricArgs:
     metrics: tuple[str, ...] = setting(
         (), "ours", "metrics to compute; without it the panel of 19", nargs="+", metavar="METRIC"
     )
-    jobs: int = setting(0, "ours", "processes; 0: one for each core")
+    jobs: int = setting(0, "ours", "processes; 0: one for each core", minimum=0)
     rank: bool = setting(False, "ours", "add the mean rank over all metrics")
     between: tuple[str, ...] = setting(
         (),
@@ -156,7 +167,7 @@ class MetricArgs:
         nargs=2,
         metavar=("A", "B"),
     )
-    seed: int = setting(3407, "ours", "seed of the bootstrap")
+    seed: int = setting(3407, "ours", "seed of the bootstrap", minimum=0)
     csv: Path | None = setting(None, "ours", "write each image and the means")
     json: Path | None = setting(None, "ours", "write the same with ranks and differences")
     markdown: Path | None = setting(None, "ours", "write the table of means")
@@ -180,6 +191,7 @@ def get_args_parser(cls: type, description: str = "") -> argparse.ArgumentParser
     for f in fields(cls):
         extras = dict(f.metadata)
         source, text = extras.pop("source"), extras.pop("help")
+        extras.pop("minimum", None)
         shown = f.default.name if isinstance(f.default, Path) else f.default
         extras["help"] = f"{text} (default {shown}; {source})".replace("%", "%%")
         if hints[f.name] is bool:
@@ -206,6 +218,8 @@ def parse_args(cls: type, argv: list[str] | None = None, description: str = ""):
         value, choices = getattr(args, f.name), f.metadata.get("choices")
         if choices and value is not None and value not in choices:
             parser.error(f"{f.name} is {value!r}, expected one of {', '.join(choices)}")
+        if "minimum" in f.metadata and not value >= f.metadata["minimum"]:
+            parser.error(f"{f.name} is {value}, expected at least {f.metadata['minimum']}")
     return args
 
 

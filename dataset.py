@@ -9,10 +9,12 @@ Legend: H W pixels. Luma is BT.601, in [0, 1]; chroma is what colour adds to it,
 
 import hashlib
 import io
+import os
 import urllib.request
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -69,12 +71,12 @@ def _decode(path: Path) -> np.ndarray:
     """uint8 or uint16, (H, W) or (H, W, 3) in RGB order."""
     data = path.read_bytes()
     try:
-        # Pillow refuses a truncated file, which OpenCV may fill up or comment on stderr.
-        with warnings.catch_warnings():
+        # Pillow refuses a truncated file, which OpenCV may fill up.
+        with warnings.catch_warnings(), _silence():
             warnings.simplefilter("ignore")
             Image.open(io.BytesIO(data)).verify()
             Image.open(io.BytesIO(data)).load()
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except (OSError, SyntaxError, ValueError, cv2.error, Image.DecompressionBombError):
         pixels = None
     if pixels is None:
@@ -86,6 +88,19 @@ def _decode(path: Path) -> np.ndarray:
     if pixels.shape[2] == 4 and pixels[..., 3].min() < np.iinfo(pixels.dtype).max:
         raise ValueError(f"{path}: has transparent pixels, expected an opaque image")
     return pixels[..., 2::-1]
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing reaches stderr: the C libraries below Pillow and OpenCV comment on files there."""
+    with open(os.devnull, "wb") as nowhere:
+        stderr = os.dup(2)
+        try:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def to_uint8(luma: np.ndarray, chroma: np.ndarray | None = None) -> np.ndarray:
@@ -113,6 +128,15 @@ def write_png(path: Path, image: np.ndarray) -> None:
     image = image if image.ndim == 2 else image[..., ::-1]
     data = cv2.imencode(".png", image)[1].tobytes()
     write_bytes(path, data)
+
+
+def writable_folder(path: Path) -> Path:
+    """Make the folder and prove that a file can be written there; OSError if not."""
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / ".probe.part"
+    probe.touch()
+    probe.unlink()
+    return path
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -285,8 +309,8 @@ def check(root: Path) -> tuple[list[str], list[str]]:
 
 
 def main(args: DataArgs) -> None:
-    if not (args.download or args.check):
-        args = replace(args, check=True)
+    if not args.download and not args.data_dir.is_dir():
+        raise ValueError(f"{args.data_dir}: no such folder; --download fills it")
     if args.download:
         print(f"{download(args.data_dir)} files fetched into {args.data_dir}")
     found, wrong = check(args.data_dir)

@@ -112,7 +112,7 @@ def _holm(p: list[float]) -> list[float]:
 
 
 def compare(
-    folders: dict[str, Path],
+    folders: dict[str, Path | dict[str, Path]],
     pairs: Sequence[Pair],
     jobs: int = 0,
     metrics: Sequence[str] = PANEL,
@@ -121,12 +121,13 @@ def compare(
 ) -> Comparison:
     """Evaluate folders of fused images, matched to the pairs by file name; `jobs` 0: every core.
 
+    In place of a folder it also takes the files themselves, by the names of their pairs.
     All methods are judged on the same images: a missing one is an error, or with `skip_unmatched`
     is left out for all of them. Files that belong to no pair are named on stderr.
     """
     for name in folders.keys() & TRIVIAL.keys():
         raise ValueError(f"the name {name!r} is that of a trivial fusion, expected NAME=FOLDER")
-    files = {method: images_in(folder) for method, folder in folders.items()}
+    files = {m: f if isinstance(f, dict) else images_in(f) for m, f in folders.items()}
     pairs = _matched(files, folders, pairs, skip_unmatched)
     tasks = _read(pairs, files)
     cv2.setNumThreads(1)  # the cores share out the pairs, not the rows of one image
@@ -157,7 +158,7 @@ def _matched(
         if missing := sorted(names - found.keys()):
             lacking.append(f"{folders[method]} lacks {', '.join(missing)}")
     if lacking and not skip_unmatched:
-        raise ValueError(f"{'; '.join(lacking)} (--skip_unmatched compares without them)")
+        raise ValueError(f"{'; '.join(lacking)} (--skip-unmatched compares without them)")
     if lacking:
         _note(f"{'; '.join(lacking)}; left out for every method")
     kept = [pair for pair in pairs if all(pair.name in found for found in files.values())]
@@ -368,6 +369,8 @@ def name_folders(given: Sequence[str]) -> dict[str, Path]:
         if not sign or Path(text).exists():
             folder, parts = text, Path(text).resolve().parts
             name = parts[-2] if parts[-1] in TASKS else parts[-1]
+        if not name:
+            raise ValueError(f"{text} has no name, expected NAME=FOLDER")
         if name in folders:
             raise ValueError(
                 f"{folder} and {folders[name]} would both be named {name!r}, expected NAME=FOLDER"
@@ -389,10 +392,12 @@ def report(args: MetricArgs) -> None:
         title = args.task
     formats = ("csv", "json", "markdown", "latex", "plot")
     outputs = {f: getattr(args, f) for f in formats if getattr(args, f) is not None}
+    if len(set(outputs.values())) < len(outputs):
+        raise ValueError(f"two outputs have one name: {', '.join(map(str, outputs.values()))}")
     for path in outputs.values():
         if not path.parent.is_dir():
             raise ValueError(f"the folder of {path} is not there, expected an existing one")
-    metrics = args.metrics or PANEL
+    metrics = tuple(dict.fromkeys(args.metrics)) or PANEL
     folders = name_folders(args.fused)
     result = compare(folders, pairs, args.jobs, metrics, title, args.skip_unmatched)
     rows = differences(result, *args.between, args.seed) if args.between else []

@@ -27,6 +27,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from args_setting import SIZES, ModelSize
 
 MIN_SIDE = 16  # smallest image side that `fuse` takes
+LEVELS = {torch.uint8: 255, torch.uint16: 65535}  # the white of images of integers
 
 
 def conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d, *maps: Tensor) -> Tensor:
@@ -382,7 +383,7 @@ class ASFEFusion(nn.Module):
             A float32 tensor of the input's shape, on the model's device, clipped to [0, 1].
 
         Raises:
-            ValueError: shapes that differ or are too small, values that are not finite.
+            ValueError: shapes that differ or are too small, values out of range or not finite.
         """
         device = next(self.parameters()).device
         a, b = _as_batch("img1", img1, device), _as_batch("img2", img2, device)
@@ -416,15 +417,19 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 
 
 def _as_batch(name: str, img: Tensor | np.ndarray, device: torch.device) -> Tensor:
-    t = torch.as_tensor(img)
+    t = img if isinstance(img, Tensor) else torch.from_numpy(np.array(img))
+    if not t.is_floating_point() and t.dtype not in LEVELS:
+        raise ValueError(f"{name} is of {t.dtype}, expected floats, uint8 or uint16")
     if t.ndim not in (2, 4) or (t.ndim == 4 and t.shape[1] != 1):
         raise ValueError(f"{name} has shape {tuple(t.shape)}, expected (H, W) or (B, 1, H, W)")
     if min(t.shape[-2:]) < MIN_SIDE:
         raise ValueError(f"{name} is {_sides(t)}, expected at least {MIN_SIDE}x{MIN_SIDE}")
-    scale = {torch.uint8: 255, torch.uint16: 65535}.get(t.dtype, 1)
-    t = t.to(device, torch.float32) / scale
+    t = t.to(device, torch.float32) / LEVELS.get(t.dtype, 1)
     if not torch.isfinite(t).all():
         raise ValueError(f"{name} has values that are not finite")
+    if t.min() < -1e-3 or t.max() > 1 + 1e-3:  # a luma may round to just over 1
+        low, high = t.min().item(), t.max().item()
+        raise ValueError(f"{name} has values from {low:g} to {high:g}, expected 0 to 1")
     return t if t.ndim == 4 else t[None, None]
 
 
@@ -508,6 +513,7 @@ def save_weights(model: ASFEFusion, path: Path, metadata: dict, half: bool = Tru
         key: value.to("cpu", kind if value.is_floating_point() else value.dtype).contiguous()
         for key, value in model.state_dict().items()
     }
+    _check_finite(state, f"weights for {path}")
     name = next((n for n, s in SIZES.items() if s == model.size), "custom")
     metadata = {"size": name, "widths": asdict(model.size), "aff": model.aff, **metadata}
     beside = path.with_name(path.name + ".part")
@@ -535,9 +541,12 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[ASFEFu
     else:
         state = from_published(_read_state_dict(path))
         metadata = {"size": "paper", "widths": asdict(SIZES["paper"]), "aff": "published"}
-    widths = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["widths"].items()}
-    with torch.device("meta"):  # no time spent on random weights that are replaced at once
-        model = ASFEFusion(ModelSize(**widths), metadata["aff"])
+    try:
+        widths = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["widths"].items()}
+        with torch.device("meta"):  # no time spent on random weights that are replaced at once
+            model = ASFEFusion(ModelSize(**widths), metadata["aff"])
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        raise ValueError(f"weights {path}: the metadata do not describe a network") from None
     expected = model.state_dict()
     shapes = {k: (expected.get(k), state.get(k)) for k in {**expected, **state}}
     for key, (want, got) in shapes.items():
@@ -545,8 +554,15 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[ASFEFu
             want, got = (None if t is None else tuple(t.shape) for t in (want, got))
             raise ValueError(f"weights {path}: {key} has shape {got}, expected {want}")
     state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    _check_finite(state, f"weights {path}")
     model.load_state_dict(state, assign=True)
     return model.to(device, memory_format=torch.channels_last).eval(), metadata
+
+
+def _check_finite(state: dict[str, Tensor], name: str) -> None:
+    for key, value in state.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{name}: {key} has values that are not finite")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -556,7 +572,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"weights {path}: damaged or not safetensors ({error})") from None
-    if not isinstance(metadata, dict) or not {"widths", "aff"} <= metadata.keys():
+    if not isinstance(metadata, dict) or not {"size", "widths", "aff"} <= metadata.keys():
         raise ValueError(f"weights {path}: not made by this project, expected `asfe` metadata")
     return state, metadata
 
@@ -568,9 +584,10 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"weights {path}: damaged, or pickled code, which is not run") from None
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # a parser of strange bytes may stumble in any way
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"weights {path}: damaged or not a checkpoint ({first_line})") from None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    items = state.items() if isinstance(state, dict) else [(None, None)]
+    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in items):
         raise ValueError(f"weights {path}: expected a state dict of tensors")
     return state

@@ -18,7 +18,16 @@ import torch
 from tqdm import tqdm
 
 from args_setting import ROOT, TASKS, TestArgs, parse_args, run_script
-from dataset import Pair, match_pairs, read_image, read_pair, task_pairs, to_uint8, write_png
+from dataset import (
+    Pair,
+    match_pairs,
+    read_image,
+    read_pair,
+    task_pairs,
+    to_uint8,
+    writable_folder,
+    write_png,
+)
 from metrics_report import compare, print_table
 from network import MIN_SIDE, ASFEFusion, load_weights, pick_device
 from phantom import phantom_pair
@@ -31,7 +40,7 @@ def load_model(args: TestArgs, task: str, device: torch.device) -> ASFEFusion:
     path = args.weights or ROOT / "model_pre" / f"{args.size}_{task}.safetensors"
     if args.weights is None and not path.is_file():
         raise ValueError(
-            f"no weights of size {args.size} for {task}, expected {path}; train some or use --weights"
+            f"no weights of size {args.size} for {task}, expected {path}; train, or use --weights"
         )
     model, metadata = load_weights(path, device)
     if metadata["size"] != args.size:
@@ -63,8 +72,15 @@ def fuse_pairs(
     yield from flush()
 
 
-def check_pairs(pairs: list[Pair]) -> None:
-    """Read every pair once before anything is written, so that bad input leaves no output."""
+def check_pairs(pairs: list[Pair], outputs: list[Path]) -> None:
+    """Read every pair once before anything is written, so that bad input leaves no output.
+
+    Nor may an output take the place of a source.
+    """
+    sources = {path.resolve() for pair in pairs for path in (pair.path1, pair.path2)}
+    for path in outputs:
+        if path.resolve() in sources:
+            raise ValueError(f"{path} is a source and would be overwritten, choose another --out")
     for pair in pairs:
         height, width = read_pair(pair)[0].shape
         if min(height, width) < MIN_SIDE:
@@ -112,46 +128,70 @@ def as_stored(path: Path) -> np.ndarray:
 
 def fuse_folder(args: TestArgs, pairs: list[Pair], out: Path, device: torch.device) -> None:
     """Fuse pairs into the folder `out` and draw a contact sheet beside it."""
-    check_pairs(pairs)
+    out = out.resolve()
+    sheet = out.with_name(f"{out.name or 'fused'}_contact_sheet.png")
+    outputs = {pair.name: out / f"{pair.name}.png" for pair in pairs}
+    check_pairs(pairs, [*outputs.values(), sheet])
     model = load_model(args, args.task, device)
-    out.mkdir(parents=True, exist_ok=True)
+    writable_folder(out)
     shown = np.linspace(0, len(pairs) - 1, min(args.contact_rows, len(pairs))).round()
     shown = {pairs[int(i)].name for i in shown}
     rows = []
-    progress = tqdm(total=len(pairs), unit="pair", desc=f"{args.size} {args.task}")
     started = time.perf_counter()
-    for pair, fused in fuse_pairs(model, pairs, args.batch_size, args.stretch):
-        write_png(out / f"{pair.name}.png", fused)
-        if pair.name in shown:
-            images = [as_stored(pair.path1), as_stored(pair.path2), fused]
-            rows.append((pair.name, images))
-        progress.update()
-    progress.close()
+    with tqdm(total=len(pairs), unit="pair", desc=f"{args.size} {args.task}") as progress:
+        for pair, fused in fuse_pairs(model, pairs, args.batch_size, args.stretch):
+            write_png(outputs[pair.name], fused)
+            if pair.name in shown:
+                rows.append((pair.name, [as_stored(pair.path1), as_stored(pair.path2), fused]))
+            progress.update()
     print(f"{len(pairs)} pairs in {time.perf_counter() - started:.1f} s: {out}")
     if rows:
-        sheet = out.with_name(f"{out.name}_contact_sheet.png")
         write_png(sheet, contact_sheet(rows, [TASKS[args.task], "MRI", "fused"]))
         print(f"contact sheet: {sheet}")
-    if args.metrics:  # in this process: a fork after CUDA has started would hang
-        print_table(compare({"ASFE-Fusion": out}, pairs, jobs=1, title=args.task))
+    if args.metrics:
+        print_metrics(outputs, pairs, args.task)
+
+
+def fuse_one(args: TestArgs, device: torch.device) -> None:
+    """Fuse --img1 and --img2 into the file --out."""
+    if args.out.suffix.lower() != ".png" or args.out.is_dir():
+        raise ValueError(f"--out is {args.out}, expected a file name that ends in .png")
+    pair = Pair(args.img1.stem, args.img1, args.img2)
+    check_pairs([pair], [args.out])
+    model = load_model(args, args.task, device)
+    writable_folder(args.out.resolve().parent)
+    for _, fused in fuse_pairs(model, [pair], 1, args.stretch):
+        write_png(args.out, fused)
+    print(f"fused image: {args.out}")
+    if args.metrics:
+        print_metrics({pair.name: args.out}, [pair], args.task)
 
 
 def fuse_demo(args: TestArgs, device: torch.device) -> None:
     """Draw a phantom pair for each task, fuse it with the task's weights, and show all three."""
-    out = args.out or ROOT / "result" / "demo"
     models = {task: load_model(args, task, device) for task in TASKS}
-    out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    out = writable_folder(args.out or ROOT / "result" / "demo")
+    rows, pairs, outputs = [], [], {}
     for task, model in tqdm(models.items(), unit="pair", desc="phantoms"):
         paths = [out / f"{task}_{modality}.png" for modality in (TASKS[task], "MRI")]
         for path, image in zip(paths, phantom_pair(task), strict=True):
             write_png(path, image)
-        for pair, fused in fuse_pairs(model, [Pair(task, *paths)], 1, args.stretch):
-            write_png(out / f"{task}_fused.png", fused)
-            rows.append((pair.name, [as_stored(path) for path in paths] + [fused]))
+        pairs.append(Pair(task, *paths))
+        outputs[task] = out / f"{task}_fused.png"
+        for _, fused in fuse_pairs(model, pairs[-1:], 1, args.stretch):
+            write_png(outputs[task], fused)
+            rows.append((task, [as_stored(path) for path in paths] + [fused]))
     sheet = out / "contact_sheet.png"
     write_png(sheet, contact_sheet(rows, ["CT / PET / SPECT", "MRI", "fused"]))
     print(f"look at {sheet}")
+    if args.metrics:
+        print_metrics(outputs, pairs, "phantoms")
+
+
+def print_metrics(outputs: dict[str, Path], pairs: list[Pair], title: str) -> None:
+    """The table of metrics.py for the files just written."""
+    # in this process: a fork after CUDA has started would hang
+    print_table(compare({"ASFE-Fusion": outputs}, pairs, jobs=1, title=title))
 
 
 def main(args: TestArgs) -> None:
@@ -160,23 +200,14 @@ def main(args: TestArgs) -> None:
         raise ValueError("give --img1 with --img2, or --dir1 with --dir2, or none of them")
     if given and (args.demo or not args.out):
         raise ValueError("--img1 and --dir1 need --out and go without --demo")
-    if args.batch_size < 1:
-        raise ValueError(f"batch_size is {args.batch_size}, expected at least 1")
     if args.threads:
         torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)  # subnormal numbers slow a CPU down and carry no information
     device = pick_device(args.DEVICE)
     if args.demo:
         fuse_demo(args, device)
     elif "img1" in given:
-        if args.out.suffix.lower() != ".png" or args.out.is_dir():
-            raise ValueError(f"--out is {args.out}, expected a file name that ends in .png")
-        pair = Pair(args.img1.stem, args.img1, args.img2)
-        check_pairs([pair])
-        model = load_model(args, args.task, device)
-        for _, fused in fuse_pairs(model, [pair], 1, args.stretch):
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            write_png(args.out, fused)
-        print(f"fused image: {args.out}")
+        fuse_one(args, device)
     elif "dir1" in given:
         pairs = match_pairs(args.dir1, args.dir2, args.skip_unmatched)
         fuse_folder(args, pairs, args.out, device)

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from args_setting import TrainArgs, parse_args, run_script
-from dataset import TrainPairs, task_pairs
+from dataset import TrainPairs, task_pairs, writable_folder
 from losses import fusion_loss
+from metrics import evaluate_batch
 from network import ASFEFusion, load_weights, pick_device, save_weights
 
 GRADIENT_CLIP = 1.0  # largest norm of a step's gradient
@@ -47,6 +48,17 @@ def recompute_batchnorm(model: nn.Module, pairs: TrainPairs, device: torch.devic
         norm.momentum = 0.1
 
 
+def measure(model: ASFEFusion, pairs: TrainPairs, count: int = 8) -> dict[str, float]:
+    """Mean metrics of a few whole training pairs: they say that training worked, no more."""
+    values: dict[str, list[float]] = {}
+    for img1, img2 in pairs.images[:: max(1, len(pairs) // count)][:count]:
+        fused = model.fuse(img1, img2).cpu()[None, None]
+        images = fused, img1[None, None].float() / 255, img2[None, None].float() / 255
+        for name, value in evaluate_batch(*images, ("SSIM", "VIF", "Qabf", "SCD")).items():
+            values.setdefault(name, []).append(value.item())
+    return {name: round(sum(v) / len(v), 4) for name, v in values.items()}
+
+
 def main(args: TrainArgs) -> None:
     # setup
     torch.manual_seed(args.seed)
@@ -54,8 +66,6 @@ def main(args: TrainArgs) -> None:
         torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # subnormal numbers slow a CPU down and carry no information
     device = pick_device(args.DEVICE)
-    args.save_dir.mkdir(parents=True, exist_ok=True)
-    out = args.save_dir / f"{args.size}_{args.task}.safetensors"
 
     # data
     pairs = TrainPairs(task_pairs(args.data_dir, args.task, "train"), args.patch_size)
@@ -74,6 +84,8 @@ def main(args: TrainArgs) -> None:
         raise ValueError(
             f"patch_size is {args.patch_size}, expected a multiple of {model.multiple}"
         )
+
+    out = writable_folder(args.save_dir) / f"{args.size}_{args.task}.safetensors"
 
     # optimiser
     optimiser = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
@@ -102,7 +114,10 @@ def main(args: TrainArgs) -> None:
         last = epoch + 1 == args.epoch
         if last:
             recompute_batchnorm(model, pairs, device)
-        save_weights(model, out, describe(args, epoch + 1, total / len(loader), started), half=last)
+        metadata = describe(args, epoch + 1, total / len(loader), started)
+        if last:
+            metadata["training_metrics"] = measure(model, pairs)
+        save_weights(model, out, metadata, half=last)
         progress.set_postfix(loss=f"{total / len(loader):.4f}")
     print(f"weights written to {out}")
 

@@ -118,6 +118,20 @@ def test_opaque_alpha_is_dropped_and_transparency_refused(tmp_path):
         read_image(tmp_path / "a.png")
 
 
+def test_a_decoder_that_comments_is_not_heard(tmp_path, capfd):
+    """A TIFF whose strip is shorter than it says: libtiff and OpenCV would print several lines."""
+    cv2.imwrite(str(tmp_path / "a.tif"), phantom_pair("CT-MRI", 64)[0])
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    for place in range(len(data) - 40, len(data)):
+        data[place] ^= 0x5A
+    (tmp_path / "a.tif").write_bytes(data)
+    try:
+        read_image(tmp_path / "a.tif")
+    except ValueError as error:
+        assert "\n" not in str(error)
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("extension", ["png", "jpg", "tif", "bmp"])
 def test_damaged_images_are_refused_in_silence(tmp_path, capfd, extension):
     path = tmp_path / f"a.{extension}"

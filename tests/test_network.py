@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from direct import direct
+from safetensors.torch import save
 from torch import nn
 
 from args_setting import SIZES, ModelSize
@@ -256,6 +257,9 @@ def test_fuse_takes_arrays_and_integers(compact):
     assert torch.equal(fused, compact.fuse(*(img / np.float32(255))))
     wide = img.astype(np.uint16) * 257
     assert torch.allclose(fused, compact.fuse(wide[0], wide[1]), atol=1e-6)
+    read_only = img[:, ::-1].copy()[:, ::-1]
+    read_only.setflags(write=False)
+    assert torch.equal(fused, compact.fuse(read_only[0], read_only[1]))
 
 
 def test_constant_images_give_no_nan(compact):
@@ -286,6 +290,8 @@ def test_fuse_keeps_the_mode(compact):
         (torch.rand(3, 64, 64), torch.rand(3, 64, 64), "img1 has shape"),
         (torch.rand(1, 3, 64, 64), torch.rand(1, 3, 64, 64), "img1 has shape"),
         (torch.full((16, 16), torch.nan), torch.rand(16, 16), "img1 has values that are not"),
+        (torch.rand(16, 16), torch.rand(16, 16) + 1, "img2 has values from 1.* to .*, expected 0"),
+        (torch.ones(16, 16).int(), torch.rand(16, 16), "img1 is of torch.int32, expected floats"),
     ],
 )
 def test_fuse_names_what_is_wrong(compact, img1, img2, message):
@@ -340,6 +346,15 @@ def damaged(path: Path, kind: str, compact: ASFEFusion) -> str:
     if kind == "not tensors":
         torch.save([1, 2], path)
         return "state dict"
+    if kind == "text":
+        path.write_text("hello world\n")
+        return "damaged"
+    if kind == "safetensors":
+        save_weights(compact, path, {})
+        return "damaged"
+    if kind == "keys that are no names":
+        torch.save({1: torch.zeros(3)}, path)
+        return "state dict"
     if kind == "truncated":
         torch.save(from_published(compact.state_dict()), path)
         path.write_bytes(path.read_bytes()[:50_000])
@@ -348,6 +363,7 @@ def damaged(path: Path, kind: str, compact: ASFEFusion) -> str:
 
 
 KINDS = ["empty", "other keys", "other shapes", "pickled code", "not tensors", "truncated"]
+KINDS += ["text", "safetensors", "keys that are no names"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -370,14 +386,38 @@ def test_truncated_safetensors_are_refused(compact, tmp_path, cut):
 
 
 def test_foreign_safetensors_are_refused(tmp_path):
-    from safetensors.torch import save_file
-
     path = tmp_path / "w.safetensors"
-    save_file({"a": torch.zeros(2)}, path)
+    path.write_bytes(save({"a": torch.zeros(2)}))
     with pytest.raises(ValueError, match="not made by this project"):
         load_weights(path)
     with pytest.raises(ValueError, match="no such file"):
         load_weights(tmp_path / "absent.safetensors")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"size": "compact", "aff": "full", "widths": [1]},
+        {"size": "compact", "aff": "full", "widths": {"depth": 3}},
+        {"size": "compact", "aff": "full", "widths": {"channels": 5}},
+        {"size": "compact", "aff": "full", "widths": {"experts": -1}},
+    ],
+)
+def test_odd_metadata_are_refused(tmp_path, metadata):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(save({"a": torch.zeros(2)}, {"asfe": json.dumps(metadata)}))
+    with pytest.raises(ValueError, match="do not describe a network"):
+        load_weights(path)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = ASFEFusion("compact")
+    path = tmp_path / "w.safetensors"
+    for value in (torch.nan, 1e6):  # the second only in float16
+        nn.init.constant_(model.decoder.outlayer.weight, value)
+        with pytest.raises(ValueError, match=r"decoder\.outlayer\.weight has values that are not"):
+            save_weights(model, path, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- devices ---------------------------------------------------------------------------------

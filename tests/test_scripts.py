@@ -58,7 +58,10 @@ def write_task(root: Path, task: str, split: str, sides: dict[str, int]) -> Path
 
 
 def files(folder: Path) -> set[str]:
-    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    """Everything below a folder; an empty folder counts, too."""
+    return {
+        str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() or not any(p.iterdir())
+    }
 
 
 # --- test_asfe.py ----------------------------------------------------------------------------
@@ -75,17 +78,14 @@ def test_fuses_a_test_split(call, weights, tmp_path):
     assert files(out) == names
     # batches do not change a pair, and neither does going alone
     model, _ = load_weights(weights)
-    source = data / "PET-MRI" / "test"
     for name, side in (("a", 64), ("c", 80)):
         pet, mri = phantom_pair("PET-MRI", side)
-        lumas = read_luma8(source / "PET" / f"{name}.png")
         fused = cv2.imread(str(out / f"{name}.png"))[..., ::-1]
         assert fused.shape == pet.shape and fused.dtype == np.uint8
         exact = pet.astype(np.float32) / 255 @ np.array([0.299, 0.587, 0.114], np.float32)
         luma = model.fuse(exact, mri).numpy()
         expected = to_uint8(luma, pet / np.float32(255) - exact[..., None])
         assert np.abs(fused.astype(int) - expected).max() <= 1
-        assert lumas.shape == luma.shape
 
 
 def test_contact_sheet_shows_sources_and_result(call, weights, tmp_path):
@@ -136,6 +136,24 @@ def test_metrics_of_what_was_written(call, weights, tmp_path):
     assert code == 0
     table = out[out.index("contact sheet") :]
     assert "ASFE-Fusion" in table and "max" in table and "mean" in table and "Qabf" in table
+    # also when the folder holds another image of that name, and for a single pair
+    cv2.imwrite(str(tmp_path / "out" / "a.jpg"), np.zeros((64, 64), np.uint8))
+    again = call(test_asfe, *argv, "--out", tmp_path / "out", "--metrics")[1]
+    assert again[again.index("ASFE-Fusion") :] == out[out.index("ASFE-Fusion") :]
+    source = data / "PET-MRI" / "test"
+    pair = ["--img1", source / "PET/a.png", "--img2", source / "MRI/a.png", "--weights", weights]
+    assert "Qabf" in call(test_asfe, *pair, "--out", tmp_path / "a.png", "--metrics")[1]
+
+
+def test_a_source_is_never_overwritten(call, weights, tmp_path):
+    data = write_task(tmp_path, "CT-MRI", "test", {"a": 64}) / "CT-MRI" / "test"
+    before = (data / "CT/a.png").read_bytes(), (data / "MRI/a.png").read_bytes()
+    folders = ["--dir1", data / "CT", "--dir2", data / "MRI", "--weights", weights]
+    pair = ["--img1", data / "CT/a.png", "--img2", data / "MRI/a.png", "--weights", weights]
+    for argv in ([*folders, "--out", data / "MRI/../CT"], [*pair, "--out", data / "MRI/a.png"]):
+        code, _, err = call(test_asfe, *argv)
+        assert code == 2 and "would be overwritten" in err and err.count("\n") == 1
+    assert before == ((data / "CT/a.png").read_bytes(), (data / "MRI/a.png").read_bytes())
 
 
 def test_a_stray_file_can_be_skipped(call, weights, tmp_path):
@@ -154,7 +172,11 @@ def test_a_constant_image_works(call, weights, tmp_path):
         write_png(tmp_path / "flat.png", np.full((40, 40), level, np.uint8))
         pair = ["--img1", tmp_path / "flat.png", "--img2", tmp_path / "flat.png"]
         out = tmp_path / "out.png"
-        assert call(test_asfe, *pair, "--weights", weights, "--stretch", "--out", out)[0] == 0
+        for extra in ([], ["--stretch"]):
+            assert call(test_asfe, *pair, "--weights", weights, *extra, "--out", out)[0] == 0
+            assert read_luma8(out).shape == (40, 40)
+        if level == 0:  # the head of gains multiplies the sources
+            assert not read_luma8(out).any()
 
 
 def broken(tmp_path: Path, weights: Path, kind: str) -> tuple[list, str]:
@@ -203,15 +225,24 @@ def broken(tmp_path: Path, weights: Path, kind: str) -> tuple[list, str]:
     if kind == "out is no png":
         pair = ["--img1", ct / "a.png", "--img2", mri / "a.png", "--weights", weights]
         return [*pair, "--out", tmp_path / "out.jpg"], "ends in .png"
+    if kind == "unwritable folder":
+        return [*plain[:4], "--out", "/proc/self"], ".probe.part"
     if kind == "batch":
-        return [*plain, "--batch_size", "0"], "batch_size is 0"
+        return [*plain, "--batch_size", "0"], "batch_size is 0, expected at least 1"
+    if kind == "threads":
+        return [*plain, "--threads", "-1"], "threads is -1, expected at least 0"
+    if kind == "rows":
+        return [*plain, "--contact_rows", "-1"], "contact_rows is -1"
     raise AssertionError(kind)
 
 
 BROKEN = (
     "missing folder;empty folder;unmatched;two sizes;too small;truncated;text;empty weights;"
-    "other size;no paper weights;unknown task;unwritable;half a pair;no out;out is no png;batch"
-).split(";") + ([] if torch.cuda.is_available() else ["cuda"])
+    "other size;no paper weights;unknown task;unwritable;half a pair;no out;out is no png;batch;"
+    "threads;rows"
+).split(";")
+BROKEN += [] if torch.cuda.is_available() else ["cuda"]
+BROKEN += ["unwritable folder"] if Path("/proc/self").is_dir() else []
 
 
 @pytest.mark.parametrize("kind", BROKEN)
@@ -272,6 +303,7 @@ def test_training_learns_and_its_weights_fuse(call, tmp_path):
     assert call(train_asfe, *argv, "--epoch", 12)[0] == 0
     model, metadata = load_weights(path)
     assert metadata["training_loss"] < first / 2
+    assert set(metadata["training_metrics"]) == {"SSIM", "VIF", "Qabf", "SCD"}
     assert metadata["task"] == "CT-MRI" and metadata["settings"]["epoch"] == 12
     assert str(tmp_path) not in str(metadata), "no path of a machine in the weights"
     assert files(tmp_path / "save") == {path.name}
@@ -308,6 +340,10 @@ def test_learning_rate_rises_and_falls():
         (["--save_dir", "FILE/save"], "Not a directory"),
         (["--task", "PET-MRI"], "no such folder"),
         (["--epoch", "many"], "invalid int value"),
+        (["--epoch", 0], "epoch is 0, expected at least 1"),
+        (["--patch_size", -16], "patch_size is -16, expected at least 16"),
+        (["--threads", -1], "threads is -1"),
+        (["--lr", -1], "lr is -1.0"),
     ],
 )
 def test_bad_training_input_is_one_line(call, weights, tmp_path, extra, message):
@@ -320,7 +356,7 @@ def test_bad_training_input_is_one_line(call, weights, tmp_path, extra, message)
     code, _, err = call(train_asfe, *argv)
     assert code == 2
     assert message in err and err.count("\n") == 1
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not (tmp_path / "save").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_pairs(call, tmp_path, monkeypatch):
@@ -347,7 +383,7 @@ class NotFinite(nn.Module):
 
 
 def test_every_default_names_its_source():
-    for cls in (TrainArgs, TestArgs, args_setting.DataArgs):
+    for cls in (TrainArgs, TestArgs, args_setting.DataArgs, args_setting.MetricArgs):
         for field in args_setting.fields(cls):
             assert field.metadata["source"] in ("paper", "published code", "ours"), field.name
 
