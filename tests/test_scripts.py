@@ -15,7 +15,7 @@ import args_setting
 import test_asfe
 import train_asfe
 from args_setting import ROOT, TASKS, CommonArgs, TestArgs, TrainArgs, parse_args, run_script
-from dataset import read_luma8, to_uint8, write_png
+from dataset import match_pairs, read_luma8, to_uint8, write_png
 from network import ASFEFusion, load_weights, save_weights
 from phantom import phantom_pair
 
@@ -86,6 +86,22 @@ def test_fuses_a_test_split(call, weights, tmp_path):
         luma = model.fuse(exact, mri).numpy()
         expected = to_uint8(luma, pet / np.float32(255) - exact[..., None])
         assert np.abs(fused.astype(int) - expected).max() <= 1
+
+
+def test_batches_keep_to_their_size_and_to_one_image_size(tmp_path):
+    sides = {"a": 32, "b": 32, "c": 32, "d": 48, "e": 48, "f": 32}
+    folder = write_task(tmp_path, "CT-MRI", "test", sides) / "CT-MRI" / "test"
+    seen = []
+
+    class Mean:
+        def fuse(self, luma1, luma2, stretch):
+            seen.append(luma1.shape)
+            return torch.from_numpy((luma1 + luma2) / 2)
+
+    fused = dict(test_asfe.fuse_pairs(Mean(), match_pairs(folder / "CT", folder / "MRI"), 2, False))
+    assert [p.name for p in fused] == list(sides)
+    assert [(n, side) for n, _, side, _ in seen] == [(2, 32), (1, 32), (2, 48), (1, 32)]
+    assert all(image.shape == (sides[p.name],) * 2 for p, image in fused.items())
 
 
 def test_contact_sheet_shows_sources_and_result(call, weights, tmp_path):
