@@ -124,7 +124,7 @@ class TestArgs(CommonArgs):
     stretch: bool = setting(
         False, "published code", "min-max stretch of each fused image instead of a clip to [0, 1]"
     )
-    metrics: bool = setting(False, "ours", "print the metrics of what was written to a folder")
+    metrics: bool = setting(False, "ours", "print the metrics of what was written")
     contact_rows: int = setting(
         6, "ours", "pairs shown on the contact sheet; 0 writes none", minimum=0
     )

@@ -57,7 +57,10 @@ def read_image(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     Raises:
         ValueError: no image, a damaged one, or another kind of pixel.
     """
-    pixels = _decode(Path(path))
+    return _luma_and_chroma(_decode(Path(path)))
+
+
+def _luma_and_chroma(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     scaled = pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
     if pixels.ndim == 2:
         return scaled, None
@@ -117,7 +120,7 @@ def read_luma8(path: Path) -> np.ndarray:
     """Luma (H, W) of an image file in 8 bits, as the metrics take it; exact, halves round up."""
     pixels = _decode(Path(path))
     if pixels.dtype == np.uint16:
-        return to_uint8(read_image(path)[0])
+        return to_uint8(_luma_and_chroma(pixels)[0])
     if pixels.ndim == 2:
         return pixels
     return ((pixels.astype(np.int32) @ [299, 587, 114] + 500) // 1000).astype(np.uint8)
@@ -313,6 +316,8 @@ def main(args: DataArgs) -> None:
         raise ValueError(f"{args.data_dir}: no such folder; --download fills it")
     if args.download:
         print(f"{download(args.data_dir)} files fetched into {args.data_dir}")
+    if not args.check:
+        return
     found, wrong = check(args.data_dir)
     print("\n".join(found))
     if wrong:

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from args_setting import SIZES, ModelSize
+from args_setting import SIZES, CommonArgs, ModelSize
 
 MIN_SIDE = 16  # smallest image side that `fuse` takes
 LEVELS = {torch.uint8: 255, torch.uint16: 65535}  # the white of images of integers
@@ -356,6 +356,7 @@ class ASFEFusion(nn.Module):
         scales = [s.chunk(2) for s in self.encoder(torch.cat([img1, img2]))]  # 2 of (B, C, H, W)
         z = None
         for fusion, up in zip(reversed(self.fusion), self.decoder.steps(), strict=True):
+            # in two calls, not fusion(x, y), whose frame would hold x and y to the end
             fused = fusion.sfef(fusion.concat(*scales.pop()))  # (B, 2C, H/8, W/8), …, H, W
             z = up(fused) if z is None else up(z, fused)  # (B, C, H/4, W/4), …, (B, tail, H, W)
         return self.head(z, img1, img2)
@@ -462,6 +463,14 @@ def pick_device(name: str) -> torch.device:
     if absent.get(device.type) or (device.index or 0) >= max(torch.cuda.device_count(), 1):
         raise ValueError(f"DEVICE is {name!r}, but this machine has no such device")
     return device
+
+
+def start(args: CommonArgs) -> torch.device:
+    """What every script does first: threads, subnormal numbers, and the device that it returns."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)  # subnormal numbers slow a CPU down and carry no information
+    return pick_device(args.DEVICE)
 
 
 # --- weights ---------------------------------------------------------------------------------

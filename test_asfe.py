@@ -28,8 +28,7 @@ from dataset import (
     writable_folder,
     write_png,
 )
-from metrics_report import compare, print_table
-from network import MIN_SIDE, ASFEFusion, load_weights, pick_device
+from network import MIN_SIDE, ASFEFusion, load_weights, start
 from phantom import phantom_pair
 
 CELL, GAP, HEADER = 256, 6, 26  # pixels of the contact sheet
@@ -190,6 +189,8 @@ def fuse_demo(args: TestArgs, device: torch.device) -> None:
 
 def print_metrics(outputs: dict[str, Path], pairs: list[Pair], title: str) -> None:
     """The table of metrics.py for the files just written."""
+    from metrics_report import compare, print_table  # only --metrics needs it, and it loads slowly
+
     # in this process: a fork after CUDA has started would hang
     print_table(compare({"ASFE-Fusion": outputs}, pairs, jobs=1, title=title))
 
@@ -200,10 +201,7 @@ def main(args: TestArgs) -> None:
         raise ValueError("give --img1 with --img2, or --dir1 with --dir2, or none of them")
     if given and (args.demo or not args.out):
         raise ValueError("--img1 and --dir1 need --out and go without --demo")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)  # subnormal numbers slow a CPU down and carry no information
-    device = pick_device(args.DEVICE)
+    device = start(args)
     if args.demo:
         fuse_demo(args, device)
     elif "img1" in given:

@@ -20,7 +20,7 @@ from args_setting import TrainArgs, parse_args, run_script
 from dataset import TrainPairs, task_pairs, writable_folder
 from losses import fusion_loss
 from metrics import evaluate_batch
-from network import ASFEFusion, load_weights, pick_device, save_weights
+from network import ASFEFusion, load_weights, save_weights, start
 
 GRADIENT_CLIP = 1.0  # largest norm of a step's gradient
 
@@ -62,10 +62,7 @@ def measure(model: ASFEFusion, pairs: TrainPairs, count: int = 8) -> dict[str, f
 def main(args: TrainArgs) -> None:
     # setup
     torch.manual_seed(args.seed)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)  # subnormal numbers slow a CPU down and carry no information
-    device = pick_device(args.DEVICE)
+    device = start(args)
 
     # data
     pairs = TrainPairs(task_pairs(args.data_dir, args.task, "train"), args.patch_size)

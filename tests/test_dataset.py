@@ -343,3 +343,5 @@ def test_check_names_what_is_wrong(served, tmp_path, capsys):
     dataset.download(target, url)
     dataset.main(DataArgs(data_dir=target))
     assert "all files present and verified" in capsys.readouterr().out
+    dataset.main(DataArgs(data_dir=target, check=False))
+    assert capsys.readouterr().out == ""
