@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent
 
 # task -> folder of source 1 (source 2 is always MRI); the published names
 TASKS = {"CT-MRI": "CT", "PET-MRI": "PET", "SPECT-MRI": "SPECT"}
+ALL_TASKS = (*TASKS, "all")
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,14 @@ class ModelSize:
     slots: int = 256  # per expert
     fft_norm: str = "backward"  # AFF; "ortho" keeps its statistics independent of the image size
     sfef_residual: bool = False  # the published SFEF has none
-    head: str = "image"  # "gains": a gain for each source at each pixel, fused = g1 img1 + g2 img2
+    # "max": fused = max(img1, img2) + g1 img1 + g2 img2, with gains learned for each pixel
+    head: str = "image"
 
 
 SIZES = {
     "paper": ModelSize(),
     # Ours, with the same modules. A patch side per scale keeps the token count equal at every
-    # scale; a head of gains keeps the background black and trains in minutes.
+    # scale; a head that corrects the brighter source keeps black black and trains in minutes.
     "compact": ModelSize(
         channels=(16, 24, 32, 48, 64),
         tail=32,
@@ -49,7 +51,7 @@ SIZES = {
         slots=16,
         fft_norm="ortho",
         sfef_residual=True,
-        head="gains",
+        head="max",
     ),
 }
 
@@ -67,7 +69,9 @@ class CommonArgs:
     """What training and testing share."""
 
     DEVICE: str = setting("auto", "ours", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps")
-    task: str = setting("CT-MRI", "published code", "fusion task", choices=tuple(TASKS))
+    task: str = setting(
+        "CT-MRI", "published code", "fusion task; all: one network for the three", choices=ALL_TASKS
+    )
     size: str = setting("compact", "ours", "size of the network", choices=tuple(SIZES))
     data_dir: Path = setting(ROOT / "HMIFDatasets", "published code", "folder of the HMIF data set")
     threads: int = setting(0, "ours", "CPU threads; 0 leaves the choice to PyTorch", minimum=0)
@@ -79,18 +83,51 @@ class TrainArgs(CommonArgs):
 
     epoch: int = setting(60, "ours", "passes over the training pairs (published: 2000)", minimum=1)
     lr: float = setting(1e-3, "ours", "highest learning rate of AdamW (published: 2e-4)", minimum=0)
-    batch_size: int = setting(4, "published code", "pairs in a training step", minimum=1)
+    batch_size: int = setting(
+        4, "published code", "pairs in a training step, over all processes", minimum=1
+    )
+    accumulate: int = setting(
+        1, "ours", "parts that a process takes its batch in, one after the other", minimum=1
+    )
     patch_size: int = setting(
         128, "ours", "side of the random crop, in pixels (published: 256)", minimum=16
     )
     weight_decay: float = setting(1e-4, "ours", "AdamW's decay of the weights", minimum=0)
     warmup: int = setting(100, "ours", "steps over which the learning rate rises from 0", minimum=0)
+    ema: float = setting(0.995, "ours", "decay of the weights' moving average; 0: none", minimum=0)
     recipe: str = setting("detail", "ours", "training loss", choices=("paper", "detail"))
     seed: int = setting(
         3407, "published code", "seed of weights, order and augmentation", minimum=0
     )
-    save_dir: Path = setting(ROOT / "modelsave", "published code", "where the weights are written")
     init: Path | None = setting(None, "ours", "weights to start from instead of random ones")
+    precision: str = setting(
+        "auto",
+        "ours",
+        "arithmetic: bf16 or fp16 (mixed), tf32, fp32; auto is bf16 on CUDA, else fp32",
+        choices=("auto", "bf16", "fp16", "tf32", "fp32"),
+    )
+    compile: bool = setting(False, "ours", "compile the network with torch.compile")
+    workers: int = setting(0, "ours", "processes that cut the patches", minimum=0)
+    # validation: on patients that training does not see
+    val: float = setting(
+        0.1, "ours", "share of each task's pairs kept for validation, whole patients", minimum=0
+    )
+    val_cases: tuple[str, ...] = setting(
+        (), "ours", "case numbers to validate on, in place of --val", nargs="*", metavar="CASE"
+    )
+    leave_out: tuple[str, ...] = setting(
+        (), "ours", "case numbers that take no part at all", nargs="*", metavar="CASE"
+    )
+    val_every: int = setting(5, "ours", "epochs between validations", minimum=1)
+    patience: int = setting(
+        0, "ours", "stop after so many validations without a better one; 0: never", minimum=0
+    )
+    # the run
+    save_dir: Path = setting(ROOT / "modelsave", "published code", "where the weights are written")
+    resume: bool = setting(False, "ours", "go on with the run in --save_dir, from its last epoch")
+    minutes: float = setting(
+        0, "ours", "stop at the end of an epoch after so many minutes; 0: never", minimum=0
+    )
 
 
 @dataclass(frozen=True)

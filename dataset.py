@@ -12,6 +12,7 @@ import io
 import os
 import urllib.request
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -215,10 +216,11 @@ def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
 class TrainPairs(torch.utils.data.Dataset):
     """Augmented crops of all pairs, which stay in memory as 8-bit luma.
 
-    An item is (img1, img2, name) with (1, patch, patch) float32 images in [0, 1].
+    An item is (img1, img2, name) with (1, patch, patch) float32 images in [0, 1]. How it is cut
+    follows from seed, `epoch` and its index alone: the same after a resume and in any process.
     """
 
-    def __init__(self, pairs: list[Pair], patch: int):
+    def __init__(self, pairs: list[Pair], patch: int, seed: int = 0):
         self.names = [pair.name for pair in pairs]
         self.images = []
         for pair in pairs:
@@ -228,13 +230,56 @@ class TrainPairs(torch.utils.data.Dataset):
                 raise ValueError(f"patch_size is {patch}, but {pair.path1} is only {sides}")
             self.images.append(torch.from_numpy(np.stack(lumas)))  # (2, H, W)
         self.augment = augmentation(patch)
+        self.seed, self.epoch = seed, 0
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, str]:
-        img1, img2 = self.augment(self.images[i]).unsqueeze(1).float() / 255
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the default generator
+            torch.default_generator.manual_seed(_seed(self.seed, self.epoch, i))
+            img1, img2 = self.augment(self.images[i]).unsqueeze(1).float() / 255
         return img1, img2, self.names[i]
+
+    def batches(self, size: int, rank: int = 0, world: int = 1) -> list[list[int]]:
+        """This epoch's batches of `size` pairs in random order, the remainder left out.
+
+        Of each batch, a process takes every `world`-th pair from its `rank` on.
+        """
+        order = torch.Generator().manual_seed(_seed(self.seed, self.epoch, -1))
+        order = torch.randperm(len(self), generator=order).tolist()
+        last = len(order) - size + 1
+        return [order[i : i + size][rank::world] for i in range(0, last, size)]
+
+
+def _seed(*numbers: int) -> int:
+    """One seed for a few numbers; unlike their sum, different for each."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big") >> 1
+
+
+def case_of(pair: Pair) -> str:
+    """The patient: a file is named by the atlas case number and a slice number of three digits."""
+    return pair.name[:-3]
+
+
+def validation_cases(pairs: dict[str, list[Pair]], share: float) -> set[str]:
+    """Patients to validate on: of each task the smallest ones, until they have `share` of it.
+
+    Raises ValueError if a task would keep no patient to train on.
+    """
+    held: set[str] = set()
+    for task, members in pairs.items():
+        sizes = Counter(map(case_of, members))
+        for case in sorted(sizes, key=lambda case: (sizes[case], case)):
+            if sum(sizes[c] for c in held & sizes.keys()) >= share * len(members):
+                break
+            held.add(case)
+        if sizes and held >= sizes.keys():
+            raise ValueError(
+                f"{task}: val is {share:g}, which leaves none of the {len(sizes)} patients to "
+                "train on; --val 0 trains without validation"
+            )
+    return held
 
 
 def augmentation(patch: int) -> v2.Transform:

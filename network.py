@@ -303,9 +303,9 @@ class Decoder(nn.Module):
         self.up3 = DecoderBlock(c3 + 2 * c3, c2, upsample=True)
         self.up2 = DecoderBlock(c2 + 2 * c2, c1, upsample=True)
         self.up1 = DecoderBlock(c1 + 2 * c1, tail, upsample=False)
-        self.outlayer = nn.Conv2d(tail, 2 if head == "gains" else 1, 1)
-        if head == "gains":
-            nn.init.constant_(self.outlayer.bias, 0.5)  # begin near the mean of the sources
+        self.outlayer = nn.Conv2d(tail, 2 if head == "max" else 1, 1)
+        if head == "max":
+            nn.init.zeros_(self.outlayer.bias)  # begin near the brighter source
 
     def steps(self) -> tuple[DecoderBlock, ...]:
         return self.up4, self.up3, self.up2, self.up1
@@ -364,8 +364,9 @@ class ASFEFusion(nn.Module):
     def head(self, z: Tensor, img1: Tensor, img2: Tensor) -> Tensor:
         """The fused (B, 1, H, W) from the decoder's last map, as `ModelSize.head` says."""
         out = self.decoder.outlayer(z)  # (B, 1 or 2, H, W)
-        if self.size.head == "gains":
-            out = (out * torch.cat([img1, img2], 1)).sum(1, keepdim=True)
+        if self.size.head == "max":
+            correction = (out * torch.cat([img1, img2], 1)).sum(1, keepdim=True)
+            out = torch.maximum(img1, img2) + correction
         return out
 
     @torch.no_grad()

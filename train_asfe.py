@@ -1,76 +1,355 @@
-"""Train ASFE-Fusion on one task: `python train_asfe.py --task PET-MRI`; settings: args_setting.py.
+"""Train ASFE-Fusion: `python train_asfe.py --task PET-MRI`; settings: args_setting.py.
 
-A first, simple form: AdamW built once, linear warm-up and cosine decay of the learning rate,
-gradient clipping, BatchNorm statistics recomputed at the end on whole images, in the size that they
-are used for. The weights are written after every epoch to modelsave/<size>_<task>.safetensors.
+Writes to modelsave/, under the name <size>_<task>:
+  .safetensors   the weights to use: the best on the validation patients, else the last
+  _last.pt       all that a run needs to go on with --resume, renewed after every epoch
+  .csv, _tensorboard/, _curve.png   losses, metrics, learning rate and throughput by epoch
+
+Several GPUs: `torchrun --nproc_per_node N train_asfe.py …`. batch_size is that of a whole step, so
+the same command trains the same network on any number of processes.
+
+Legend: B pairs that a process takes at once, p patch side, H W sides of a whole image.
 """
 
+import csv
+import io
 import math
+import os
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from args_setting import TrainArgs, parse_args, run_script
-from dataset import TrainPairs, task_pairs, writable_folder
+from args_setting import TASKS, TrainArgs, parse_args, run_script
+from dataset import (
+    Pair,
+    TrainPairs,
+    case_of,
+    task_pairs,
+    validation_cases,
+    writable_folder,
+    write_bytes,
+)
 from losses import fusion_loss
 from metrics import evaluate_batch
 from network import ASFEFusion, load_weights, save_weights, start
 
 GRADIENT_CLIP = 1.0  # largest norm of a step's gradient
+METRICS = ("SSIM", "VIF", "Qabf", "SCD")
+SCORE = ("SSIM", "VIF", "Qabf")  # their sum chooses the best weights
+VALIDATION_PAIRS, BATCHNORM_PAIRS, SHOWN_PAIRS = 32, 64, 4  # at most, spread evenly
+# A resumed run may differ in these, as they do not change what is trained.
+FREE = ("DEVICE", "threads", "data_dir", "save_dir", "workers", "resume", "minutes", "compile")
 
 
-def learning_rate(step: int, steps: int, warmup: int) -> float:
-    """Fraction of the highest learning rate: up in a line over `warmup` steps, down in a cosine."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+class Parts(NamedTuple):
+    """What a checkpoint keeps the state of."""
+
+    model: ASFEFusion
+    averaged: AveragedModel  # the weights to use: a moving average of the model's
+    optimiser: torch.optim.Optimizer
+    schedule: LambdaLR
+    scaler: torch.amp.GradScaler
+
+
+def main(args: TrainArgs) -> None:
+    # setup: torchrun starts this in several processes, each with a rank of its own
+    started = time.time()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = start(args)
+    if world > 1:
+        device = join_processes(device)
+    amp = set_precision(args.precision, device)
+
+    # data
+    train, val = split_pairs(args)
+    pairs = TrainPairs(train, args.patch_size, args.seed)
+    val_images = TrainPairs(spread(val, VALIDATION_PAIRS), patch=1).images
+    check_settings(args, len(pairs), len(val), world)
+
+    # model
+    torch.manual_seed(args.seed)
+    model = make_model(args, device)
+    averaged = AveragedModel(model, avg_fn=moving_average(args.ema))
+    network: nn.Module = model
+    if world > 1:
+        synchronise_batchnorm(model)
+        network = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+    if args.compile:
+        network = torch.compile(network)
+
+    # optimiser
+    optimiser = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    steps = args.epoch * (len(pairs) // args.batch_size)
+    schedule = LambdaLR(optimiser, lambda step: learning_rate(step, steps, args.warmup))
+    # fp16 has too little range for gradients; for the other types the scaler does nothing
+    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+    parts = Parts(model, averaged, optimiser, schedule, scaler)
+
+    # the run so far
+    out = writable_folder(args.save_dir) / f"{args.size}_{args.task}"
+    run = {"epoch": 0, "best": -math.inf, "waited": 0, "seconds": 0.0, "rows": []}
+    if args.resume:
+        run = load_checkpoint(beside(out, "_last.pt"), parts, args, device)
+    board = (
+        SummaryWriter(beside(out, "_tensorboard"), purge_step=run["epoch"] + 1)
+        if rank == 0
+        else None
+    )
+
+    # loop
+    while run["epoch"] < args.epoch:
+        row = train_epoch(network, parts, pairs, args, amp, run["epoch"], (rank, world), out)
+        run["epoch"] += 1
+        run["seconds"] += row["seconds"]
+        stop = False
+        if rank == 0:
+            if run["epoch"] % args.val_every == 0 or run["epoch"] == args.epoch:
+                row |= keep_best(averaged.module, pairs, val_images, args, run, row, board, out)
+            run["rows"].append(row)
+            write_csv(beside(out, ".csv"), run["rows"])
+            for name, value in row.items():
+                board.add_scalar(name.replace("_", "/", 1), value, run["epoch"])
+            save_checkpoint(beside(out, "_last.pt"), parts, args, run)
+            stop = 0 < args.patience <= run["waited"]
+            stop |= 0 < args.minutes * 60 <= time.time() - started
+        if agreed(stop, device, world):
+            break
+
+    if rank == 0:
+        board.close()
+        draw_curve(beside(out, "_curve.png"), run["rows"])
+        rest = "" if run["epoch"] == args.epoch else f" of {args.epoch} (--resume goes on)"
+        print(f"{run['epoch']} epochs{rest}; weights: {beside(out, '.safetensors')}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+# --- one epoch -------------------------------------------------------------------------------
+
+
+def train_epoch(
+    network: nn.Module,
+    parts: Parts,
+    pairs: TrainPairs,
+    args: TrainArgs,
+    amp: torch.dtype | None,
+    epoch: int,
+    place: tuple[int, int],
+    out: Path,
+) -> dict[str, float]:
+    """Go through the pairs once; the means of loss and terms, learning rate and throughput."""
+    started = time.time()
+    rank, world = place
+    device = next(parts.model.parameters()).device
+    pairs.epoch = epoch
+    parts.model.train()
+    batches = pairs.batches(args.batch_size, rank, world)
+    loader = DataLoader(pairs, batch_sampler=batches, num_workers=args.workers)
+    title = f"epoch {epoch + 1}/{args.epoch}"
+    means: dict[str, float] = {}
+    with tqdm(loader, title, unit="step", disable=rank > 0, mininterval=1) as progress:
+        for img1, img2, names in progress:  # two (B, 1, p, p)
+            parts.optimiser.zero_grad()
+            with memory_hint(args):
+                images = img1.to(device), img2.to(device)
+                values = forward_backward(network, images, args, amp, parts.scaler, world)
+            if not math.isfinite(values["loss"]):
+                kept = keep_good(parts.averaged.module, out) if rank == 0 else ""
+                raise ValueError(
+                    f"loss is {values['loss']} in epoch {epoch + 1}, pairs {list(names)}{kept}"
+                )
+            parts.scaler.unscale_(parts.optimiser)
+            nn.utils.clip_grad_norm_(parts.model.parameters(), GRADIENT_CLIP)
+            parts.scaler.step(parts.optimiser)
+            parts.scaler.update()
+            parts.schedule.step()
+            parts.averaged.update_parameters(parts.model)
+            for name, value in values.items():
+                means[name] = means.get(name, 0.0) + value / len(batches)
+            progress.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+    seconds = time.time() - started
+    rate = len(batches) * args.batch_size / seconds
+    lr = parts.schedule.get_last_lr()[0]
+    return {"epoch": epoch + 1, **means, "lr": lr, "seconds": seconds, "pairs_per_s": rate}
+
+
+def forward_backward(
+    network: nn.Module,
+    images: tuple[Tensor, Tensor],
+    args: TrainArgs,
+    amp: torch.dtype | None,
+    scaler: torch.amp.GradScaler,
+    world: int,
+) -> dict[str, float]:
+    """Gradients of a step's loss, part by part; loss and terms as means over all processes."""
+    n, device = args.accumulate, images[0].device.type
+    means = 0.0
+    for k, (img1, img2) in enumerate(zip(*(i.chunk(n) for i in images), strict=True)):
+        # processes exchange gradients once in a step, with its last part
+        waits = world > 1 and k + 1 < n
+        with network.no_sync() if waits else nullcontext():
+            with torch.autocast(device, amp, enabled=amp is not None):
+                fused = network(img1, img2)  # (B/n, 1, p, p)
+            loss, terms = fusion_loss(fused.float(), img1, img2, args.recipe)
+            scaler.scale(loss / n).backward()
+        means = means + torch.stack([loss, *terms.values()]).detach() / n
+    if world > 1:
+        dist.all_reduce(means)
+        means = means / world
+    return dict(zip(("loss", *terms), means.tolist(), strict=True))
+
+
+@contextmanager
+def memory_hint(args: TrainArgs) -> Iterator[None]:
+    """Turn running out of memory into a line that says which setting to lower."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise ValueError(
+            f"out of memory with batch_size {args.batch_size} in {args.accumulate} parts and "
+            f"patch_size {args.patch_size}: raise --accumulate, or lower --patch_size or "
+            "--batch_size"
+        ) from None
+
+
+def keep_good(model: ASFEFusion, out: Path) -> str:
+    """Save the averaged weights of a run that fails, if they are sound; what to tell of it."""
+    path = beside(out, "_stopped.safetensors")
+    try:
+        save_weights(model, path, {"stopped": True})
+    except ValueError:  # not finite
+        return ""
+    return f"; the averaged weights before this step are in {path}"
+
+
+def keep_best(
+    model: ASFEFusion,
+    pairs: TrainPairs,
+    val_images: list[Tensor],
+    args: TrainArgs,
+    run: dict,
+    row: dict[str, float],
+    board: SummaryWriter,
+    out: Path,
+) -> dict[str, float]:
+    """Validate the averaged weights and save them if they are the best so far; the metrics."""
+    last = run["epoch"] == args.epoch
+    recompute_batchnorm(model, spread(pairs.images, BATCHNORM_PAIRS if last else 16))
+    measured, panel = measure(model, val_images or spread(pairs.images, 8), args.recipe)
+    board.add_image("img1, img2, fused", panel, run["epoch"], dataformats="HW")
+    kind = "val" if val_images else "train"  # training pairs only say that training worked
+    score = sum(measured[name] for name in SCORE)
+    better = score > run["best"]
+    run["waited"] = 0 if better else run["waited"] + 1
+    if better or not val_images:
+        run["best"] = score
+        metadata = describe(args, run, row["loss"], {kind: measured}, len(val_images))
+        save_weights(model, beside(out, ".safetensors"), metadata)
+    return {f"{kind}_{name}": value for name, value in (measured | {"score": score}).items()}
 
 
 @torch.no_grad()
-def recompute_batchnorm(model: nn.Module, pairs: TrainPairs, device: torch.device) -> None:
-    """Replace the running statistics by plain means over whole, unaugmented training images."""
+def recompute_batchnorm(model: ASFEFusion, images: list[Tensor]) -> None:
+    """Replace the running statistics by plain means over whole, unaugmented images (2, H, W)."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    device = next(model.parameters()).device
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative mean
     model.train()
-    for images in pairs.images[:: max(1, len(pairs) // 64)]:
-        height, width = (n - n % model.multiple for n in images.shape[-2:])
-        img1, img2 = images[:, None, None, :height, :width].to(device).float() / 255
-        model(img1, img2)
+    for both in images:
+        height, width = (n - n % model.multiple for n in both.shape[-2:])
+        if height and width:
+            img1, img2 = both[:, None, None, :height, :width].to(device).float() / 255
+            model(img1, img2)
     for norm in norms:
         norm.momentum = 0.1
 
 
-def measure(model: ASFEFusion, pairs: TrainPairs, count: int = 8) -> dict[str, float]:
-    """Mean metrics of a few whole training pairs: they say that training worked, no more."""
+@torch.no_grad()
+def measure(
+    model: ASFEFusion, images: list[Tensor], recipe: str
+) -> tuple[dict[str, float], np.ndarray]:
+    """Means over whole images of the loss, its terms and the metrics; a picture of a few rows."""
     values: dict[str, list[float]] = {}
-    for img1, img2 in pairs.images[:: max(1, len(pairs) // count)][:count]:
-        fused = model.fuse(img1, img2).cpu()[None, None]
-        images = fused, img1[None, None].float() / 255, img2[None, None].float() / 255
-        for name, value in evaluate_batch(*images, ("SSIM", "VIF", "Qabf", "SCD")).items():
+    rows = []
+    for both in images:  # (2, H, W) in 0..255
+        fused = model.fuse(*both)[None, None]  # (1, 1, H, W)
+        img1, img2 = both[:, None, None].to(fused.device).float() / 255
+        loss, terms = fusion_loss(fused, img1, img2, recipe)
+        metrics = evaluate_batch(fused, img1, img2, METRICS)
+        for name, value in ({"loss": loss} | terms | metrics).items():
             values.setdefault(name, []).append(value.item())
-    return {name: round(sum(v) / len(v), 4) for name, v in values.items()}
+        if not rows or (len(rows) < SHOWN_PAIRS and fused.shape[-1] * 3 == rows[0].shape[1]):
+            row = torch.cat([img1, img2, fused], -1)[0, 0]
+            rows.append((row * 255).round().byte().cpu().numpy())
+    means = {name: round(sum(v) / len(v), 4) for name, v in values.items()}
+    return means, np.concatenate(rows)
 
 
-def main(args: TrainArgs) -> None:
-    # setup
-    torch.manual_seed(args.seed)
-    device = start(args)
+# --- settings --------------------------------------------------------------------------------
 
-    # data
-    pairs = TrainPairs(task_pairs(args.data_dir, args.task, "train"), args.patch_size)
-    if args.batch_size > len(pairs):
-        raise ValueError(f"batch_size is {args.batch_size}, but there are {len(pairs)} pairs")
-    loader = DataLoader(pairs, args.batch_size, shuffle=True, drop_last=True)
 
-    # model
+def split_pairs(args: TrainArgs) -> tuple[list[Pair], list[Pair]]:
+    """Training and validation pairs; no patient, by case number, is in both."""
+    tasks = TASKS if args.task == "all" else (args.task,)
+    pairs = {task: task_pairs(args.data_dir, task, "train") for task in tasks}
+    known = {case_of(pair) for members in pairs.values() for pair in members}
+    for name in ("val_cases", "leave_out"):
+        if unknown := set(getattr(args, name)) - known:
+            raise ValueError(f"{name} has {sorted(unknown)}, expected some of {sorted(known)}")
+    pairs = {
+        task: [pair for pair in members if case_of(pair) not in args.leave_out]
+        for task, members in pairs.items()
+    }
+    held = set(args.val_cases) or validation_cases(pairs, args.val)
+    every = [pair for members in pairs.values() for pair in members]
+    train = [pair for pair in every if case_of(pair) not in held]
+    if not train:
+        raise ValueError("val_cases and leave_out keep no pairs to train on")
+    return train, [pair for pair in every if case_of(pair) in held]
+
+
+def spread(items: list, count: int) -> list:
+    """At most `count` of the items, evenly spread."""
+    return [items[i * len(items) // count] for i in range(count)] if len(items) > count else items
+
+
+def check_settings(args: TrainArgs, pairs: int, val_pairs: int, world: int) -> None:
+    """ValueError for numbers that do not fit the data, the processes or each other."""
+    if args.batch_size > pairs:
+        raise ValueError(f"batch_size is {args.batch_size}, but there are {pairs} pairs")
+    if args.batch_size % (world * args.accumulate):
+        raise ValueError(
+            f"batch_size is {args.batch_size}, expected a multiple of {world * args.accumulate} "
+            f"({world} processes, {args.accumulate} parts)"
+        )
+    if args.patience and not val_pairs:
+        raise ValueError("patience needs validation, but val is 0 and val_cases is empty")
+    if args.ema >= 1:
+        raise ValueError(f"ema is {args.ema}, expected less than 1")
+
+
+def make_model(args: TrainArgs, device: torch.device) -> ASFEFusion:
+    """The network with random weights, or those of --init; ValueError if it does not fit."""
     if args.init:
         model, metadata = load_weights(args.init, device)
         if metadata["size"] != args.size:
@@ -81,57 +360,187 @@ def main(args: TrainArgs) -> None:
         raise ValueError(
             f"patch_size is {args.patch_size}, expected a multiple of {model.multiple}"
         )
-
-    out = writable_folder(args.save_dir) / f"{args.size}_{args.task}.safetensors"
-
-    # optimiser
-    optimiser = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
-    steps = args.epoch * len(loader)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: learning_rate(step, steps, args.warmup)
-    )
-
-    # loop
-    started = time.time()
-    progress = tqdm(range(args.epoch), unit="epoch", desc=f"{args.size} {args.task}")
-    for epoch in progress:
-        model.train()
-        total = 0.0
-        for img1, img2, names in loader:  # two (B, 1, patch, patch)
-            img1, img2 = img1.to(device), img2.to(device)
-            loss, _ = fusion_loss(model(img1, img2), img1, img2, args.recipe)
-            if not torch.isfinite(loss):
-                raise ValueError(f"loss is {loss.item()} in epoch {epoch}, pairs {list(names)}")
-            optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
-            optimiser.step()
-            schedule.step()
-            total += loss.item()
-        last = epoch + 1 == args.epoch
-        if last:
-            recompute_batchnorm(model, pairs, device)
-        metadata = describe(args, epoch + 1, total / len(loader), started)
-        if last:
-            metadata["training_metrics"] = measure(model, pairs)
-        save_weights(model, out, metadata, half=last)
-        progress.set_postfix(loss=f"{total / len(loader):.4f}")
-    print(f"weights written to {out}")
+    return model
 
 
-def describe(args: TrainArgs, epochs: int, loss: float, started: float) -> dict:
+def learning_rate(step: int, steps: int, warmup: int) -> float:
+    """Fraction of the highest learning rate: up in a line over `warmup` steps, down in a cosine."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """For AveragedModel; begins as a plain mean of the weights, so that early ones fade soon."""
+
+    def update(average: Tensor, new: Tensor, count: Tensor) -> Tensor:
+        return average.lerp(new, torch.clamp(9 / (10 + count), min=1 - decay).to(new.device))
+
+    return update
+
+
+def set_precision(name: str, device: torch.device) -> torch.dtype | None:
+    """Set the arithmetic of float32 products; the type of mixed precision, None without."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    if name == "fp16" and device.type != "cuda":
+        raise ValueError(f"precision is fp16, which needs CUDA, but DEVICE is {device.type}")
+    torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = name != "fp32"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
+
+
+# --- several processes -----------------------------------------------------------------------
+
+
+def join_processes(device: torch.device) -> torch.device:
+    """Join the other processes that torchrun started; this one's device."""
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the batches of all processes; PyTorch's own of this name refuses a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        if not self.training:
+            return super().forward(x)
+        world = dist.get_world_size()
+        with torch.autocast(x.device.type, enabled=False):
+            t = x.float()
+            mean = all_reduce(t.mean((0, 2, 3))) / world  # (C,)
+            t = t - mean[:, None, None]
+            variance = all_reduce(t.square().mean((0, 2, 3))) / world  # (C,)
+            scale = self.weight * torch.rsqrt(variance + self.eps)
+            out = t * scale[:, None, None] + self.bias[:, None, None]
+        with torch.no_grad():
+            count = t.numel() / len(mean) * world
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        return out.to(x.dtype)
+
+
+def synchronise_batchnorm(model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNorm  # the same parameters and buffers
+
+
+def agreed(stop: bool, device: torch.device, world: int) -> bool:
+    """What the first process decides, in all of them."""
+    if world == 1:
+        return stop
+    flag = torch.tensor(float(stop), device=device)
+    dist.broadcast(flag, 0)
+    return bool(flag)
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def beside(out: Path, ending: str) -> Path:
+    return out.with_name(out.name + ending)
+
+
+def save_checkpoint(path: Path, parts: Parts, args: TrainArgs, run: dict) -> None:
+    """Write all that --resume needs; a kill at any moment leaves the old file or the new one.
+
+    No state of random generators is in it: what is random in an epoch follows from its number.
+    """
+    state = {name: part.state_dict() for name, part in parts._asdict().items()}
+    part = beside(path, ".part")
+    with part.open("wb") as file:
+        torch.save({"state": state, "settings": plain(args), "run": run}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def load_checkpoint(path: Path, parts: Parts, args: TrainArgs, device: torch.device) -> dict:
+    """Put the parts into the state that a checkpoint keeps; the run so far.
+
+    Raises ValueError if there is none, if it is damaged, or if a setting has changed.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, so there is no run to resume")
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        settings, state, run = saved["settings"], saved["state"], saved["run"]
+    except Exception:  # a parser of strange bytes may stumble in any way
+        raise ValueError(f"{path}: damaged or not a checkpoint of train_asfe.py") from None
+    now = plain(args)
+    changed = [
+        f"{name} is {now.get(name)!r} and was {settings.get(name)!r}"
+        for name in {**settings, **now}
+        if name not in FREE and now.get(name) != settings.get(name)
+    ]
+    if changed:
+        raise ValueError(f"cannot resume {path} with other settings: {'; '.join(changed)}")
+    for name, part in parts._asdict().items():
+        part.load_state_dict(state[name])
+    return run
+
+
+def plain(args: TrainArgs) -> dict:
+    """The settings as numbers, words and lists of them; of a path its last name."""
+    plain_types = {Path: lambda path: path.name, tuple: list}
+    values = asdict(args).items()
+    return {
+        key: next((to(v) for kind, to in plain_types.items() if isinstance(v, kind)), v)
+        for key, v in values
+    }
+
+
+def describe(args: TrainArgs, run: dict, loss: float, measured: dict, val_pairs: int) -> dict:
     """What a weights file says of its making."""
-    settings = {k: v.name if isinstance(v, Path) else v for k, v in asdict(args).items()}
-    for place in ("DEVICE", "data_dir", "save_dir", "threads"):
-        settings.pop(place)  # these describe a machine
+    settings = {key: value for key, value in plain(args).items() if key not in FREE}
     return {
         "task": args.task,
-        "epochs": epochs,
+        "epochs": run["epoch"],
         "training_loss": round(loss, 4),
-        "minutes": round((time.time() - started) / 60, 1),
+        "minutes": round(run["seconds"] / 60, 1),
         "date": date.today().isoformat(),
+        "validation_pairs": val_pairs,
+        "metrics": measured,
         "settings": settings,
     }
+
+
+def write_csv(path: Path, rows: list[dict[str, float]]) -> None:
+    """One line for each epoch; empty where an epoch was not validated."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode())
+
+
+def draw_curve(path: Path, rows: list[dict[str, float]]) -> None:
+    """Loss and terms on the left, metrics on the right, by epoch, as a PNG."""
+    from matplotlib.figure import Figure  # only needed here, and it loads slowly
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    names = dict.fromkeys(name for row in rows for name in row)
+    for name in names:
+        points = [(row["epoch"], row[name]) for row in rows if name in row]
+        if name.split("_")[-1] in METRICS:
+            right.plot(*zip(*points, strict=True), marker=".", label=name)
+        elif name.split("_")[-1] in ("loss", "content", "gradient", "structure"):
+            left.semilogy(*zip(*points, strict=True), label=name)
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize="small")
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=110)
+    write_bytes(path, data.getvalue())
 
 
 if __name__ == "__main__":

@@ -19,12 +19,26 @@ from torch import Tensor  # noqa: E402
 
 from args_setting import TASKS  # noqa: E402
 from dataset import read_pair, task_pairs  # noqa: E402
-from losses import fusion_loss, max_content_loss, max_gradient_loss, structure_loss  # noqa: E402
+from losses import (  # noqa: E402
+    fusion_loss,
+    information_loss,
+    max_content_loss,
+    max_gradient_loss,
+    structure_loss,
+)
 from metrics import evaluate_batch  # noqa: E402
 
-# weights of content (brighter source), gradient (steeper source) and structure
-WEIGHTS = ((4, 10, 1), (4, 30, 1), (4, 60, 1), (2, 60, 1), (8, 60, 1))
-NAMES = ("SD", "MI", "SCD", "SSIM", "VIF", "Qabf", "PSNR")
+# weights of content (brighter source), gradient (steeper source), structure and information
+WEIGHTS = (
+    (4, 10, 1, 0),
+    (4, 60, 1, 0),
+    (2, 60, 1, 0),
+    (4, 120, 1, 0),
+    (4, 60, 2, 0),
+    (4, 60, 2, 0.4),
+    (2, 60, 2, 0.1),
+)
+NAMES = ("SD", "AG", "MI", "SCD", "SSIM", "VIF", "Qabf", "PSNR")
 
 
 def optimise(loss, img1: Tensor, img2: Tensor, steps: int) -> Tensor:
@@ -63,13 +77,13 @@ def main() -> None:
     show("none: mean", (img1 + img2) / 2)
     show("none: max", torch.maximum(img1, img2))
     show("paper", optimise(lambda *t: fusion_loss(*t, "paper")[0], img1, img2, args.steps))
-    for content, gradient, structure in WEIGHTS:
+    terms = max_content_loss, max_gradient_loss, structure_loss, information_loss
+    for weights in WEIGHTS:
 
-        def loss(*images: Tensor, c=content, g=gradient, s=structure) -> Tensor:
-            terms = max_content_loss(*images), max_gradient_loss(*images), structure_loss(*images)
-            return c * terms[0] + g * terms[1] + s * terms[2]
+        def loss(*images: Tensor, weights: tuple = weights) -> Tensor:
+            return sum(w * term(*images) for w, term in zip(weights, terms, strict=True) if w)
 
-        show(f"{content}, {gradient}, {structure}", optimise(loss, img1, img2, args.steps))
+        show(", ".join(map(str, weights)), optimise(loss, img1, img2, args.steps))
 
 
 if __name__ == "__main__":

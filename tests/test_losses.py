@@ -9,12 +9,16 @@ from losses import (
     content_loss,
     fusion_loss,
     gradient_loss,
+    information_loss,
     max_content_loss,
     max_gradient_loss,
     sobel,
     ssim,
     structure_loss,
+    vif,
 )
+from metrics import evaluate_batch
+from phantom import phantom_pair
 
 
 @pytest.fixture
@@ -71,11 +75,35 @@ def test_losses_depend_on_neither_batch_nor_tiling(images, recipe):
     assert whole.item() == pytest.approx(torch.stack(halves).mean().item(), rel=1e-5)
 
 
+def test_vif_is_that_of_the_metrics():
+    """Within the damping of variances near zero; phantoms have large flat parts."""
+    img1, img2 = (torch.from_numpy(i)[None, None] / 255 for i in phantom_pair("CT-MRI", 128))
+    for fused in (torch.maximum(img1, img2), (img1 + img2) / 2, img1):
+        fused = (fused * 255).round() / 255
+        got = vif(fused, torch.cat([img1, img2], 1)).sum(1)
+        expected = evaluate_batch(fused, img1, img2, ("VIF",))["VIF"]
+        assert got.item() == pytest.approx(expected.item(), rel=0.02)
+        assert information_loss(fused, img1, img2).item() == pytest.approx(2 - got.item())
+
+
+def test_vif_of_images_below_its_window_is_one():
+    assert torch.equal(vif(*torch.rand(2, 3, 1, 16, 16)), torch.ones(3, 1))
+
+
+@pytest.mark.parametrize("side", [17, 20, 48])
+def test_vif_of_small_images_has_a_finite_gradient(side):
+    fused, img1, img2 = torch.rand(3, 2, 1, side, side)
+    fused.requires_grad_()
+    information_loss(fused, img1, img2).backward()
+    assert torch.isfinite(fused.grad).all()
+
+
 @pytest.mark.parametrize("recipe", ["paper", "detail"])
 def test_every_term_gives_a_gradient(images, recipe):
     fused = images[0].clone().requires_grad_()
     total, terms = fusion_loss(fused, images[1], images[2], recipe)
-    assert set(terms) == {"content", "gradient", "structure"}
+    information = {"information"} if recipe == "detail" else set()
+    assert set(terms) == {"content", "gradient", "structure"} | information
     for term in terms.values():
         (gradient,) = torch.autograd.grad(term, fused, retain_graph=True)
         assert gradient.abs().sum() > 0

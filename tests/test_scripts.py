@@ -9,7 +9,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import args_setting
 import test_asfe
@@ -191,7 +190,7 @@ def test_a_constant_image_works(call, weights, tmp_path):
         for extra in ([], ["--stretch"]):
             assert call(test_asfe, *pair, "--weights", weights, *extra, "--out", out)[0] == 0
             assert read_luma8(out).shape == (40, 40)
-        if level == 0:  # the head of gains multiplies the sources
+        if level == 0:  # the head multiplies the sources
             assert not read_luma8(out).any()
 
 
@@ -302,97 +301,6 @@ def test_demo_in_a_process_of_its_own(tmp_path):
     assert "contact_sheet.png" in done.stdout
     expected = {f"{t}_{m}.png" for t, s in TASKS.items() for m in (s, "MRI", "fused")}
     assert files(tmp_path / "demo") == {*expected, "contact_sheet.png"}
-
-
-# --- train_asfe.py ---------------------------------------------------------------------------
-
-
-def test_training_learns_and_its_weights_fuse(call, tmp_path):
-    data = write_task(tmp_path / "data", "CT-MRI", "train", {str(i): 64 for i in range(8)})
-    argv = ["--data_dir", data, "--save_dir", tmp_path / "save", "--patch_size", 64]
-    argv += ["--batch_size", 4, "--warmup", 2, "--lr", 0.003]
-    code, out, err = call(train_asfe, *argv, "--epoch", 1)
-    path = tmp_path / "save" / "compact_CT-MRI.safetensors"
-    assert code == 0, err
-    assert f"weights written to {path}" in out
-    first = load_weights(path)[1]["training_loss"]
-    assert call(train_asfe, *argv, "--epoch", 12)[0] == 0
-    model, metadata = load_weights(path)
-    assert metadata["training_loss"] < first / 2
-    assert set(metadata["training_metrics"]) == {"SSIM", "VIF", "Qabf", "SCD"}
-    assert metadata["task"] == "CT-MRI" and metadata["settings"]["epoch"] == 12
-    assert str(tmp_path) not in str(metadata), "no path of a machine in the weights"
-    assert files(tmp_path / "save") == {path.name}
-    assert torch.isfinite(model.fuse(*phantom_pair("CT-MRI", 64))).all()
-    # and training goes on from them
-    assert call(train_asfe, *argv, "--epoch", 1, "--init", path)[0] == 0
-    assert load_weights(path)[1]["settings"]["init"] == path.name
-
-
-def test_the_same_seed_gives_the_same_weights(call, tmp_path):
-    data = write_task(tmp_path / "data", "CT-MRI", "train", {"a": 32, "b": 32})
-    argv = ["--data_dir", data, "--patch_size", 32, "--batch_size", 2, "--epoch", 1]
-    for name in ("1", "2"):
-        assert call(train_asfe, *argv, "--threads", 1, "--save_dir", tmp_path / name)[0] == 0
-    one, two = (load_weights(tmp_path / n / "compact_CT-MRI.safetensors")[0] for n in ("1", "2"))
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-
-
-def test_learning_rate_rises_and_falls():
-    rates = [train_asfe.learning_rate(step, 100, 10) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[10] == 1
-    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[-1] < 0.001
-
-
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (["--recipe", "best"], "invalid choice: 'best'"),
-        (["--patch_size", 128], "patch_size is 128, but"),
-        (["--patch_size", 40], "expected a multiple of 16"),
-        (["--batch_size", 9], "batch_size is 9, but there are 2 pairs"),
-        (["--size", "paper", "--init", "WEIGHTS"], "is of size compact, --size is paper"),
-        (["--save_dir", "FILE/save"], "Not a directory"),
-        (["--task", "PET-MRI"], "no such folder"),
-        (["--epoch", "many"], "invalid int value"),
-        (["--epoch", 0], "epoch is 0, expected at least 1"),
-        (["--patch_size", -16], "patch_size is -16, expected at least 16"),
-        (["--threads", -1], "threads is -1"),
-        (["--lr", -1], "lr is -1.0"),
-    ],
-)
-def test_bad_training_input_is_one_line(call, weights, tmp_path, extra, message):
-    data = write_task(tmp_path / "data", "CT-MRI", "train", {"a": 64, "b": 64})
-    (tmp_path / "file").write_text("")
-    extra = [str(e).replace("WEIGHTS", str(weights)).replace("FILE", str(tmp_path / "file"))
-             for e in extra]  # fmt: skip
-    argv = ["--data_dir", data, "--save_dir", tmp_path / "save", "--patch_size", 64]
-    argv += ["--batch_size", 2, *extra]
-    code, _, err = call(train_asfe, *argv)
-    assert code == 2
-    assert message in err and err.count("\n") == 1
-    assert not (tmp_path / "save").exists()
-
-
-def test_a_loss_that_is_not_finite_stops_and_names_the_pairs(call, tmp_path, monkeypatch):
-    data = write_task(tmp_path / "data", "CT-MRI", "train", {"a": 32, "b": 32})
-    monkeypatch.setattr(train_asfe, "ASFEFusion", lambda size: NotFinite())
-    argv = ["--data_dir", data, "--save_dir", tmp_path / "save", "--patch_size", 32]
-    code, _, err = call(train_asfe, *argv, "--batch_size", 2)
-    assert code == 2 and "loss is nan in epoch 0" in err and "'a'" in err and "'b'" in err
-    assert files(tmp_path / "save") == set()
-
-
-class NotFinite(nn.Module):
-    multiple = 16
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(torch.nan))
-
-    def forward(self, img1, img2):
-        return self.scale * img1
 
 
 # --- args_setting.py -------------------------------------------------------------------------

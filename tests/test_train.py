@@ -1,0 +1,374 @@
+"""Training: it learns, resumes bit for bit, survives a kill, and is the same in two processes."""
+
+import csv
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_scripts import call, files, weights, write_task  # noqa: F401  (two of them are fixtures)
+from torch import nn
+
+import train_asfe
+from args_setting import ROOT, TrainArgs, parse_args
+from dataset import TrainPairs, case_of, task_pairs, validation_cases
+from losses import fusion_loss
+from network import ASFEFusion, load_weights
+from phantom import phantom_pair
+
+STEM = "compact_CT-MRI"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Three patients of four slices each."""
+    names = {f"{case}{slice_:03d}": 64 for case in (1, 2, 3) for slice_ in range(4)}
+    return write_task(tmp_path_factory.mktemp("data"), "CT-MRI", "train", names)
+
+
+def settings(data: Path, save_dir: Path, *extra) -> list[str]:
+    argv = ["--data_dir", data, "--save_dir", save_dir, "--patch_size", 32, "--batch_size", 4]
+    return [str(a) for a in [*argv, "--threads", 1, *extra]]
+
+
+def rows(save_dir: Path, stem: str = STEM) -> list[dict[str, str]]:
+    with (save_dir / f"{stem}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def states(save_dir: Path) -> dict:
+    return torch.load(save_dir / f"{STEM}_last.pt", weights_only=True)["state"]
+
+
+def equal(a, b) -> bool:
+    """Nested states are the same, bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+# --- the run ---------------------------------------------------------------------------------
+
+
+def test_a_short_training_halves_the_loss(call, data, tmp_path):  # noqa: F811
+    """The issue's minute on phantoms; 24 small steps, so it is less."""
+    argv = settings(data, tmp_path, "--epoch", 12, "--warmup", 2, "--lr", 0.003, "--val", 0)
+    code, out, err = call(train_asfe, *argv)
+    assert code == 0, err
+    path = tmp_path / f"{STEM}.safetensors"
+    assert f"weights: {path}" in out
+    table = rows(tmp_path)
+    assert float(table[-1]["loss"]) < float(table[0]["loss"]) / 2
+    model, metadata = load_weights(path)
+    assert set(metadata["metrics"]) == {"train"}
+    assert metadata["metrics"]["train"].keys() >= {"loss", "SSIM", "VIF", "Qabf", "SCD"}
+    assert metadata["task"] == "CT-MRI" and metadata["epochs"] == 12
+    assert metadata["settings"]["lr"] == 0.003 and metadata["settings"]["seed"] == 3407
+    assert str(tmp_path) not in str(metadata), "no path of a machine in the weights"
+    assert torch.isfinite(model.fuse(*phantom_pair("CT-MRI", 64))).all()
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_what_a_run_writes(call, data, tmp_path):  # noqa: F811
+    argv = settings(data, tmp_path, "--epoch", 3, "--val_every", 2)
+    assert call(train_asfe, *argv)[0] == 0
+    endings = (".safetensors", "_last.pt", ".csv", "_curve.png")
+    written = files(tmp_path)
+    assert {f"{STEM}{e}" for e in endings} <= written
+    events = [name for name in written if "tfevents" in name]
+    assert len(events) == 1 and len(written) == len(endings) + 1
+    table = rows(tmp_path)
+    assert [row["epoch"] for row in table] == ["1", "2", "3"]
+    assert all(float(row["pairs_per_s"]) > 0 and float(row["lr"]) > 0 for row in table)
+    assert [bool(row["val_SSIM"]) for row in table] == [False, True, True]
+    metadata = load_weights(tmp_path / f"{STEM}.safetensors")[1]
+    best = max((row for row in table if row["val_score"]), key=lambda r: float(r["val_score"]))
+    assert metadata["metrics"]["val"]["SSIM"] == float(best["val_SSIM"])
+    assert metadata["epochs"] == int(best["epoch"]) and metadata["validation_pairs"] == 4
+    # TensorBoard's own reader finds the values of the table, and a picture
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str((tmp_path / events[0]).parent)).Reload()
+    assert [e.value for e in board.Scalars("loss")] == pytest.approx(
+        [float(row["loss"]) for row in table], rel=1e-5
+    )
+    assert {"val/SSIM", "lr", "pairs/per_s", "gradient"} <= set(board.Tags()["scalars"])
+    assert len(board.Images("img1, img2, fused")) == 2
+
+
+def test_resumed_epochs_equal_uninterrupted_ones_bit_for_bit(call, data, tmp_path):  # noqa: F811
+    argv = ["--epoch", 4, "--val_every", 2, "--warmup", 2, "--accumulate", 2]
+    assert call(train_asfe, *settings(data, tmp_path / "once", *argv))[0] == 0
+    short = settings(data, tmp_path / "twice", *argv, "--minutes", 1e-9)  # an epoch each
+    assert "1 epochs of 4 (--resume goes on)" in call(train_asfe, *short)[1]
+    for _ in range(2):
+        assert call(train_asfe, *short, "--resume")[0] == 0
+    assert not equal(states(tmp_path / "once"), states(tmp_path / "twice"))
+    assert call(train_asfe, *short[:-2], "--resume")[0] == 0
+    assert equal(states(tmp_path / "once"), states(tmp_path / "twice"))
+    once, twice = (rows(tmp_path / name) for name in ("once", "twice"))
+    for row in (*once, *twice):
+        del row["seconds"], row["pairs_per_s"]
+    assert once == twice
+    models = [load_weights(tmp_path / n / f"{STEM}.safetensors")[0] for n in ("once", "twice")]
+    assert equal(*(model.state_dict() for model in models))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_run_killed_during_a_save_goes_on(call, data, tmp_path, number):  # noqa: F811
+    """A child stops itself halfway through writing its second checkpoint."""
+    argv = settings(data, tmp_path, "--epoch", 3, "--val_every", 9)
+    child = f"""
+import os, sys, torch, train_asfe
+from args_setting import TrainArgs, parse_args, run_script
+whole, calls = torch.save, []
+def half(state, file):
+    calls.append(1)
+    if len(calls) == 2:
+        file.write(b"half of it")
+        file.flush()
+        os.kill(os.getpid(), {int(number)})
+    whole(state, file)
+torch.save = half
+run_script(train_asfe.main, parse_args(TrainArgs, {argv!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", child], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (-number, 130) and "Traceback" not in done.stderr, done.stderr
+    code, out, err = call(train_asfe, *argv, "--resume")
+    assert code == 0 and "3 epochs" in out, err
+    assert [row["epoch"] for row in rows(tmp_path)] == ["1", "2", "3"]
+    load_weights(tmp_path / f"{STEM}.safetensors")
+
+
+def test_early_stopping(call, data, tmp_path, monkeypatch):  # noqa: F811
+    metrics = dict.fromkeys(train_asfe.METRICS, torch.ones(1))
+    monkeypatch.setattr(train_asfe, "evaluate_batch", lambda *_: metrics)  # never better
+    argv = settings(data, tmp_path, "--epoch", 9, "--val_every", 1, "--patience", 2)
+    assert "3 epochs of 9" in call(train_asfe, *argv)[1]
+    assert load_weights(tmp_path / f"{STEM}.safetensors")[1]["epochs"] == 1
+
+
+def test_all_trains_on_the_three_tasks(call, tmp_path):  # noqa: F811
+    for task in ("CT-MRI", "PET-MRI", "SPECT-MRI"):
+        names = {f"{case}{task[0]}01": 32 for case in (1, 2)}
+        write_task(tmp_path / "data", task, "train", names)
+    argv = settings(tmp_path / "data", tmp_path / "save", "--task", "all", "--epoch", 1)
+    assert call(train_asfe, *argv, "--val", 0)[0] == 0
+    metadata = load_weights(tmp_path / "save" / "compact_all.safetensors")[1]
+    assert metadata["task"] == "all"
+    # and one of the tasks goes on from there
+    init = tmp_path / "save" / "compact_all.safetensors"
+    argv = settings(tmp_path / "data", tmp_path / "save", "--epoch", 1, "--init", init)
+    assert call(train_asfe, *argv, "--batch_size", 2, "--val", 0)[0] == 0
+    metadata = load_weights(tmp_path / "save" / f"{STEM}.safetensors")[1]
+    assert metadata["settings"]["init"] == "compact_all.safetensors"
+
+
+# --- several processes -----------------------------------------------------------------------
+
+
+def test_two_processes_train_what_one_does(data, tmp_path):
+    """Real processes, joined by gloo: sharded batches, BatchNorm over both, averaged gradients."""
+    argv = ["--epoch", 2, "--val_every", 2, "--warmup", 2]
+    one = [sys.executable, "train_asfe.py", *settings(data, tmp_path / "one", *argv)]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    two += ["train_asfe.py", *settings(data, tmp_path / "two", *argv, "--accumulate", 2)]
+    one += ["--accumulate", "2"]
+    for command in (one, two):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert len(one) == len(two) == 2
+    for a, b in zip(one, two, strict=True):
+        for name in ("loss", "content", "gradient", "structure", "information"):
+            assert float(b[name]) == pytest.approx(float(a[name]), rel=1e-4), name
+    a, b = (states(tmp_path / n)["model"] for n in ("one", "two"))
+    running = [k for k in a if k.endswith("running_var")]
+    assert all(torch.allclose(a[k], b[k], rtol=1e-3, atol=1e-5) for k in running)
+
+
+@pytest.mark.parametrize("size", ["compact", "paper"])
+def test_every_parameter_gets_a_gradient(size):
+    """No unused one: DistributedDataParallel would wait for its gradient."""
+    model = ASFEFusion(size).train()
+    img1, img2 = torch.rand(2, 1, 1, model.multiple, model.multiple)
+    loss, _ = fusion_loss(model(img1, img2), img1, img2)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        # a bias in front of BatchNorm gets one that is zero but for rounding
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_synchronised_batchnorm_is_batchnorm(monkeypatch):
+    """In a group of one; values, gradients and running statistics."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        norms = [nn.BatchNorm2d(3) for _ in range(2)]
+        train_asfe.synchronise_batchnorm(norms[1])
+        x = torch.randn(2, 4, 3, 5, 6)
+        results = []
+        for norm in norms:
+            t = x[0].clone().requires_grad_()
+            out = norm(t)
+            (out * x[1]).sum().backward()
+            results.append((out, t.grad, norm.weight.grad, norm.running_mean, norm.running_var))
+        assert type(norms[1]) is train_asfe.SyncBatchNorm
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results, strict=True))
+    finally:
+        dist.destroy_process_group()
+
+
+# --- the parts -------------------------------------------------------------------------------
+
+
+def test_validation_shares_no_patient_with_training(data):
+    pairs = task_pairs(data, "CT-MRI", "train")
+    assert validation_cases({"CT-MRI": pairs}, 0) == set()
+    assert validation_cases({"CT-MRI": pairs}, 0.1) == {"1"}
+    assert validation_cases({"CT-MRI": pairs}, 0.4) == {"1", "2"}
+    args = TrainArgs(data_dir=data, val=0.1, leave_out=("3",))
+    train, val = train_asfe.split_pairs(args)
+    assert {case_of(p) for p in train} == {"2"} and {case_of(p) for p in val} == {"1"}
+    args = TrainArgs(data_dir=data, val_cases=("2", "3"))
+    train, val = train_asfe.split_pairs(args)
+    assert {case_of(p) for p in train} == {"1"} and len(val) == 8
+
+
+def test_batches_do_not_depend_on_the_number_of_processes(data):
+    pairs = TrainPairs(task_pairs(data, "CT-MRI", "train"), 32, seed=5)
+    whole = pairs.batches(4)
+    assert sorted(i for batch in whole for i in batch) == list(range(12))
+    shards = [pairs.batches(4, rank, 2) for rank in (0, 1)]
+    for batch, *parts in zip(whole, *shards, strict=True):
+        assert sorted(batch) == sorted(parts[0] + parts[1])
+    assert len(pairs.batches(5)) == 2, "what is left over waits for the next epoch"
+    pairs.epoch = 1
+    assert pairs.batches(4) != whole
+    first = pairs[3]
+    torch.rand(1)  # the state of the generator does not matter
+    assert equal(first, pairs[3])
+    pairs.epoch = 2
+    assert not equal(first, pairs[3])
+
+
+def test_learning_rate_rises_and_falls():
+    rates = [train_asfe.learning_rate(step, 100, 10) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[10] == 1
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 0.001
+
+
+def test_moving_average_begins_as_a_mean_and_ends_at_its_decay():
+    update = train_asfe.moving_average(0.9)
+    zero, one = torch.zeros(1), torch.ones(1)
+    assert update(zero, one, torch.tensor(1)).item() == pytest.approx(9 / 11)
+    assert update(zero, one, torch.tensor(10**6)).item() == pytest.approx(0.1)
+    assert train_asfe.moving_average(0.0)(zero, one, torch.tensor(10**6)).item() == 1
+
+
+# --- what goes wrong -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--recipe", "best"], "invalid choice: 'best'"),
+        (["--patch_size", 128], "patch_size is 128, but"),
+        (["--patch_size", 40], "expected a multiple of 16"),
+        (["--batch_size", 13, "--val", 0], "batch_size is 13, but there are 12 pairs"),
+        (["--accumulate", 3], "expected a multiple of 3"),
+        (["--size", "paper", "--init", "WEIGHTS"], "is of size compact, --size is paper"),
+        (["--save_dir", "FILE/save"], "Not a directory"),
+        (["--task", "PET-MRI"], "no such folder"),
+        (["--task", "all"], "no such folder"),
+        (["--epoch", "many"], "invalid int value"),
+        (["--epoch", 0], "epoch is 0, expected at least 1"),
+        (["--patch_size", -16], "patch_size is -16, expected at least 16"),
+        (["--threads", -1], "threads is -1"),
+        (["--lr", -1], "lr is -1.0"),
+        (["--ema", 1], "ema is 1.0, expected less than 1"),
+        (["--val", 0.9], "leaves none of the 3 patients"),
+        (["--val_cases", 7], "val_cases has ['7'], expected some of ['1', '2', '3']"),
+        (["--leave_out", 1, 2, 3], "keep no pairs to train on"),
+        (["--val_cases", 1, 2, 3], "keep no pairs to train on"),
+        (["--patience", 2, "--val", 0], "patience needs validation"),
+        (["--precision", "fp16", "--DEVICE", "cpu"], "needs CUDA"),
+        (["--resume"], "there is no run to resume"),
+    ],
+)
+def test_bad_training_input_is_one_line(call, weights, data, tmp_path, extra, message):  # noqa: F811
+    (tmp_path / "file").write_text("")
+    extra = [str(e).replace("WEIGHTS", str(weights)).replace("FILE", str(tmp_path / "file"))
+             for e in extra]  # fmt: skip
+    code, _, err = call(train_asfe, *settings(data, tmp_path / "save"), *extra)
+    assert code == 2
+    assert message in err and err.count("\n") == 1
+    assert not files(tmp_path / "save") if "--resume" in extra else not (tmp_path / "save").exists()
+
+
+def test_a_run_resumes_only_as_it_was(call, data, tmp_path):  # noqa: F811
+    argv = settings(data, tmp_path, "--epoch", 1, "--val_every", 9)
+    assert call(train_asfe, *argv)[0] == 0
+    code, _, err = call(train_asfe, *argv, "--resume", "--lr", 0.5, "--leave_out", 3)
+    assert code == 2 and err.count("\n") == 1
+    assert "lr is 0.5 and was 0.001" in err and "leave_out is ['3'] and was []" in err
+    assert call(train_asfe, *argv, "--resume", "--workers", 0)[0] == 0
+    path = tmp_path / f"{STEM}_last.pt"
+    other = parse_args(TrainArgs, [*argv, "--size", "paper"])
+    with pytest.raises(ValueError, match="size is 'paper' and was 'compact'"):
+        train_asfe.load_checkpoint(path, None, other, "cpu")
+    whole = path.read_bytes()
+    for damaged in (b"", b"no checkpoint", whole[: len(whole) // 2]):
+        path.write_bytes(damaged)
+        code, _, err = call(train_asfe, *argv, "--resume")
+        assert code == 2 and "damaged or not a checkpoint" in err and err.count("\n") == 1
+
+
+class Diverging(nn.Module):
+    """Sound weights, but the loss of the third step is not a number."""
+
+    multiple = 16
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.steps = 0
+
+    def forward(self, img1, img2):
+        self.steps += 1
+        return self.scale * img1 * (torch.nan if self.steps == 3 else 1)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_pairs(
+    call,  # noqa: F811
+    data,
+    tmp_path,
+    monkeypatch,
+):
+    monkeypatch.setattr(train_asfe, "ASFEFusion", lambda size: Diverging())
+    monkeypatch.setattr(train_asfe, "save_weights", lambda model, path, *_: path.touch())
+    argv = settings(data, tmp_path, "--epoch", 2, "--val", 0)
+    code, _, err = call(train_asfe, *argv)
+    pairs = TrainPairs(task_pairs(data, "CT-MRI", "train"), 32, seed=3407)
+    names = [pairs.names[i] for i in pairs.batches(4)[2]]
+    assert code == 2 and f"loss is nan in epoch 1, pairs {names}" in err
+    assert f"averaged weights before this step are in {tmp_path / STEM}_stopped" in err
+    assert (tmp_path / f"{STEM}_stopped.safetensors").exists()
+    assert not (tmp_path / f"{STEM}_last.pt").exists(), "no checkpoint of half an epoch"
+
+
+def test_out_of_memory_names_the_settings(call, data, tmp_path, monkeypatch):  # noqa: F811
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+    monkeypatch.setattr(ASFEFusion, "forward", full)
+    code, _, err = call(train_asfe, *settings(data, tmp_path))
+    assert code == 2 and "raise --accumulate, or lower --patch_size" in err
+    assert err.strip().splitlines()[-1].startswith("train_asfe.py: error: out of memory")
