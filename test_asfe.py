@@ -5,7 +5,8 @@
     python test_asfe.py --img1 ct.png --img2 mri.png --out fused.png
     python test_asfe.py --dir1 pet/ --dir2 mri/ --out fused/  two folders, paired by file name
 
-Source 1 is CT, PET or SPECT, source 2 is MRI. Colour is fused as luma and gets its chroma back.
+Source 1 is CT, PET or SPECT, source 2 is MRI; --task all takes the weights for pairs of any other
+kind. Colour is fused as luma and gets its chroma back.
 """
 
 import time
@@ -145,7 +146,8 @@ def fuse_folder(args: TestArgs, pairs: list[Pair], out: Path, device: torch.devi
             progress.update()
     print(f"{len(pairs)} pairs in {time.perf_counter() - started:.1f} s: {out}")
     if rows:
-        write_png(sheet, contact_sheet(rows, [TASKS[args.task], "MRI", "fused"]))
+        titles = ["source 1", "source 2"] if args.task == "all" else [TASKS[args.task], "MRI"]
+        write_png(sheet, contact_sheet(rows, [*titles, "fused"]))
         print(f"contact sheet: {sheet}")
     if args.metrics:
         print_metrics(outputs, pairs, args.task)
@@ -209,6 +211,8 @@ def main(args: TestArgs) -> None:
     elif "dir1" in given:
         pairs = match_pairs(args.dir1, args.dir2, args.skip_unmatched)
         fuse_folder(args, pairs, args.out, device)
+    elif args.task == "all":
+        raise ValueError("task all has no test split of its own: give a task, or pairs of images")
     else:
         pairs = task_pairs(args.data_dir, args.task, "test", args.skip_unmatched)
         fuse_folder(args, pairs, args.out or ROOT / "result" / args.task, device)

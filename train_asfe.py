@@ -11,23 +11,17 @@ the same command trains the same network on any number of processes.
 Legend: B pairs that a process takes at once, p patch side, H W sides of a whole image.
 """
 
-import csv
-import io
 import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
-from datetime import date
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
@@ -36,15 +30,17 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from args_setting import TASKS, TrainArgs, parse_args, run_script
-from dataset import (
-    Pair,
-    TrainPairs,
-    case_of,
-    task_pairs,
-    validation_cases,
-    writable_folder,
-    write_bytes,
+from checkpoints import (
+    Parts,
+    beside,
+    describe,
+    draw_curve,
+    load_checkpoint,
+    save_checkpoint,
+    write_csv,
 )
+from dataset import Pair, TrainPairs, case_of, task_pairs, validation_cases, writable_folder
+from distributed import agreed, join_processes, synchronise_batchnorm
 from losses import fusion_loss
 from metrics import evaluate_batch
 from network import ASFEFusion, load_weights, save_weights, start
@@ -53,18 +49,6 @@ GRADIENT_CLIP = 1.0  # largest norm of a step's gradient
 METRICS = ("SSIM", "VIF", "Qabf", "SCD")
 SCORE = ("SSIM", "VIF", "Qabf")  # their sum chooses the best weights
 VALIDATION_PAIRS, BATCHNORM_PAIRS, SHOWN_PAIRS = 32, 64, 4  # at most, spread evenly
-# A resumed run may differ in these, as they do not change what is trained.
-FREE = ("DEVICE", "threads", "data_dir", "save_dir", "workers", "resume", "minutes", "compile")
-
-
-class Parts(NamedTuple):
-    """What a checkpoint keeps the state of."""
-
-    model: ASFEFusion
-    averaged: AveragedModel  # the weights to use: a moving average of the model's
-    optimiser: torch.optim.Optimizer
-    schedule: LambdaLR
-    scaler: torch.amp.GradScaler
 
 
 def main(args: TrainArgs) -> None:
@@ -106,11 +90,8 @@ def main(args: TrainArgs) -> None:
     run = {"epoch": 0, "best": -math.inf, "waited": 0, "seconds": 0.0, "rows": []}
     if args.resume:
         run = load_checkpoint(beside(out, "_last.pt"), parts, args, device)
-    board = (
-        SummaryWriter(beside(out, "_tensorboard"), purge_step=run["epoch"] + 1)
-        if rank == 0
-        else None
-    )
+    if rank == 0:
+        board = SummaryWriter(beside(out, "_tensorboard"), purge_step=run["epoch"] + 1)
 
     # loop
     while run["epoch"] < args.epoch:
@@ -133,7 +114,7 @@ def main(args: TrainArgs) -> None:
 
     if rank == 0:
         board.close()
-        draw_curve(beside(out, "_curve.png"), run["rows"])
+        draw_curve(beside(out, "_curve.png"), run["rows"], METRICS)
         rest = "" if run["epoch"] == args.epoch else f" of {args.epoch} (--resume goes on)"
         print(f"{run['epoch']} epochs{rest}; weights: {beside(out, '.safetensors')}")
     if world > 1:
@@ -388,159 +369,6 @@ def set_precision(name: str, device: torch.device) -> torch.dtype | None:
     torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = name != "fp32"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
-
-
-# --- several processes -----------------------------------------------------------------------
-
-
-def join_processes(device: torch.device) -> torch.device:
-    """Join the other processes that torchrun started; this one's device."""
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
-
-
-class SyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the batches of all processes; PyTorch's own of this name refuses a CPU."""
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        if not self.training:
-            return super().forward(x)
-        world = dist.get_world_size()
-        with torch.autocast(x.device.type, enabled=False):
-            t = x.float()
-            mean = all_reduce(t.mean((0, 2, 3))) / world  # (C,)
-            t = t - mean[:, None, None]
-            variance = all_reduce(t.square().mean((0, 2, 3))) / world  # (C,)
-            scale = self.weight * torch.rsqrt(variance + self.eps)
-            out = t * scale[:, None, None] + self.bias[:, None, None]
-        with torch.no_grad():
-            count = t.numel() / len(mean) * world
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-            self.num_batches_tracked += 1
-        return out.to(x.dtype)
-
-
-def synchronise_batchnorm(model: nn.Module) -> None:
-    for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SyncBatchNorm  # the same parameters and buffers
-
-
-def agreed(stop: bool, device: torch.device, world: int) -> bool:
-    """What the first process decides, in all of them."""
-    if world == 1:
-        return stop
-    flag = torch.tensor(float(stop), device=device)
-    dist.broadcast(flag, 0)
-    return bool(flag)
-
-
-# --- files -----------------------------------------------------------------------------------
-
-
-def beside(out: Path, ending: str) -> Path:
-    return out.with_name(out.name + ending)
-
-
-def save_checkpoint(path: Path, parts: Parts, args: TrainArgs, run: dict) -> None:
-    """Write all that --resume needs; a kill at any moment leaves the old file or the new one.
-
-    No state of random generators is in it: what is random in an epoch follows from its number.
-    """
-    state = {name: part.state_dict() for name, part in parts._asdict().items()}
-    part = beside(path, ".part")
-    with part.open("wb") as file:
-        torch.save({"state": state, "settings": plain(args), "run": run}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
-def load_checkpoint(path: Path, parts: Parts, args: TrainArgs, device: torch.device) -> dict:
-    """Put the parts into the state that a checkpoint keeps; the run so far.
-
-    Raises ValueError if there is none, if it is damaged, or if a setting has changed.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file, so there is no run to resume")
-    try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-        settings, state, run = saved["settings"], saved["state"], saved["run"]
-    except Exception:  # a parser of strange bytes may stumble in any way
-        raise ValueError(f"{path}: damaged or not a checkpoint of train_asfe.py") from None
-    now = plain(args)
-    changed = [
-        f"{name} is {now.get(name)!r} and was {settings.get(name)!r}"
-        for name in {**settings, **now}
-        if name not in FREE and now.get(name) != settings.get(name)
-    ]
-    if changed:
-        raise ValueError(f"cannot resume {path} with other settings: {'; '.join(changed)}")
-    for name, part in parts._asdict().items():
-        part.load_state_dict(state[name])
-    return run
-
-
-def plain(args: TrainArgs) -> dict:
-    """The settings as numbers, words and lists of them; of a path its last name."""
-    plain_types = {Path: lambda path: path.name, tuple: list}
-    values = asdict(args).items()
-    return {
-        key: next((to(v) for kind, to in plain_types.items() if isinstance(v, kind)), v)
-        for key, v in values
-    }
-
-
-def describe(args: TrainArgs, run: dict, loss: float, measured: dict, val_pairs: int) -> dict:
-    """What a weights file says of its making."""
-    settings = {key: value for key, value in plain(args).items() if key not in FREE}
-    return {
-        "task": args.task,
-        "epochs": run["epoch"],
-        "training_loss": round(loss, 4),
-        "minutes": round(run["seconds"] / 60, 1),
-        "date": date.today().isoformat(),
-        "validation_pairs": val_pairs,
-        "metrics": measured,
-        "settings": settings,
-    }
-
-
-def write_csv(path: Path, rows: list[dict[str, float]]) -> None:
-    """One line for each epoch; empty where an epoch was not validated."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(path, text.getvalue().encode())
-
-
-def draw_curve(path: Path, rows: list[dict[str, float]]) -> None:
-    """Loss and terms on the left, metrics on the right, by epoch, as a PNG."""
-    from matplotlib.figure import Figure  # only needed here, and it loads slowly
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    names = dict.fromkeys(name for row in rows for name in row)
-    for name in names:
-        points = [(row["epoch"], row[name]) for row in rows if name in row]
-        if name.split("_")[-1] in METRICS:
-            right.plot(*zip(*points, strict=True), marker=".", label=name)
-        elif name.split("_")[-1] in ("loss", "content", "gradient", "structure"):
-            left.semilogy(*zip(*points, strict=True), label=name)
-    for axes in (left, right):
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize="small")
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110)
-    write_bytes(path, data.getvalue())
 
 
 if __name__ == "__main__":

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_scripts import call, files, weights, write_task  # noqa: F401  (two of them are fixtures)
 from torch import nn
 
+import distributed
 import train_asfe
 from args_setting import ROOT, TrainArgs, parse_args
+from checkpoints import load_checkpoint
 from dataset import TrainPairs, case_of, task_pairs, validation_cases
 from losses import fusion_loss
 from network import ASFEFusion, load_weights
@@ -54,19 +57,28 @@ def equal(a, b) -> bool:
 # --- the run ---------------------------------------------------------------------------------
 
 
-def test_a_short_training_halves_the_loss(call, data, tmp_path):  # noqa: F811
-    """The issue's minute on phantoms; 24 small steps, so it is less."""
-    argv = settings(data, tmp_path, "--epoch", 12, "--warmup", 2, "--lr", 0.003, "--val", 0)
+def test_a_short_training_halves_what_can_vanish(call, data, tmp_path):  # noqa: F811
+    """Less than a minute on phantoms. Two sources that differ keep structure and information up:
+    the best total is about half of an untrained network's."""
+    argv = settings(data, tmp_path, "--epoch", 8, "--warmup", 2, "--lr", 0.003, "--val", 0)
     code, out, err = call(train_asfe, *argv)
     assert code == 0, err
     path = tmp_path / f"{STEM}.safetensors"
     assert f"weights: {path}" in out
-    table = rows(tmp_path)
-    assert float(table[-1]["loss"]) < float(table[0]["loss"]) / 2
+    torch.manual_seed(3407)
+    untrained = ASFEFusion("compact").train()
+    images = torch.stack(TrainPairs(task_pairs(data, "CT-MRI", "train"), 32).images)
+    img1, img2 = (images[:8].float() / 255).split(1, 1)
+    with torch.no_grad():
+        total, terms = fusion_loss(untrained(img1, img2), img1, img2)
     model, metadata = load_weights(path)
+    after = metadata["metrics"]["train"]
+    assert after["loss"] < 0.6 * total.item()
+    assert after["content"] < terms["content"].item() / 2
+    assert after["gradient"] < terms["gradient"].item() / 2
     assert set(metadata["metrics"]) == {"train"}
     assert metadata["metrics"]["train"].keys() >= {"loss", "SSIM", "VIF", "Qabf", "SCD"}
-    assert metadata["task"] == "CT-MRI" and metadata["epochs"] == 12
+    assert metadata["task"] == "CT-MRI" and metadata["epochs"] == 8
     assert metadata["settings"]["lr"] == 0.003 and metadata["settings"]["seed"] == 3407
     assert str(tmp_path) not in str(metadata), "no path of a machine in the weights"
     assert torch.isfinite(model.fuse(*phantom_pair("CT-MRI", 64))).all()
@@ -204,14 +216,12 @@ def test_every_parameter_gets_a_gradient(size):
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_synchronised_batchnorm_is_batchnorm(monkeypatch):
+def test_synchronised_batchnorm_is_batchnorm():
     """In a group of one; values, gradients and running statistics."""
-    import torch.distributed as dist
-
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         norms = [nn.BatchNorm2d(3) for _ in range(2)]
-        train_asfe.synchronise_batchnorm(norms[1])
+        distributed.synchronise_batchnorm(norms[1])
         x = torch.randn(2, 4, 3, 5, 6)
         results = []
         for norm in norms:
@@ -219,7 +229,7 @@ def test_synchronised_batchnorm_is_batchnorm(monkeypatch):
             out = norm(t)
             (out * x[1]).sum().backward()
             results.append((out, t.grad, norm.weight.grad, norm.running_mean, norm.running_var))
-        assert type(norms[1]) is train_asfe.SyncBatchNorm
+        assert type(norms[1]) is distributed.SyncBatchNorm
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results, strict=True))
     finally:
         dist.destroy_process_group()
@@ -323,7 +333,7 @@ def test_a_run_resumes_only_as_it_was(call, data, tmp_path):  # noqa: F811
     path = tmp_path / f"{STEM}_last.pt"
     other = parse_args(TrainArgs, [*argv, "--size", "paper"])
     with pytest.raises(ValueError, match="size is 'paper' and was 'compact'"):
-        train_asfe.load_checkpoint(path, None, other, "cpu")
+        load_checkpoint(path, None, other, "cpu")
     whole = path.read_bytes()
     for damaged in (b"", b"no checkpoint", whole[: len(whole) // 2]):
         path.write_bytes(damaged)

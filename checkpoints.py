@@ -1,0 +1,136 @@
+"""What a training run leaves behind: its state to resume from, its table and its curves."""
+
+import csv
+import io
+import os
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+
+from args_setting import TrainArgs
+from dataset import write_bytes
+from network import ASFEFusion
+
+# A resumed run may differ in these, as they do not change what is trained.
+FREE = ("DEVICE", "threads", "data_dir", "save_dir", "workers", "resume", "minutes", "compile")
+
+
+class Parts(NamedTuple):
+    """What a checkpoint keeps the state of."""
+
+    model: ASFEFusion
+    averaged: AveragedModel  # the weights to use: a moving average of the model's
+    optimiser: torch.optim.Optimizer
+    schedule: LambdaLR
+    scaler: torch.amp.GradScaler
+
+
+def beside(out: Path, ending: str) -> Path:
+    return out.with_name(out.name + ending)
+
+
+def save_checkpoint(path: Path, parts: Parts, args: TrainArgs, run: dict) -> None:
+    """Write all that --resume needs; a kill at any moment leaves the old file or the new one.
+
+    No state of random generators is in it: what is random in an epoch follows from its number.
+    """
+    state = {name: part.state_dict() for name, part in parts._asdict().items()}
+    part = beside(path, ".part")
+    with part.open("wb") as file:
+        torch.save({"state": state, "settings": plain(args), "run": run}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def load_checkpoint(path: Path, parts: Parts, args: TrainArgs, device: torch.device) -> dict:
+    """Put the parts into the state that a checkpoint keeps; the run so far.
+
+    Raises ValueError if there is none, if it is damaged, or if a setting has changed.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, so there is no run to resume")
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        settings, state, run = saved["settings"], saved["state"], saved["run"]
+    except Exception:  # a parser of strange bytes may stumble in any way
+        raise ValueError(f"{path}: damaged or not a checkpoint of train_asfe.py") from None
+    now = plain(args)
+    changed = [
+        f"{name} is {now.get(name)!r} and was {settings.get(name)!r}"
+        for name in {**settings, **now}
+        if name not in FREE and now.get(name) != settings.get(name)
+    ]
+    if changed:
+        raise ValueError(f"cannot resume {path} with other settings: {'; '.join(changed)}")
+    for name, part in parts._asdict().items():
+        part.load_state_dict(state[name])
+    return run
+
+
+def plain(args: TrainArgs) -> dict:
+    """The settings as numbers, words and lists of them; of a path its last name."""
+    plain_types = {Path: lambda path: path.name, tuple: list}
+    values = asdict(args).items()
+    return {
+        key: next((to(v) for kind, to in plain_types.items() if isinstance(v, kind)), v)
+        for key, v in values
+    }
+
+
+def describe(args: TrainArgs, run: dict, loss: float, measured: dict, val_pairs: int) -> dict:
+    """What a weights file says of its making."""
+    settings = {key: value for key, value in plain(args).items() if key not in FREE}
+    return {
+        "task": args.task,
+        "epochs": run["epoch"],
+        "training_loss": round(loss, 4),
+        "minutes": round(run["seconds"] / 60, 1),
+        "date": date.today().isoformat(),
+        "validation_pairs": val_pairs,
+        "metrics": measured,
+        "settings": settings,
+    }
+
+
+def write_csv(path: Path, rows: list[dict[str, float]]) -> None:
+    """One line for each epoch; empty where an epoch was not validated."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode())
+
+
+def draw_curve(path: Path, rows: list[dict[str, float]], metrics: tuple[str, ...]) -> None:
+    """Loss and terms on the left (dashed: on whole images), metrics on the right, by epoch; PNG."""
+    from matplotlib.figure import Figure  # only needed here, and it loads slowly
+
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    losses, measures = figure.subplots(1, 2)
+    terms = ("loss", "content", "gradient", "structure", "information")
+    for name in dict.fromkeys(name for row in rows for name in row):
+        epochs = [row["epoch"] for row in rows if name in row]
+        values = [row[name] for row in rows if name in row]
+        kind, what = name.split("_")[0], name.split("_")[-1]
+        if what in terms:
+            style = {"color": f"C{terms.index(what)}", "linestyle": "-" if kind == what else "--"}
+            losses.plot(epochs, values, label=name, **style)
+        elif what in metrics:
+            measures.plot(epochs, values, marker=".", label=name)
+    losses.set_yscale("log")
+    for axes in (losses, measures):
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=110)
+    write_bytes(path, data.getvalue())
