@@ -96,6 +96,9 @@ class TrainArgs(CommonArgs):
     warmup: int = setting(100, "ours", "steps over which the learning rate rises from 0", minimum=0)
     ema: float = setting(0.995, "ours", "decay of the weights' moving average; 0: none", minimum=0)
     recipe: str = setting("detail", "ours", "training loss", choices=("paper", "detail"))
+    loss_weights: tuple[str, ...] = setting(
+        (), "ours", "other weights of its terms, as gradient=60", nargs="*", metavar="TERM=WEIGHT"
+    )
     seed: int = setting(
         3407, "published code", "seed of weights, order and augmentation", minimum=0
     )

@@ -10,14 +10,17 @@ Legend: B batch, H W pixels. Images are (B, 1, H, W) in [0, 1]; a loss is a tens
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # total = sum of weight * term
-PAPER_WEIGHTS = {"content": 0.5, "gradient": 0.5, "structure": 1.0}
-DETAIL_WEIGHTS = {"content": 2.0, "gradient": 60.0, "structure": 2.0, "information": 0.1}
+WEIGHTS = {
+    "paper": {"content": 0.5, "gradient": 0.5, "structure": 1.0},
+    "detail": {"content": 2.0, "gradient": 60.0, "structure": 2.0, "information": 0.1},
+}
 
 
 def content_loss(fused: Tensor, img1: Tensor, img2: Tensor, reduction: str = "mean") -> Tensor:
@@ -145,35 +148,50 @@ def sobel(img: Tensor) -> Tensor:
     return torch.cat([gx, gy], 1)
 
 
+def term_weights(recipe: str, changes: Iterable[str] = ()) -> dict[str, float]:
+    """The weight of each term of a recipe, after changes like "gradient=60".
+
+    Raises ValueError for an unknown recipe or term, or a weight that is no number from 0 up.
+    """
+    if recipe not in WEIGHTS:
+        raise ValueError(f"recipe is {recipe!r}, expected {' or '.join(WEIGHTS)}")
+    weights = dict(WEIGHTS[recipe])
+    for change in changes:
+        name, _, value = change.partition("=")
+        if name not in weights or not value.replace(".", "", 1).isdecimal():
+            known = ", ".join(weights)
+            raise ValueError(f"loss weight {change!r}, expected TERM=NUMBER with one of {known}")
+        weights[name] = float(value)
+    return weights
+
+
 def fusion_loss(
     fused: Tensor,
     img1: Tensor,
     img2: Tensor,
     recipe: str = "detail",
     reduction: str = "mean",
+    weights: dict[str, float] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of a recipe's terms, and the terms by name (unweighted).
 
-    Raises ValueError for an unknown recipe.
+    `weights` takes the place of the recipe's own. Raises ValueError for an unknown recipe.
     """
+    weights = weights or term_weights(recipe)
     images = fused, img1, img2
     if recipe == "paper":
-        weights = PAPER_WEIGHTS
         terms = {
             "content": content_loss(*images, reduction),
             "gradient": gradient_loss(*images, reduction),
             "structure": structure_loss(*images),
         }
-    elif recipe == "detail":
-        weights = DETAIL_WEIGHTS
+    else:
         terms = {
             "content": max_content_loss(*images),
             "gradient": max_gradient_loss(*images),
             "structure": structure_loss(*images),
             "information": information_loss(*images),
         }
-    else:
-        raise ValueError(f"recipe is {recipe!r}, expected paper or detail")
     return sum(weights[name] * term for name, term in terms.items()), terms
 
 

@@ -41,7 +41,7 @@ from checkpoints import (
 )
 from dataset import Pair, TrainPairs, case_of, task_pairs, validation_cases, writable_folder
 from distributed import agreed, join_processes, synchronise_batchnorm
-from losses import fusion_loss
+from losses import fusion_loss, term_weights
 from metrics import evaluate_batch
 from network import ASFEFusion, load_weights, save_weights, start
 
@@ -180,6 +180,7 @@ def forward_backward(
 ) -> dict[str, float]:
     """Gradients of a step's loss, part by part; loss and terms as means over all processes."""
     n, device = args.accumulate, images[0].device.type
+    weights = term_weights(args.recipe, args.loss_weights)
     means = 0.0
     for k, (img1, img2) in enumerate(zip(*(i.chunk(n) for i in images), strict=True)):
         # processes exchange gradients once in a step, with its last part
@@ -187,7 +188,7 @@ def forward_backward(
         with network.no_sync() if waits else nullcontext():
             with torch.autocast(device, amp, enabled=amp is not None):
                 fused = network(img1, img2)  # (B/n, 1, p, p)
-            loss, terms = fusion_loss(fused.float(), img1, img2, args.recipe)
+            loss, terms = fusion_loss(fused.float(), img1, img2, args.recipe, weights=weights)
             scaler.scale(loss / n).backward()
         means = means + torch.stack([loss, *terms.values()]).detach() / n
     if world > 1:
@@ -234,7 +235,7 @@ def keep_best(
     """Validate the averaged weights and save them if they are the best so far; the metrics."""
     last = run["epoch"] == args.epoch
     recompute_batchnorm(model, spread(pairs.images, BATCHNORM_PAIRS if last else 16))
-    measured, panel = measure(model, val_images or spread(pairs.images, 8), args.recipe)
+    measured, panel = measure(model, val_images or spread(pairs.images, 8), args)
     board.add_image("img1, img2, fused", panel, run["epoch"], dataformats="HW")
     kind = "val" if val_images else "train"  # training pairs only say that training worked
     score = sum(measured[name] for name in SCORE)
@@ -267,15 +268,16 @@ def recompute_batchnorm(model: ASFEFusion, images: list[Tensor]) -> None:
 
 @torch.no_grad()
 def measure(
-    model: ASFEFusion, images: list[Tensor], recipe: str
+    model: ASFEFusion, images: list[Tensor], args: TrainArgs
 ) -> tuple[dict[str, float], np.ndarray]:
     """Means over whole images of the loss, its terms and the metrics; a picture of a few rows."""
+    weights = term_weights(args.recipe, args.loss_weights)
     values: dict[str, list[float]] = {}
     rows = []
     for both in images:  # (2, H, W) in 0..255
         fused = model.fuse(*both)[None, None]  # (1, 1, H, W)
         img1, img2 = both[:, None, None].to(fused.device).float() / 255
-        loss, terms = fusion_loss(fused, img1, img2, recipe)
+        loss, terms = fusion_loss(fused, img1, img2, args.recipe, weights=weights)
         metrics = evaluate_batch(fused, img1, img2, METRICS)
         for name, value in ({"loss": loss} | terms | metrics).items():
             values.setdefault(name, []).append(value.item())
@@ -316,6 +318,7 @@ def spread(items: list, count: int) -> list:
 
 def check_settings(args: TrainArgs, pairs: int, val_pairs: int, world: int) -> None:
     """ValueError for numbers that do not fit the data, the processes or each other."""
+    term_weights(args.recipe, args.loss_weights)
     if args.batch_size > pairs:
         raise ValueError(f"batch_size is {args.batch_size}, but there are {pairs} pairs")
     if args.batch_size % (world * args.accumulate):

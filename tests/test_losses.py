@@ -15,6 +15,7 @@ from losses import (
     sobel,
     ssim,
     structure_loss,
+    term_weights,
     vif,
 )
 from metrics import evaluate_batch
@@ -133,6 +134,16 @@ def test_sobel_of_a_ramp():
     inner = sobel(ramp)[..., 1:-1, 1:-1]
     assert torch.allclose(inner[:, 0], torch.tensor(2.0))
     assert torch.allclose(inner[:, 1], torch.tensor(3.0))
+
+
+def test_other_weights(images):
+    weights = term_weights("detail", ["gradient=7", "content=0"])
+    assert weights == term_weights("detail") | {"gradient": 7, "content": 0}
+    total, terms = fusion_loss(*images, weights=weights)
+    expected = sum(weights[name] * term for name, term in terms.items())
+    assert total.item() == pytest.approx(expected.item()) and total != fusion_loss(*images)[0]
+    with pytest.raises(ValueError, match="'gradient', expected TERM=NUMBER"):
+        term_weights("paper", ["gradient"])
 
 
 def test_unknown_recipe(images):
