@@ -12,7 +12,7 @@ from pathlib import Path
 from args_setting import ROOT
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-PATIENCE = 90  # seconds for anything on the page; a busy machine is slow, and nothing is timed
+PATIENCE = 180  # seconds for anything on the page; a busy machine is slow, and nothing is timed
 
 
 def missing() -> str:
@@ -59,6 +59,7 @@ class Browser:
         service = webdriver.ChromeService(shutil.which("chromedriver"))
         self.driver = webdriver.Chrome(options=options, service=service)
         self.driver.set_script_timeout(PATIENCE)
+        self.downloads = downloads
 
     def open(self, address: str) -> None:
         self.driver.get(address)
