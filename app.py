@@ -12,6 +12,7 @@ Legend: H W pixels. Images are uint8, (H, W) or (H, W, 3) RGB; `file` is the pat
 import html
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -267,6 +268,17 @@ def build(args: AppArgs, models: dict[str, ASFEFusion], examples: dict[str, tupl
     return blocks
 
 
+def free_port(host: str, port: int) -> int:
+    """The port if it can be listened on, any free one for 0; ValueError if it cannot."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"cannot listen on {host}, port {port}: {error}") from None
+        return probe.getsockname()[1]
+
+
 def serve(args: AppArgs, folder: Path) -> None:
     """Serve the page, with its files below `folder`, until it is interrupted."""
     # Gradio reads these when it is imported or builds a page.
@@ -280,13 +292,14 @@ def serve(args: AppArgs, folder: Path) -> None:
         import gradio  # noqa: F401
     except ImportError:
         raise ValueError(MISSING) from None
+    port = free_port(args.host, args.port)
     models = load_all(args)
     (folder / "uploads").mkdir()
     keep_swept(folder / "uploads", 60 * args.keep_minutes)
     blocks = build(args, models, draw_examples(folder))
     _, address, _ = blocks.launch(
         server_name=args.host,
-        server_port=args.port,
+        server_port=port,
         max_file_size=round(args.max_mb * 1e6),
         share=False,
         ssr_mode=False,

@@ -399,7 +399,8 @@ class NotFinite(nn.Module):
 
 
 def test_every_default_names_its_source():
-    for cls in (TrainArgs, TestArgs, args_setting.DataArgs, args_setting.MetricArgs):
+    others = (args_setting.DataArgs, args_setting.MetricArgs)
+    for cls in (TrainArgs, TestArgs, *others, args_setting.ExportArgs, args_setting.AppArgs):
         for field in args_setting.fields(cls):
             assert field.metadata["source"] in ("paper", "published code", "ours"), field.name
 
