@@ -77,10 +77,13 @@ def check_side(file: str, longest: int) -> None:
 
 
 def both(file1: str | None, file2: str | None, args: AppArgs) -> Pair:
-    """The uploads as a pair; ValueError if one is absent or too large."""
+    """The uploads as a pair; ValueError if one is absent, swept away or too large."""
     if not (file1 and file2):
         raise ValueError("two images are needed: drop one into each box, or take an example")
     for file in (file1, file2):
+        if not Path(file).is_file():
+            kept = f"{args.keep_minutes:g} minutes"
+            raise ValueError(f"{file} is gone, as files are kept for {kept}; choose it again")
         check_side(file, args.max_side)
     return Pair("image", Path(file1), Path(file2))
 
@@ -286,7 +289,6 @@ def serve(args: AppArgs, folder: Path) -> None:
         "GRADIO_TEMP_DIR": str(folder / "uploads"),
         "GRADIO_ANALYTICS_ENABLED": "False",
         "GRADIO_RUN_HISTORY": "False",  # it would keep images in the browser
-        "GRADIO_NUM_PORTS": "1",  # the port asked for, or none
     }
     try:
         import gradio  # noqa: F401

@@ -203,7 +203,7 @@ class AppArgs:
     max_mb: float = setting(16, "ours", "largest file that may be uploaded, in MB", minimum=0)
     max_side: int = setting(1024, "ours", "longest side of an image, in pixels", minimum=16)
     keep_minutes: float = setting(
-        10, "ours", "age at which uploads and results are removed", minimum=0
+        10, "ours", "age at which uploads and results are removed", minimum=1
     )
     threads: int = setting(0, "ours", "CPU threads; 0 leaves the choice to PyTorch", minimum=0)
 

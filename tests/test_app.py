@@ -63,6 +63,7 @@ def test_the_page_fuses_as_the_script_does(page, tmp_path):
         ("too small", "mri.png is 15 x 64 pixels"),
         ("transparent", "mri.png: has transparent pixels"),
         ("absent", "two images are needed"),
+        ("swept", "mri.png is gone, as files are kept for 10 minutes; choose it again"),
     ],
 )
 def test_bad_uploads_get_a_sentence(page, tmp_path, kind, message):
@@ -82,6 +83,8 @@ def test_bad_uploads_get_a_sentence(page, tmp_path, kind, message):
         write_png(path, np.zeros((64, 15), np.uint8))
     elif kind == "transparent":
         cv2.imwrite(mri, np.zeros((64, 64, 4), np.uint8))
+    elif kind == "swept":
+        path.unlink()
     given = (source, None) if kind == "absent" else (source, mri)
     with pytest.raises(gradio.Error) as error:
         next(page.fuse(*given, "compact_PET-MRI"))
@@ -168,7 +171,7 @@ def test_bad_settings_are_one_line(tmp_path):
         runs = {
             "no weights, expected *.safetensors": ["--weights_dir", tmp_path / "none"],
             "damaged": ["--weights_dir", tmp_path / "bad"],
-            f"port {port}": ["--port", port, "--weights_dir", tmp_path],
+            f"cannot listen on 127.0.0.1, port {port}": ["--port", port, "--weights_dir", tmp_path],
             "port is -1": ["--port", -1],
         }
         for message, argv in runs.items():
