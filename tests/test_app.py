@@ -155,7 +155,7 @@ def test_the_temporary_folder_goes_with_the_program(tmp_path):
         assert line.startswith("open http://127.0.0.1:"), "only this machine, unless asked"
         assert [path.name[:5] for path in tmp_path.glob("asfe-*")] == ["asfe-"]
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        assert process.wait(180) == 0
     assert not list(tmp_path.glob("asfe-*"))
 
 
@@ -169,13 +169,20 @@ def test_bad_settings_are_one_line(tmp_path):
         (tmp_path / "bad").mkdir()
         (tmp_path / "bad" / "w.safetensors").write_text("hello")
         runs = {
-            "no weights, expected *.safetensors": ["--weights_dir", tmp_path / "none"],
-            "damaged": ["--weights_dir", tmp_path / "bad"],
+            "no weights, expected *.safetensors": ["--port", 0, "--weights_dir", tmp_path / "none"],
+            "damaged": ["--port", 0, "--weights_dir", tmp_path / "bad"],
             f"cannot listen on 127.0.0.1, port {port}": ["--port", port, "--weights_dir", tmp_path],
             "port is -1": ["--port", -1],
         }
         for message, argv in runs.items():
             with start(*argv) as process:
-                _, err = process.communicate(timeout=100)
+                _, err = process.communicate(timeout=180)
             assert process.returncode == 2 and err.count("\n") == 1, err
             assert message in err, err
+
+
+def test_an_absent_gradio_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ValueError, match="pip install -r requirements-app.txt"):
+        app.serve(AppArgs(), tmp_path)
