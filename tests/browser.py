@@ -55,9 +55,10 @@ class Browser:
         for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu"):
             options.add_argument(f"--{flag}")
         options.add_argument("--window-size=1400,1900")
-        options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
         service = webdriver.ChromeService(shutil.which("chromedriver"))
         self.driver = webdriver.Chrome(options=options, service=service)
+        allowed = {"behavior": "allow", "downloadPath": str(downloads)}
+        self.driver.execute_cdp_cmd("Browser.setDownloadBehavior", allowed)
         self.driver.set_script_timeout(PATIENCE)
         self.downloads = downloads
 
