@@ -215,6 +215,39 @@ class MetricArgs:
     plot: Path | None = setting(None, "ours", "write a panel for each metric, a dot for each image")
 
 
+@dataclass(frozen=True)
+class ExportArgs:
+    """Settings of export_onnx.py."""
+
+    DEVICE: str = setting("cpu", "ours", "device of the PyTorch side of the comparison")
+    task: str = setting("CT-MRI", "published code", "fusion task", choices=tuple(TASKS))
+    size: str = setting("compact", "ours", "size of the network", choices=tuple(SIZES))
+    weights: Path | None = setting(
+        None, "ours", "weights file; without it model_pre/<size>_<task>.safetensors"
+    )
+    aff: str = setting("auto", "ours", "as in test_asfe.py", choices=("auto", "full", "published"))
+    out: Path | None = setting(None, "ours", "default result/<size>_<task>.onnx")
+    threads: int = setting(0, "ours", "CPU threads; 0 leaves the choice to PyTorch", minimum=0)
+
+
+@dataclass(frozen=True)
+class AppArgs:
+    """Settings of app.py."""
+
+    DEVICE: str = setting("cpu", "ours", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps")
+    weights_dir: Path = setting(
+        ROOT / "model_pre", "ours", "folder of the *.safetensors that the page offers"
+    )
+    host: str = setting("127.0.0.1", "ours", "address to listen on; 0.0.0.0 opens it to others")
+    port: int = setting(7860, "ours", "port to listen on; 0 takes a free one", minimum=0)
+    max_mb: float = setting(16, "ours", "largest file that may be uploaded, in MB", minimum=0)
+    max_side: int = setting(1024, "ours", "longest side of an image, in pixels", minimum=16)
+    keep_minutes: float = setting(
+        10, "ours", "age at which uploads and results are removed", minimum=1
+    )
+    threads: int = setting(0, "ours", "CPU threads; 0 leaves the choice to PyTorch", minimum=0)
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse, but an error is one line (and, as ever, exit code 2)."""
 

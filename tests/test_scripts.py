@@ -331,7 +331,8 @@ def test_demo_in_a_process_of_its_own(tmp_path):
 
 
 def test_every_default_names_its_source():
-    for cls in (TrainArgs, TestArgs, args_setting.DataArgs, args_setting.MetricArgs):
+    others = (args_setting.DataArgs, args_setting.MetricArgs)
+    for cls in (TrainArgs, TestArgs, *others, args_setting.ExportArgs, args_setting.AppArgs):
         for field in args_setting.fields(cls):
             assert field.metadata["source"] in ("paper", "published code", "ours"), field.name
 

@@ -1,0 +1,326 @@
+"""A page in the browser on which to try the fusion: two images in, the fused one and figures out.
+
+    python app.py                 then open http://127.0.0.1:7860
+
+It runs on this machine and asks nothing of another one. Uploads and results lie in a temporary
+folder that goes when the program ends; a file goes earlier, at the age of --keep_minutes. Nothing
+is kept between clicks but in the page itself, so nobody sees another's images.
+
+Legend: H W pixels. Images are uint8, (H, W) or (H, W, 3) RGB; `file` is the path of an upload.
+"""
+
+import html
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from args_setting import TASKS, AppArgs, parse_args, run_script
+from dataset import EXTENSIONS, Pair, read_pair, to_uint8, write_png
+from metrics_report import compare, table
+from network import MIN_SIDE, ASFEFusion, load_weights, start
+from phantom import phantom_pair
+from test_asfe import as_stored, fuse_pairs
+
+MISSING = "app.py needs gradio: pip install -r requirements-app.txt"
+INTRODUCTION = """# Two scans of one head, fused into one image
+CT shows bone, MRI shows soft tissue, PET and SPECT show activity. This page joins two such images
+of the **same slice**, lined up pixel for pixel, into one that shows what both show.
+
+**1** Choose two images, or a drawn example. **2** Press *Fuse*. **3** Compare. Images stay on the
+machine that runs this page. For research, not for diagnosis."""
+FIGURES = """### What the figures say
+Each row measures one thing; ↑ means that more is better, ↓ that less is. **Bold** is the best of
+the row, underlined the second. The columns **max** and **mean** are the two simplest ways to fuse,
+the brighter pixel and the average: a good fusion should beat them where it matters, and no single
+figure says that it does.
+
+* EN, SD, SF, AG: information, contrast and sharpness of the fused image alone (noise raises them).
+* MI, QMI, CC, SCD, PSNR, FMI, QNCIE: how much of the sources' values is in it.
+* SSIM, MS-SSIM, VIF, VIFF, Qabf, QCB: how well it keeps their structure and edges.
+* Nabf, QCV: false detail and visible distortion; less is better.
+"""
+STYLE = """footer {display: none !important}
+#image1 img, #image2 img, #fused img, #blend img {
+    width: 100%; max-height: 400px; object-fit: contain}
+"""
+
+
+def sentence(error: Exception, *files: str) -> str:
+    """An error's message with the names of uploads in place of their paths, safe as HTML."""
+    text = str(error)
+    for file in files:
+        text = text.replace(file, Path(file).name)
+    return html.escape(text, quote=False)
+
+
+def check_side(file: str, longest: int) -> None:
+    """Refuse an image by the size in its header, before its pixels take up memory."""
+    try:
+        with Image.open(file) as image:
+            width, height = image.size
+    except Exception:  # whatever stumbles here is described by `read_image`
+        return
+    if not MIN_SIDE <= min(width, height) <= max(width, height) <= longest:
+        raise ValueError(
+            f"{file} is {width} x {height} pixels, expected sides from {MIN_SIDE} to {longest} "
+            "(test_asfe.py takes larger ones)"
+        )
+
+
+def both(file1: str | None, file2: str | None, args: AppArgs) -> Pair:
+    """The uploads as a pair; ValueError if one is absent, swept away or too large."""
+    if not (file1 and file2):
+        raise ValueError("two images are needed: drop one into each box, or take an example")
+    for file in (file1, file2):
+        if not Path(file).is_file():
+            kept = f"{args.keep_minutes:g} minutes"
+            raise ValueError(f"{file} is gone, as files are kept for {kept}; choose it again")
+        check_side(file, args.max_side)
+    return Pair("image", Path(file1), Path(file2))
+
+
+def load_all(args: AppArgs) -> dict[str, ASFEFusion]:
+    """Every network of the weights folder by the name of its file, ready for the first click."""
+    device = start(args)
+    paths = sorted(args.weights_dir.glob("*.safetensors"))
+    if not paths:
+        raise ValueError(f"{args.weights_dir}: no weights, expected *.safetensors")
+    return {path.stem: load_weights(path, device)[0] for path in paths}
+
+
+def weights_for(task: str, names: list[str]) -> str:
+    """The weights that the page picks for a task: its own, else those for all, else any."""
+    wanted = (f"compact_{task}", f"paper_{task}", "compact_all", names[0])
+    return next(name for name in wanted if name in names)
+
+
+def draw_examples(folder: Path) -> dict[str, tuple[str, str]]:
+    """A drawn pair for each task, as files: (source 1, MRI)."""
+    examples = {}
+    for task, source in TASKS.items():
+        (folder / task).mkdir()
+        paths = [folder / task / f"example_{name}.png" for name in (source, "MRI")]
+        for path, image in zip(paths, phantom_pair(task), strict=True):
+            write_png(path, image)
+        examples[task] = tuple(map(str, paths))
+    return examples
+
+
+class Page:
+    """What happens on the page. It holds networks and settings, never an image."""
+
+    def __init__(self, args: AppArgs, models: dict[str, ASFEFusion]):
+        import gradio
+
+        self.gr, self.args, self.models = gradio, args, models
+
+    def error(self, error: Exception, *files: str):
+        """The error as a sentence on the page; it stays until it is closed."""
+        return self.gr.Error(sentence(error, *files), duration=None, print_exception=False)
+
+    def show(self, file: str | None):
+        """The image of an upload, and nothing where the results of other images were."""
+        blank = (None, None, None, "", "image 1 | fused")
+        if not file:
+            return None, *blank
+        try:
+            check_side(file, self.args.max_side)
+            return as_stored(Path(file)), *blank
+        except (ValueError, OSError) as error:
+            self.gr.Warning(sentence(error, file), duration=None)
+            return None, *blank
+
+    def task(self, task: str):
+        """Labels and weights that go with a task."""
+        label = f"Image 1: {TASKS[task]}"
+        weights = weights_for(task, list(self.models))
+        return self.gr.update(label=label), self.gr.update(label=label), weights
+
+    def fuse(self, file1: str | None, file2: str | None, weights: str) -> Iterator[tuple]:
+        """The fused image at once, its metrics a moment later."""
+        try:
+            pair = both(file1, file2, self.args)
+            ((_, fused),) = fuse_pairs(self.models[weights], [pair], 1, stretch=False)
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "fused.png"
+                write_png(path, fused)
+                source = as_stored(pair.path1)
+                yield fused, (source, fused), str(path), "Measuring …", "image 1 | fused"
+                result = compare({"fused": {pair.name: path}}, [pair], jobs=1)
+            text = table(result, "markdown", methods=("fused", "max", "mean"))
+            yield *(self.gr.skip() for _ in range(3)), text, self.gr.skip()
+        except (ValueError, OSError) as error:
+            raise self.error(error, *filter(None, (file1, file2))) from None
+
+    def wipe(self, under: str, image1, image2, fused):
+        """The two images of the wipe."""
+        images = {"image 1": image1, "image 2": image2, "fused": fused}
+        chosen = tuple(images[name] for name in under.split(" | "))
+        return None if any(image is None for image in chosen) else chosen
+
+    def blend(self, percent: float, file1: str | None, file2: str | None):
+        """The sources laid over each other, `percent` of source 2; nothing if one is absent."""
+        try:
+            pair = both(file1, file2, self.args)
+            read_pair(pair)  # equal sizes
+            images = [as_stored(path) for path in (pair.path1, pair.path2)]
+        except (ValueError, OSError):
+            return None  # `show` and `fuse` have said why
+        images = [i if i.ndim == 3 else np.repeat(i[..., None], 3, 2) for i in images]
+        share = percent / 100
+        return to_uint8((images[0] * (1 - share) + images[1] * share) / 255)
+
+
+def sweep(folder: Path, age: float) -> None:
+    """Remove the files below `folder` that nobody has written or taken up for `age` seconds."""
+    for path in folder.rglob("*"):
+        try:
+            if path.is_file() and time.time() - path.stat().st_ctime > age:
+                path.unlink()
+        except FileNotFoundError:
+            continue  # moved meanwhile
+
+
+def keep_swept(folder: Path, age: float) -> None:
+    """`sweep` as long as the program runs, in a thread of its own."""
+
+    def work() -> None:
+        while folder.is_dir():
+            time.sleep(min(30, max(age / 4, 0.1)))
+            sweep(folder, age)
+
+    threading.Thread(target=work, daemon=True).start()
+
+
+def build(args: AppArgs, models: dict[str, ASFEFusion], examples: dict[str, tuple[str, str]]):
+    """The page as gradio.Blocks: what is on it, and which click does what."""
+    import gradio as gr
+
+    page = Page(args, models)
+    first = next(iter(TASKS))
+    picture = {"format": "png", "image_mode": None, "type": "filepath", "interactive": False}
+    picture |= {"buttons": ["fullscreen"]}
+    with gr.Blocks(title="ASFE-Fusion", analytics_enabled=False) as blocks:
+        gr.Markdown(INTRODUCTION)
+        with gr.Row():
+            gr.Markdown("No images at hand? Take a drawn head (no patient):")
+            buttons = {t: gr.Button(t, elem_id=f"example-{t}", size="sm") for t in TASKS}
+        names = [f"Image 1: {TASKS[first]}", "Image 2: MRI"]
+        kinds = {"file_types": list(EXTENSIONS), "height": 150}
+        with gr.Row():
+            files = [gr.File(label=n, elem_id=f"file{k}", **kinds) for k, n in enumerate(names, 1)]
+            with gr.Column():
+                task = gr.Radio(list(TASKS), value=first, label="What are the two images?")
+                weights = gr.Dropdown(
+                    list(models),
+                    value=weights_for(first, list(models)),
+                    label="Weights: what the network has learned (picked for you)",
+                )
+        go = gr.Button("Fuse", variant="primary", elem_id="fuse")
+        with gr.Row():
+            shown = [
+                gr.Image(label=n, elem_id=f"image{k}", **picture) for k, n in enumerate(names, 1)
+            ]
+            fused = gr.Image(label="Fused", elem_id="fused", **picture)
+        save = gr.DownloadButton("Download the fused image (PNG)", elem_id="download")
+        with gr.Row():
+            with gr.Column():
+                wipe = gr.ImageSlider(
+                    label="Wipe: drag the line", elem_id="wipe", **picture, max_height=400
+                )
+                under = gr.Radio(
+                    ["image 1 | fused", "image 2 | fused", "image 1 | image 2"],
+                    value="image 1 | fused",
+                    label="Left and right of the line",
+                )
+            with gr.Column():
+                blend = gr.Image(
+                    label="Blend: the sources laid over each other; do they line up?",
+                    elem_id="blend",
+                    **picture,
+                )
+                share = gr.Slider(0, 100, 50, step=1, label="Percent of image 2", elem_id="share")
+        with gr.Row():
+            numbers = gr.Markdown(elem_id="numbers")
+            gr.Markdown(FIGURES)
+
+        results = [fused, wipe, save, numbers, under]
+        # One at a time: the network uses every core, and reading an image turns stderr off and on.
+        turn = {"concurrency_id": "turn", "concurrency_limit": 1, "api_visibility": "private"}
+        quiet = turn | {"show_progress": "hidden"}
+        for file, image in zip(files, shown, strict=True):
+            file.change(page.show, file, [image, *results], **quiet).then(
+                page.blend, [share, *files], blend, **quiet
+            )
+        for name, button in buttons.items():
+            chosen = (*examples[name], name)
+            button.click(lambda chosen=chosen: chosen, None, [*files, task], **quiet)
+        task.change(page.task, task, [files[0], shown[0], weights], **quiet)
+        go.click(page.fuse, [*files, weights], results, **turn)
+        under.input(page.wipe, [under, *shown, fused], wipe, **quiet)
+        share.release(page.blend, [share, *files], blend, **quiet)
+    return blocks
+
+
+def free_port(host: str, port: int) -> int:
+    """The port if it can be listened on, any free one for 0; ValueError if it cannot."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"cannot listen on {host}, port {port}: {error}") from None
+        return probe.getsockname()[1]
+
+
+def serve(args: AppArgs, folder: Path) -> None:
+    """Serve the page, with its files below `folder`, until it is interrupted."""
+    # Gradio reads these when it is imported or builds a page.
+    os.environ |= {
+        "GRADIO_TEMP_DIR": str(folder / "uploads"),
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "GRADIO_RUN_HISTORY": "False",  # it would keep images in the browser
+    }
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        raise ValueError(MISSING) from None
+    port = free_port(args.host, args.port)
+    models = load_all(args)
+    (folder / "uploads").mkdir()
+    keep_swept(folder / "uploads", 60 * args.keep_minutes)
+    blocks = build(args, models, draw_examples(folder))
+    _, address, _ = blocks.launch(
+        server_name=args.host,
+        server_port=port,
+        max_file_size=round(args.max_mb * 1e6),
+        share=False,
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        footer_links=[],
+        css=STYLE,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
+    blocks.block_thread()
+
+
+def main(args: AppArgs) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder is removed
+    with tempfile.TemporaryDirectory(prefix="asfe-") as folder:
+        serve(args, Path(folder))
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args(AppArgs, description=__doc__))

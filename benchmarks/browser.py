@@ -1,0 +1,75 @@
+"""Time from the click on Fuse to the picture, through a headless browser, for a 256x256 pair.
+
+    python benchmarks/browser.py          (on an otherwise idle machine; a minute)
+
+The page runs in a process of its own and the clock in the browser: it starts at the click and
+stops when the fused image is loaded. The load average is printed before and after, as other work
+on the machine is in the figures.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from browser import Browser, missing, served  # noqa: E402
+from machine import machine  # noqa: E402
+
+from args_setting import TASKS  # noqa: E402
+
+CLICK = """
+const done = arguments[0], start = performance.now();
+document.querySelector('#fuse').click();
+const timer = setInterval(() => {
+    const image = document.querySelector('#fused img');
+    if (image && image.complete && image.naturalWidth) {
+        clearInterval(timer);
+        done(performance.now() - start);
+    }
+}, 2);
+"""
+
+
+def click_to_picture(user: Browser, task: str) -> float:
+    """Seconds for the example of a task, whose sources are on the page already."""
+    user.click(f"#example-{task}")
+    user.wait(lambda: user.picture("#image1") and user.picture("#blend"))
+    user.wait(lambda: not user.picture("#fused") and not user.text("#numbers"))
+    seconds = user.driver.execute_async_script(CLICK) / 1000
+    user.wait(lambda: "Qabf" in user.text("#numbers"))  # the next click finds an idle page
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=40)
+    args = parser.parse_args()
+    if reason := missing():
+        sys.exit(f"benchmarks/browser.py {reason}")
+    print(machine("gradio", "torch"))
+    print("load average before:", *(f"{load:.1f}" for load in os.getloadavg()))
+    tasks = list(TASKS)
+    with tempfile.TemporaryDirectory() as folder, served(Path(folder)) as address:
+        user = Browser(Path(folder))
+        try:
+            user.open(address)
+            for k in range(3):  # the first passes allocate
+                click_to_picture(user, tasks[k % 3])
+            times = [click_to_picture(user, tasks[k % 3]) for k in range(args.repeats)]
+        finally:
+            user.close()
+    print("load average after: ", *(f"{load:.1f}" for load in os.getloadavg()))
+    p95 = statistics.quantiles(times, n=20, method="inclusive")[-1]
+    print(
+        f"click to picture, {len(times)} clicks: median {statistics.median(times):.2f} s, ", end=""
+    )
+    print(f"p95 {p95:.2f} s, longest {max(times):.2f} s")
+
+
+if __name__ == "__main__":
+    main()

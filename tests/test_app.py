@@ -1,0 +1,188 @@
+"""What happens on the page of app.py, without a browser; `test_browser.py` has the rest."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from args_setting import ROOT, TASKS, AppArgs
+from dataset import write_png
+from network import ASFEFusion, save_weights
+from phantom import phantom_pair
+
+gradio = pytest.importorskip("gradio", reason="needs requirements-app.txt")
+
+import app  # noqa: E402
+import test_asfe  # noqa: E402
+from args_setting import TestArgs  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def page() -> app.Page:
+    return app.Page(AppArgs(max_side=200), app.load_all(AppArgs()))
+
+
+def pair_of_files(folder: Path, task: str = "PET-MRI", side: int = 64) -> tuple[str, str]:
+    paths = [folder / f"{name}.png" for name in ("source", "mri")]
+    for path, image in zip(paths, phantom_pair(task, side), strict=True):
+        write_png(path, image)
+    return str(paths[0]), str(paths[1])
+
+
+def test_the_page_fuses_as_the_script_does(page, tmp_path):
+    files = pair_of_files(tmp_path)
+    steps = page.fuse(*files, "compact_PET-MRI")
+    fused, (source, right), path, measuring, _ = next(steps)
+    assert np.array_equal(source, phantom_pair("PET-MRI", 64)[0]) and right is fused
+    assert np.array_equal(cv2.imread(path)[..., ::-1], fused) and measuring == "Measuring …"
+    out = tmp_path / "script.png"
+    paths = {"img1": Path(files[0]), "img2": Path(files[1]), "out": out}
+    test_asfe.main(TestArgs(task="PET-MRI", **paths))
+    assert np.array_equal(cv2.imread(str(out))[..., ::-1], fused)
+    text = next(steps)[3]
+    assert "| metric | fused | max | mean |" in text and "Qabf ↑" in text
+    assert not list(steps) and not Path(path).exists(), "the result's file is removed"
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("text", "mri.png: damaged or not an image, expected PNG, TIFF, JPEG or BMP"),
+        ("empty", "mri.png: damaged"),
+        ("truncated", "mri.png: damaged"),
+        ("other size", "source.png is 64x64, mri.png is 48x48, expected equal"),
+        ("too large", "mri.png is 201 x 64 pixels, expected sides from 16 to 200"),
+        ("too small", "mri.png is 15 x 64 pixels"),
+        ("transparent", "mri.png: has transparent pixels"),
+        ("absent", "two images are needed"),
+        ("swept", "mri.png is gone, as files are kept for 10 minutes; choose it again"),
+    ],
+)
+def test_bad_uploads_get_a_sentence(page, tmp_path, kind, message):
+    source, mri = pair_of_files(tmp_path)
+    path = Path(mri)
+    if kind == "text":
+        path.write_text("hello")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:500])
+    elif kind == "other size":
+        write_png(path, np.zeros((48, 48), np.uint8))
+    elif kind == "too large":
+        write_png(path, np.zeros((64, 201), np.uint8))
+    elif kind == "too small":
+        write_png(path, np.zeros((64, 15), np.uint8))
+    elif kind == "transparent":
+        cv2.imwrite(mri, np.zeros((64, 64, 4), np.uint8))
+    elif kind == "swept":
+        path.unlink()
+    given = (source, None) if kind == "absent" else (source, mri)
+    with pytest.raises(gradio.Error) as error:
+        next(page.fuse(*given, "compact_PET-MRI"))
+    assert message in error.value.message and str(tmp_path) not in error.value.message
+    assert page.blend(50, *given) is None
+
+
+def test_names_of_uploads_are_text_not_html():
+    shown = app.sentence(ValueError("/tmp/x/<img src=x>.png: damaged"), "/tmp/x/<img src=x>.png")
+    assert shown == "&lt;img src=x&gt;.png: damaged"
+
+
+def test_a_new_upload_is_shown_and_clears_the_results(page, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(page.gr, "Warning", lambda text, **_: said.append(text))
+    source, mri = pair_of_files(tmp_path)
+    image, *results = page.show(source)
+    assert np.array_equal(image, phantom_pair("PET-MRI", 64)[0]) and not said
+    assert results[:4] == [None, None, None, ""]
+    Path(mri).write_text("hello")
+    assert page.show(mri)[0] is None
+    assert said == ["mri.png: damaged or not an image, expected PNG, TIFF, JPEG or BMP"]
+    assert page.show(None)[0] is None and len(said) == 1
+
+
+def test_the_blend_goes_from_one_source_to_the_other(page, tmp_path):
+    files = pair_of_files(tmp_path)
+    pet, mri = phantom_pair("PET-MRI", 64)
+    assert np.array_equal(page.blend(0, *files), pet)
+    assert np.array_equal(page.blend(100, *files), np.repeat(mri[..., None], 3, 2))
+    half = page.blend(50, *files).astype(float)
+    assert np.abs(half - (pet / 2 + mri[..., None] / 2)).max() <= 0.5
+
+
+def test_the_wipe_shows_what_was_chosen(page):
+    assert page.wipe("image 2 | fused", "a", "b", "f") == ("b", "f")
+    assert page.wipe("image 1 | image 2", "a", "b", None) == ("a", "b")
+    assert page.wipe("image 1 | fused", "a", "b", None) is None
+
+
+def test_weights_follow_the_task():
+    names = ["compact_CT-MRI", "compact_PET-MRI", "other"]
+    assert app.weights_for("PET-MRI", names) == "compact_PET-MRI"
+    assert app.weights_for("SPECT-MRI", [*names, "compact_all"]) == "compact_all"
+    assert app.weights_for("SPECT-MRI", ["mine"]) == "mine"
+    assert set(app.load_all(AppArgs())) >= {f"compact_{task}" for task in TASKS}
+
+
+def test_old_files_are_swept_and_new_ones_stay(tmp_path):
+    (tmp_path / "deep").mkdir()
+    old, new = tmp_path / "deep" / "old.png", tmp_path / "new.png"
+    old.write_text("")
+    time.sleep(0.6)
+    new.write_text("")
+    app.sweep(tmp_path, 0.5)
+    assert not old.exists() and new.exists()
+
+
+def start(*argv, **environment) -> subprocess.Popen:
+    command = [sys.executable, ROOT / "app.py", *map(str, argv)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=os.environ | environment, **pipes)
+
+
+def test_the_temporary_folder_goes_with_the_program(tmp_path):
+    with start("--port", 0, TMPDIR=str(tmp_path)) as process:
+        line = process.stdout.readline()
+        assert line.startswith("open http://127.0.0.1:"), "only this machine, unless asked"
+        assert [path.name[:5] for path in tmp_path.glob("asfe-*")] == ["asfe-"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(180) == 0
+    assert not list(tmp_path.glob("asfe-*"))
+
+
+def test_bad_settings_are_one_line(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        torch.manual_seed(0)
+        save_weights(ASFEFusion("compact"), tmp_path / "w.safetensors", {})
+        (tmp_path / "bad").mkdir()
+        (tmp_path / "bad" / "w.safetensors").write_text("hello")
+        runs = {
+            "no weights, expected *.safetensors": ["--port", 0, "--weights_dir", tmp_path / "none"],
+            "damaged": ["--port", 0, "--weights_dir", tmp_path / "bad"],
+            f"cannot listen on 127.0.0.1, port {port}": ["--port", port, "--weights_dir", tmp_path],
+            "port is -1": ["--port", -1],
+        }
+        for message, argv in runs.items():
+            with start(*argv) as process:
+                _, err = process.communicate(timeout=180)
+            assert process.returncode == 2 and err.count("\n") == 1, err
+            assert message in err, err
+
+
+def test_an_absent_gradio_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ValueError, match="pip install -r requirements-app.txt"):
+        app.serve(AppArgs(), tmp_path)

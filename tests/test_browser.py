@@ -1,0 +1,133 @@
+"""The page of app.py in a real browser: what a visitor does, and what goes wrong for one.
+
+Skips without Chromium; with ASFE_BROWSER=required (set by .ci/run where it is installed) fails.
+"""
+
+import os
+import urllib.request
+
+import cv2
+import numpy as np
+import pytest
+from browser import PATIENCE, Browser, missing, served
+
+from args_setting import ROOT, TASKS
+from dataset import read_image, to_uint8, write_png
+from network import load_weights
+from phantom import phantom_pair
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    if reason := missing():
+        if os.environ.get("ASFE_BROWSER") == "required":
+            pytest.fail(f"ASFE_BROWSER=required, but the test {reason}")
+        pytest.skip(reason)
+    with served(tmp_path_factory.mktemp("served"), "--max_mb", "1") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def user(address, tmp_path_factory):
+    user = Browser(tmp_path_factory.mktemp("downloads"))
+    yield user
+    user.close()
+
+
+def choose(user: Browser, task: str) -> None:
+    user.click(f"#example-{task}")
+    user.wait(lambda: user.picture("#image1") and user.picture("#image2"))
+
+
+def pixels(address: str) -> np.ndarray:
+    """The PNG at an address, as grey or RGB."""
+    with urllib.request.urlopen(address, timeout=PATIENCE) as reply:
+        image = cv2.imdecode(np.frombuffer(reply.read(), np.uint8), cv2.IMREAD_UNCHANGED)
+    return image if image.ndim == 2 else image[..., ::-1]
+
+
+def expected(folder, task: str, seed: int = 0) -> np.ndarray:
+    """What the network makes of a phantom pair."""
+    path, (source, mri) = folder / "source.png", phantom_pair(task, seed=seed)
+    write_png(path, source)
+    luma, chroma = read_image(path)
+    model, _ = load_weights(ROOT / "model_pre" / f"compact_{task}.safetensors")
+    return to_uint8(model.fuse(luma, mri).numpy(), chroma)
+
+
+def same(image: np.ndarray, other: np.ndarray) -> bool:
+    """Up to a level of rounding: threads may add up in another order."""
+    return image.shape == other.shape and np.abs(image.astype(int) - other).max() <= 1
+
+
+def test_from_an_example_to_a_download(user, address, tmp_path):
+    user.open(address)
+    assert not user.picture("#fused") and not user.text("#numbers")
+    choose(user, "PET-MRI")
+    assert same(pixels(user.picture("#image1")), phantom_pair("PET-MRI")[0])
+    user.click("#fuse")
+    fused = user.wait(lambda: user.picture("#fused"))
+    assert same(pixels(fused), expected(tmp_path, "PET-MRI"))
+    assert len(user.wait(lambda: user.find("#wipe img"))) == 2 and user.picture("#blend")
+    user.wait(lambda: "Qabf" in user.text("#numbers"))
+    figures = user.text("#numbers")
+    assert "fused max mean" in figures
+    user.click("#download")
+    user.wait(lambda: (user.downloads / "fused.png").is_file())
+    assert same(cv2.imread(str(user.downloads / "fused.png"))[..., ::-1], pixels(fused))
+    # another pair: the old results go, other ones come
+    choose(user, "SPECT-MRI")
+    user.wait(lambda: not user.picture("#fused") and not user.text("#numbers"))
+    user.click("#fuse")
+    other = user.wait(lambda: user.picture("#fused"))
+    assert same(pixels(other), expected(tmp_path, "SPECT-MRI"))
+    user.wait(lambda: "Qabf" in user.text("#numbers"))
+    assert user.text("#numbers") != figures
+    # nothing came from another machine
+    script = "return performance.getEntriesByType('resource').map(r => new URL(r.name).host)"
+    assert {host.split(":")[0] for host in user.driver.execute_script(script)} == {"127.0.0.1"}
+
+
+def test_bad_uploads_get_a_sentence(user, address, tmp_path):
+    user.open(address)
+    (tmp_path / "notes.png").write_text("these are notes")
+    user.upload("#file1", tmp_path / "notes.png")
+    user.wait(lambda: "notes.png: damaged or not an image" in user.text("body"))
+    (tmp_path / "large.png").write_bytes(bytes(2_000_000))
+    user.upload("#file2", tmp_path / "large.png")
+    user.wait(lambda: "exceed" in user.text("body"))
+    user.open(address)
+    for k, side in ((1, 64), (2, 80)):
+        write_png(tmp_path / f"{side}.png", phantom_pair("CT-MRI", side)[k - 1])
+        user.upload(f"#file{k}", tmp_path / f"{side}.png")
+        user.wait(lambda k=k: user.picture(f"#image{k}"))
+    user.click("#fuse")
+    user.wait(lambda: "64.png is 64x64, 80.png is 80x80, expected equal" in user.text("body"))
+    assert "Traceback" not in user.text("body") and not user.picture("#fused")
+
+
+def test_four_users_at_once_each_get_their_own(user, address, tmp_path):
+    own = [tmp_path / f"{name}.png" for name in ("ct", "mri")]
+    for path, image in zip(own, phantom_pair("CT-MRI", seed=7), strict=True):
+        write_png(path, image)
+    wanted = {task: expected(tmp_path, task) for task in TASKS}
+    wanted["upload"] = expected(tmp_path, "CT-MRI", seed=7)
+    tabs = {}
+    for name in wanted:
+        user.driver.switch_to.new_window("tab")
+        tabs[name] = user.driver.current_window_handle
+        user.open(address)
+        if name in TASKS:
+            choose(user, name)
+            continue
+        for k, path in enumerate(own, 1):
+            user.upload(f"#file{k}", path)
+        user.wait(lambda: user.picture("#image1") and user.picture("#image2"))
+    for tab in tabs.values():
+        user.driver.switch_to.window(tab)
+        user.click("#fuse")
+    for name, tab in tabs.items():
+        user.driver.switch_to.window(tab)
+        fused = user.wait(lambda: user.picture("#fused"))
+        assert same(pixels(fused), wanted[name]), name
+        user.wait(lambda: "Qabf" in user.text("#numbers"))

@@ -1,0 +1,52 @@
+"""torch.hub finds the entry point and gets a model that fuses."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from args_setting import ROOT, TASKS
+from network import ASFEFusion, load_weights, save_weights
+from phantom import phantom_pair
+
+CALL = """
+import sys, torch
+model = torch.hub.load(sys.argv[1], "asfe_fusion", task="SPECT-MRI", source="local")
+image = torch.linspace(0, 1, 32 * 40).reshape(32, 40)
+print(model.training, tuple(model.fuse(image, image).shape))
+"""
+
+
+def test_from_another_folder_in_a_process_of_its_own(tmp_path):
+    command = [sys.executable, "-c", CALL, str(ROOT)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "False (32, 40)\n", done.stderr
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_each_task_has_its_weights(task):
+    model = torch.hub.load(ROOT, "asfe_fusion", task=task, source="local")
+    shipped, _ = load_weights(ROOT / "model_pre" / f"compact_{task}.safetensors")
+    pair = [image if image.ndim == 2 else image[..., 1] for image in phantom_pair(task, 64)]
+    assert np.array_equal(model.fuse(*pair), shipped.fuse(*pair))
+
+
+def test_own_weights_and_what_is_refused(tmp_path):
+    path = tmp_path / "own.safetensors"
+    save_weights(ASFEFusion("compact"), path, {})
+
+    def load(**settings):
+        return torch.hub.load(ROOT, "asfe_fusion", source="local", **settings)
+
+    own, model = load(weights=path).state_dict(), load_weights(path)[0]
+    assert all(torch.equal(own[key], value) for key, value in model.state_dict().items())
+    for settings, message in (
+        ({"task": "CT-PET"}, "task is 'CT-PET', expected one of CT-MRI"),
+        ({"size": "large"}, "size is 'large', expected one of"),
+        ({"size": "paper"}, "no such file"),
+        ({"size": "paper", "weights": path}, "are of size compact"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(**settings)

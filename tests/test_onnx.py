@@ -1,0 +1,142 @@
+"""The exported file gives the network's numbers, on any size, also without PyTorch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from test_network import settled
+
+import export_onnx
+import test_asfe
+from args_setting import ROOT, SIZES, ExportArgs, TestArgs, parse_args, run_script
+from dataset import write_png
+from network import AFF, SFEF, ASFEFusion, load_weights, save_weights
+from phantom import phantom_pair
+
+pytest.importorskip("onnx", reason="needs requirements-onnx.txt")
+pytest.importorskip("onnxruntime", reason="needs requirements-onnx.txt")
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run export_onnx.py in this process: exit code, stdout, stderr."""
+
+    def run(*argv) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["export_onnx.py", *map(str, argv)])
+        try:
+            run_script(export_onnx.main, parse_args(ExportArgs))
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("onnx") / "pet.onnx"
+    export_onnx.main(ExportArgs(task="PET-MRI", out=path))
+    return path
+
+
+@pytest.mark.parametrize("aff", ["full", "published"])
+@pytest.mark.parametrize("norm", ["backward", "ortho"])
+@pytest.mark.parametrize("side", [(2, 2), (2, 16), (16, 2), (20, 64), (64, 20), (7, 12)])
+def test_transforms_as_matrix_products(aff, norm, side):
+    plain = AFF(3, norm, aff).eval()
+    portable = export_onnx.PortableAFF(3, norm, aff).eval()
+    portable.load_state_dict(plain.state_dict())
+    x = torch.rand(2, 3, *side)
+    assert torch.allclose(portable(x), plain(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_experts_with_their_logits_as_a_matrix(residual):
+    plain = SFEF(6, 3, 5, residual).eval()
+    portable = export_onnx.PortableSFEF(6, 3, 5, residual).eval()
+    portable.load_state_dict(plain.state_dict())
+    x = torch.rand(2, 6, 8, 12)
+    assert torch.allclose(portable(x), plain(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(1, 16, 16), (1, 17, 240), (3, 90, 33)])
+def test_the_file_fuses_sizes_it_was_not_checked_on(exported, size):
+    model, _ = load_weights(ROOT / "model_pre" / "compact_PET-MRI.safetensors")
+    batch, height, width = size
+    img1, img2 = torch.rand(2, batch, 1, height, width)
+    session = export_onnx.open_session(exported)
+    (fused,) = session.run(None, {"img1": img1.numpy(), "img2": img2.numpy()})
+    assert fused.shape == (batch, 1, height, width)
+    assert np.abs(fused - model.fuse(img1, img2).numpy()).max() <= export_onnx.TOLERANCE
+
+
+def test_published_arithmetic_is_exported(tmp_path):
+    model = settled(ASFEFusion("compact", "published"))
+    export_onnx.export(model, tmp_path / "a.onnx", {})
+    assert max(export_onnx.differences(model, tmp_path / "a.onnx")) <= export_onnx.TOLERANCE
+    model.aff = "full"  # and it is not the other one
+    assert max(export_onnx.differences(model, tmp_path / "a.onnx")) > export_onnx.TOLERANCE
+
+
+def test_the_example_writes_what_the_script_writes(exported, tmp_path):
+    paths = [tmp_path / name for name in ("pet.png", "mri.png", "ours.png", "example.png")]
+    for path, image in zip(paths, phantom_pair("PET-MRI", 100), strict=False):
+        write_png(path, image)
+    test_asfe.main(TestArgs(task="PET-MRI", img1=paths[0], img2=paths[1], out=paths[2]))
+    command = [ROOT / "onnx_example.py", exported, paths[0], paths[1], paths[3]]
+    # PyTorch is out of reach
+    barred = "import sys, runpy; sys.modules['torch'] = None; sys.argv = sys.argv[1:];"
+    barred += "runpy.run_path(sys.argv[0])"
+    subprocess.run([sys.executable, "-c", barred, *command], check=True, capture_output=True)
+    ours, example = (cv2.imread(str(path)).astype(int) for path in paths[2:])
+    assert np.ptp(ours) > 200 and np.abs(ours - example).max() <= 1
+
+
+def test_a_file_with_other_numbers_is_not_written(call, tmp_path, monkeypatch):
+    right = export_onnx.irfft2
+    monkeypatch.setattr(export_onnx, "irfft2", lambda re, im, h, w: right(re, -im, h, w))
+    code, _, err = call("--out", tmp_path / "a.onnx")
+    assert code == 2 and "the file differs by" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--out", "DIR/a.png"], "ends in .onnx"),
+        (["--out", "DIR/file/a.onnx"], "exists"),
+        (["--size", "paper"], "no weights of size paper"),
+        (["--weights", "DIR/file"], "damaged"),
+        (["--weights", "DIR/none.safetensors"], "no such file"),
+        (["--task", "CT-PET"], "invalid choice"),
+    ],
+)
+def test_bad_input_is_one_line(call, tmp_path, argv, message):
+    (tmp_path / "file").write_text("")
+    code, _, err = call(*(text.replace("DIR", str(tmp_path)) for text in argv))
+    assert code == 2 and message in err and err.count("\n") == 1, err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_absent_packages_are_named(call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    code, _, err = call()
+    assert code == 2 and "pip install -r requirements-onnx.txt" in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("aff", ["full", "published"])
+def test_the_paper_size(call, tmp_path, aff):
+    model = settled(ASFEFusion(SIZES["paper"], aff))
+    save_weights(model, tmp_path / "paper.safetensors", {})
+    del model
+    argv = ["--size", "paper", "--weights", tmp_path / "paper.safetensors"]
+    code, out, err = call(*argv, "--out", tmp_path / "paper.onnx")
+    assert code == 0, err
+    assert out.count("differs from PyTorch by") == len(export_onnx.CHECKED)
