@@ -129,19 +129,15 @@ def fuse_tiled(
 ) -> np.ndarray:
     """Fuse (B, 1, H, W) in tiles that blend over `overlap` pixels; `tile` 0 takes images whole.
 
-    Tiles start on multiples of the network's padding, so their tokens are those of the whole image.
+    Tiles start on multiples of the network's padding, so their tokens are those of the whole image;
+    `tile` is such a multiple and `overlap` at least one of them less.
     """
     height, width = img1.shape[-2:]
     if not tile or tile >= max(height, width):
         return model.fuse(img1, img2).cpu().numpy()
-    if tile % model.multiple or not overlap <= tile - model.multiple:
-        raise ValueError(
-            f"tile is {tile} and overlap {overlap}, expected a multiple of {model.multiple} and at "
-            f"least {model.multiple} less"
-        )
     total, weights = np.zeros(img1.shape, np.float32), np.zeros((height, width), np.float32)
-    ramp = np.minimum(np.arange(tile) + 1, np.arange(tile)[::-1] + 1)
-    ramp = np.minimum(ramp / (overlap + 1), 1).astype(np.float32)
+    ramp = np.minimum(np.arange(tile) + 0.5, np.arange(tile)[::-1] + 0.5) / overlap
+    ramp = (np.sin(np.pi / 2 * np.minimum(ramp, 1)) ** 2).astype(np.float32)
     for top in tile_starts(height, tile, overlap, model.multiple):
         for left in tile_starts(width, tile, overlap, model.multiple):
             place = np.s_[..., top : top + tile, left : left + tile]
@@ -224,6 +220,11 @@ def _text(image: np.ndarray, text: str, place: tuple[int, int]) -> None:
 def fuse_volumes(args: TestArgs, model: ASFEFusion) -> None:
     """Fuse the volumes --img1 and --img2 into --out and what else the settings ask for."""
     outputs = plan_outputs(args)
+    if args.tile and (args.tile % model.multiple or args.overlap > args.tile - model.multiple):
+        raise ValueError(
+            f"tile is {args.tile} and overlap {args.overlap}, expected a multiple of "
+            f"{model.multiple} and at least {model.multiple} less"
+        )
     if args.threads:
         sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(args.threads)
     fixed, moved, report = read_both(args)
