@@ -1019,17 +1019,24 @@ def test_bad_input_is_one_line_and_writes_nothing(call, brighter, heads, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_force_and_nan_to_zero_go_on_and_say_so(call, brighter, heads, tmp_path):
-    for kind, words in (("frames", "forced: img1 and img2 have different DICOM"),
-                        ("under half", "forced: img2 covers only"),
-                        ("no place", "forced: img2 does not say"),
-                        ("wrong modality", "MR")):  # fmt: skip
-        argv, _ = spoilt(tmp_path / kind, heads, kind) if (tmp_path / kind).mkdir() is None else 0
-        code, stdout, err = call(*argv, "--force")
-        assert code == 0 and words in stdout + "MR", err
-        assert (tmp_path / kind / "out" / "f.nii.gz").exists()
-    (tmp_path / "nan").mkdir()
-    argv, _ = spoilt(tmp_path / "nan", heads, "nan")
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("frames", "forced: img1 and img2 have different DICOM"),
+        ("under half", "forced: img2 covers only"),
+        ("no place", "forced: img2 does not say"),
+        ("wrong modality", "img1: CT"),
+    ],
+)
+def test_force_goes_on_and_says_so(call, brighter, heads, tmp_path, kind, words):
+    argv, _ = spoilt(tmp_path, heads, kind)
+    code, stdout, err = call(*argv, "--force")
+    assert code == 0 and words in stdout, err
+    assert (tmp_path / "out" / "f.nii.gz").exists()
+
+
+def test_nan_to_zero_goes_on_and_says_so(call, brighter, heads, tmp_path):
+    argv, _ = spoilt(tmp_path, heads, "nan")
     code, stdout, err = call(*argv, "--nan-to-zero", "--force")
     assert code == 0 and "2 voxels are NaN or infinite" in stdout and "taken as 0" in stdout, err
 
