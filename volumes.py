@@ -304,11 +304,11 @@ def read_both(args: TestArgs) -> tuple[Volume, Volume, list[str]]:
         path = getattr(args, f"img{i}")
         volume = read_volume(path, getattr(args, f"series{i}"), f"--series{i}")
         check_values(volume, path, args.nan_to_zero)
-        if volume.modality not in (None, MODALITIES[kind]) and not args.force:
-            raise ValueError(
-                f"{path}: its modality is {volume.modality}, {args.task} expects {kind} "
-                f"({MODALITIES[kind]}) as img{i}; --force fuses all the same"
-            )
+        if volume.modality not in (None, MODALITIES[kind]):
+            doubt = f"its modality is {volume.modality}, {args.task} expects {MODALITIES[kind]}"
+            if not args.force:
+                raise ValueError(f"{path}: {doubt} as img{i}; --force fuses all the same")
+            volume.notes.append(f"forced: {doubt}")
         if kind == "CT" and volume.data.min() >= 0:
             volume.notes.append("no value below 0: is it in HU? --window can take another scale")
         if i == 1:

@@ -906,7 +906,7 @@ def spoilt(tmp_path: Path, heads: dict[str, Path], kind: str) -> tuple[list, str
         folder.mkdir()
         return both(img2=folder), "no DICOM image among its 0 files"
     if kind == "wrong modality":
-        return both(img1=series()), "its modality is MR, CT-MRI expects CT"
+        return both(img1=series()), "its modality is MR, CT-MRI expects CT as img1"
     if kind == "frames":
         write_series(tmp_path / "ct", data, affine, "CT", frame="1.2.99")
         return both(tmp_path / "ct", series()), "different DICOM frames of reference"
@@ -1025,7 +1025,7 @@ def test_bad_input_is_one_line_and_writes_nothing(call, brighter, heads, tmp_pat
         ("frames", "forced: img1 and img2 have different DICOM"),
         ("under half", "forced: img2 covers only"),
         ("no place", "forced: img2 does not say"),
-        ("wrong modality", "img1: CT"),
+        ("wrong modality", "img1: forced: its modality is MR"),
     ],
 )
 def test_force_goes_on_and_says_so(call, brighter, heads, tmp_path, kind, words):
