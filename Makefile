@@ -10,7 +10,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet -r requirements.txt
 	touch $@
 
-.venv/dev: requirements-dev.txt .venv/run
+.venv/dev: $(wildcard requirements-*.txt) .venv/run
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $@
 

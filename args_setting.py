@@ -134,7 +134,48 @@ class TrainArgs(CommonArgs):
 
 
 @dataclass(frozen=True)
-class TestArgs(CommonArgs):
+class VolumeArgs(CommonArgs):
+    """What test_asfe.py needs for volumes only; see volumes.py."""
+
+    series1: str | None = setting(
+        None, "ours", "which series of the DICOM folder --img1: its number in the list, or its UID"
+    )
+    series2: str | None = setting(None, "ours", "the same for --img2")
+    window: str = setting(
+        "wide",
+        "ours",
+        "CT in HU: LEVEL,WIDTH, or wide (-100 to 1000), brain, bone, subdural",
+    )
+    suv: float = setting(
+        15.0,
+        "ours",
+        "PET: the SUV (body weight) that becomes 1; 0: the maximum does",
+        minimum=0,
+    )
+    axis: str = setting(
+        "auto",
+        "ours",
+        "slices that go through the network; auto: those with the finest pixels, else axial",
+        choices=("auto", "axial", "coronal", "sagittal"),
+    )
+    tile: int = setting(0, "ours", "side of the tiles of a slice, in pixels; 0: none", minimum=0)
+    overlap: int = setting(64, "ours", "pixels over which tiles blend", minimum=1)
+    colour: str | None = setting(
+        None,
+        "ours",
+        "PET and SPECT: also write an RGB volume, in the colours of this table",
+        choices=("hot", "rainbow", "jet", "inferno"),
+    )
+    png: Path | None = setting(None, "ours", "folder for the fused slices as PNG")
+    mosaic: Path | None = setting(None, "ours", "PNG with a choice of fused slices to look at")
+    nan_to_zero: bool = setting(False, "ours", "take voxels that are not finite as 0")
+    force: bool = setting(
+        False, "ours", "fuse although modality, frame of reference, overlap or place is in doubt"
+    )
+
+
+@dataclass(frozen=True)
+class TestArgs(VolumeArgs):
     """Settings of test_asfe.py."""
 
     __test__ = False  # not a test case, whatever pytest makes of the name

@@ -4,6 +4,7 @@
     python test_asfe.py --task PET-MRI                        the test split of HMIFDatasets/
     python test_asfe.py --img1 ct.png --img2 mri.png --out fused.png
     python test_asfe.py --dir1 pet/ --dir2 mri/ --out fused/  two folders, paired by file name
+    python test_asfe.py --img1 ct.nii.gz --img2 dicom/ --out fused.nii.gz    volumes, see volumes.py
 
 Source 1 is CT, PET or SPECT, source 2 is MRI; --task all takes the weights for pairs of any other
 kind. Colour is fused as luma and gets its chroma back.
@@ -11,6 +12,7 @@ kind. Colour is fused as luma and gets its chroma back.
 
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import cv2
@@ -18,8 +20,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from args_setting import ROOT, TASKS, TestArgs, parse_args, run_script
+from args_setting import (
+    ROOT,
+    TASKS,
+    CommonArgs,
+    TestArgs,
+    VolumeArgs,
+    parse_args,
+    run_script,
+)
 from dataset import (
+    EXTENSIONS,
     Pair,
     match_pairs,
     read_image,
@@ -33,6 +44,7 @@ from network import MIN_SIDE, ASFEFusion, load_weights, start
 from phantom import phantom_pair
 
 CELL, GAP, HEADER = 256, 6, 26  # pixels of the contact sheet
+VOLUMES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".dcm", ".ima")
 
 
 def load_model(args: TestArgs, task: str, device: torch.device) -> ASFEFusion:
@@ -168,6 +180,35 @@ def fuse_one(args: TestArgs, device: torch.device) -> None:
         print_metrics({pair.name: args.out}, [pair], args.task)
 
 
+def is_volume(path: Path) -> bool:
+    """Whether a path is for volumes.py: by its name, a folder (DICOM), or DICOM's mark in it."""
+    if path.is_dir() or path.name.lower().endswith(VOLUMES):
+        return True
+    if path.suffix.lower() in EXTENSIONS or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def fuse_pair_of_volumes(args: TestArgs, device: torch.device) -> None:
+    """Hand --img1 and --img2 over to volumes.py, whose packages are an extra."""
+    try:
+        from volumes import fuse_volumes
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"volumes need {error.name}: pip install -r requirements-volumes.txt"
+        ) from None
+    fuse_volumes(args, load_model(args, args.task, device))
+
+
+def check_no_volume_flags(args: TestArgs) -> None:
+    """ValueError if a setting that only volumes have was given for images."""
+    common = {f.name for f in fields(CommonArgs)}
+    for f in fields(VolumeArgs):
+        if f.name not in common and getattr(args, f.name) != f.default:
+            raise ValueError(f"--{f.name} is for volumes, but --img1 and --img2 are none")
+
+
 def fuse_demo(args: TestArgs, device: torch.device) -> None:
     """Draw a phantom pair for each task, fuse it with the task's weights, and show all three."""
     models = {task: load_model(args, task, device) for task in TASKS}
@@ -204,6 +245,11 @@ def main(args: TestArgs) -> None:
     if given and (args.demo or not args.out):
         raise ValueError("--img1 and --dir1 need --out and go without --demo")
     device = start(args)
+    if "img1" in given and any(
+        [is_volume(args.img1), is_volume(args.img2), args.out.name.lower().endswith(VOLUMES)]
+    ):
+        return fuse_pair_of_volumes(args, device)
+    check_no_volume_flags(args)
     if args.demo:
         fuse_demo(args, device)
     elif "img1" in given:
