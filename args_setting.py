@@ -198,6 +198,9 @@ class TestArgs(VolumeArgs):
         None, "ours", "output file of --img1/--img2, else folder; default result/<task>"
     )
     demo: bool = setting(False, "ours", "fuse three drawn phantom pairs; needs no data")
+    cases: tuple[str, ...] = setting(
+        (), "ours", "only these case numbers of the test split", nargs="*", metavar="CASE"
+    )
     skip_unmatched: bool = setting(False, "ours", "leave out files without a partner")
     batch_size: int = setting(
         4, "ours", "pairs of equal size that go through the network together", minimum=1
@@ -261,7 +264,7 @@ class ExportArgs:
     """Settings of export_onnx.py."""
 
     DEVICE: str = setting("cpu", "ours", "device of the PyTorch side of the comparison")
-    task: str = setting("CT-MRI", "published code", "fusion task", choices=tuple(TASKS))
+    task: str = setting("CT-MRI", "published code", "fusion task, or all", choices=ALL_TASKS)
     size: str = setting("compact", "ours", "size of the network", choices=tuple(SIZES))
     weights: Path | None = setting(
         None, "ours", "weights file; without it model_pre/<size>_<task>.safetensors"

@@ -10,7 +10,7 @@ With a local folder add source="local". `fuse` is documented in network.py.
 
 from pathlib import Path
 
-from args_setting import ROOT, SIZES, TASKS
+from args_setting import ALL_TASKS, ROOT, SIZES
 from network import ASFEFusion, load_weights
 
 dependencies = ["torch", "numpy", "safetensors"]
@@ -25,7 +25,8 @@ def asfe_fusion(
     """ASFE-Fusion in evaluation mode, with weights loaded.
 
     Args:
-        task: "CT-MRI", "PET-MRI" or "SPECT-MRI"; says which of the shipped weights to load.
+        task: "CT-MRI", "PET-MRI", "SPECT-MRI" or "all" (pairs of any other kind); says which of the
+            shipped weights to load.
         size: "compact" (shipped) or "paper" (give its weights).
         weights: a safetensors or published `.pth` file in place of the shipped one.
         device: where the model goes.
@@ -33,7 +34,7 @@ def asfe_fusion(
     Raises:
         ValueError: unknown task or size, or weights that are absent, damaged or of another size.
     """
-    for name, value, choices in (("task", task, TASKS), ("size", size, SIZES)):
+    for name, value, choices in (("task", task, ALL_TASKS), ("size", size, SIZES)):
         if value not in choices:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
     path = Path(weights) if weights else ROOT / "model_pre" / f"{size}_{task}.safetensors"

@@ -32,6 +32,7 @@ from args_setting import (
 from dataset import (
     EXTENSIONS,
     Pair,
+    case_of,
     match_pairs,
     read_image,
     read_pair,
@@ -261,6 +262,11 @@ def main(args: TestArgs) -> None:
         raise ValueError("task all has no test split of its own: give a task, or pairs of images")
     else:
         pairs = task_pairs(args.data_dir, args.task, "test", args.skip_unmatched)
+        if unknown := set(args.cases) - {case_of(pair) for pair in pairs}:
+            raise ValueError(
+                f"cases has {sorted(unknown)}, which the test split of {args.task} lacks"
+            )
+        pairs = [pair for pair in pairs if not args.cases or case_of(pair) in args.cases]
         fuse_folder(args, pairs, args.out or ROOT / "result" / args.task, device)
 
 

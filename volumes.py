@@ -263,6 +263,8 @@ def plan_outputs(args: TestArgs) -> Outputs:
         raise ValueError(
             f"--out is {args.out}, expected a file name that ends in .nii.gz or .nii for volumes"
         )
+    if args.task == "all":
+        raise ValueError(f"task is all, but volumes need to know what img1 is: {', '.join(TASKS)}")
     stem = args.out.name[: -len(suffix)]
     if args.colour and args.task == "CT-MRI":
         raise ValueError("--colour is for PET and SPECT, CT and MRI are grey")

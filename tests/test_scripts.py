@@ -99,6 +99,15 @@ def test_fuses_a_test_split(call, weights, tmp_path):
         assert np.abs(fused.astype(int) - expected).max() <= 1
 
 
+def test_only_some_cases_of_the_test_split(call, weights, tmp_path):
+    data = write_task(tmp_path / "data", "CT-MRI", "test", {"2001": 32, "2002": 32, "16001": 32})
+    argv = ["--data_dir", data, "--weights", weights, "--out", tmp_path / "out"]
+    assert call(test_asfe, *argv, "--cases", 2)[0] == 0
+    assert files(tmp_path / "out") == {"2001.png", "2002.png"}
+    code, _, err = call(test_asfe, *argv, "--cases", 2, 3)
+    assert code == 2 and "cases has ['3'], which the test split of CT-MRI lacks" in err
+
+
 def test_batches_keep_to_their_size_and_to_one_image_size(tmp_path):
     sides = {"a": 32, "b": 32, "c": 32, "d": 48, "e": 48, "f": 32}
     folder = write_task(tmp_path, "CT-MRI", "test", sides) / "CT-MRI" / "test"

@@ -986,6 +986,8 @@ def spoilt(tmp_path: Path, heads: dict[str, Path], kind: str) -> tuple[list, str
         return both(ct, mri, "--mosaic", tmp_path / "m.jpg"), "ends in .png"
     if kind == "stretch":
         return both(ct, mri, "--stretch"), "are for images"
+    if kind == "all":
+        return both(ct, mri, "--task", "all"), "need to know what img1 is"
     if kind == "flag of volumes":
         for name in "ab":
             cv2.imwrite(str(tmp_path / f"{name}.png"), np.zeros((20, 20), np.uint8))
@@ -1000,7 +1002,7 @@ SPOILT = (
     "not a dicom file;no image;empty folder;wrong modality;frames;apart;under half;other space;"
     "no place;4-D;2-D;rgb nifti;microns;no affine;truncated nii.gz;truncated nii;truncated mha;"
     "text nrrd;empty nii;nan;constant;thin;image;missing file;out png;out is a source;"
-    "png in a source;series of nifti;window;colour of ct;tile;overlap;mosaic;stretch;"
+    "png in a source;series of nifti;window;colour of ct;tile;overlap;mosaic;stretch;all;"
     "flag of volumes"
 ).split(";")
 
