@@ -69,7 +69,7 @@ def main(args: TrainArgs) -> None:
     # model
     torch.manual_seed(args.seed)
     model = make_model(args, device)
-    averaged = AveragedModel(model, avg_fn=moving_average(args.ema))
+    averaged = AveragedModel(model, multi_avg_fn=moving_average(args.ema))
     network: nn.Module = model
     if world > 1:
         synchronise_batchnorm(model)
@@ -354,11 +354,11 @@ def learning_rate(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
     """For AveragedModel; begins as a plain mean of the weights, so that early ones fade soon."""
 
-    def update(average: Tensor, new: Tensor, count: Tensor) -> Tensor:
-        return average.lerp(new, torch.clamp(9 / (10 + count), min=1 - decay).to(new.device))
+    def update(averages: list[Tensor], new: list[Tensor], count: Tensor) -> None:
+        torch._foreach_lerp_(averages, new, max(9 / (10 + int(count)), 1 - decay))
 
     return update
 

@@ -276,11 +276,14 @@ def test_learning_rate_rises_and_falls():
 
 
 def test_moving_average_begins_as_a_mean_and_ends_at_its_decay():
-    update = train_asfe.moving_average(0.9)
-    zero, one = torch.zeros(1), torch.ones(1)
-    assert update(zero, one, torch.tensor(1)).item() == pytest.approx(9 / 11)
-    assert update(zero, one, torch.tensor(10**6)).item() == pytest.approx(0.1)
-    assert train_asfe.moving_average(0.0)(zero, one, torch.tensor(10**6)).item() == 1
+    def after(decay: float, count: int) -> float:
+        average = [torch.zeros(1)]
+        train_asfe.moving_average(decay)(average, [torch.ones(1)], torch.tensor(count))
+        return average[0].item()
+
+    assert after(0.9, 1) == pytest.approx(9 / 11)
+    assert after(0.9, 10**6) == pytest.approx(0.1)
+    assert after(0.0, 10**6) == 1
 
 
 # --- what goes wrong -------------------------------------------------------------------------
