@@ -89,24 +89,27 @@ def largest_side(
     size: str, version: str, precision: str, device: torch.device, args: argparse.Namespace
 ) -> dict:
     """The largest square that goes through, and why the next did not."""
-    model = build(size, version, device)
+    try:
+        model = build(size, version, device)
+    except RuntimeError as error:  # what an index too large has broken stays so
+        return {"side": None, "refused": failure(error)}
     end = time.perf_counter() + args.seconds
     best: dict = {"side": None, "seconds": None}
 
     def fits(side: int) -> bool:
-        clear(device)
         try:
+            clear(device)
             start = time.perf_counter()
             images = torch.rand(2, 1, 1, side, side, device=device)
             out = forward(model, images, precision)
             wait(device)
-        except RuntimeError as error:  # besides memory: more elements than an index can count
+            seconds = time.perf_counter() - start
+            if not torch.isfinite(out).all():
+                raise ValueError("values that are not finite")
+        except (RuntimeError, ValueError) as error:  # also: more elements than an index counts
             best.update(refused_side=side, refused=failure(error))
             return False
-        if not torch.isfinite(out).all():
-            best.update(refused_side=side, refused="values that are not finite")
-            return False
-        best.update(side=side, seconds=time.perf_counter() - start)
+        best.update(side=side, seconds=seconds)
         return True
 
     side = args.side
@@ -162,10 +165,6 @@ def size_figures(size: str, rates: dict, device: torch.device, args: argparse.Na
                 if version == "ours" and "pairs_per_s" in base:
                     faster = entry["pairs_per_s"] / base["pairs_per_s"]
                     entry["times_faster_than_direct_fp32"] = faster
-    found["largest"] = {
-        f"{version} {precision}": largest_side(size, version, precision, device, args)
-        for version, precision in (("direct", "fp32"), ("ours", "fp32"), ("ours", "bf16"))
-    }
     found["volume"] = {p: volume_seconds(size, p, device, args) for p in PRECISIONS}
     return found
 
@@ -183,6 +182,13 @@ def main(args: argparse.Namespace) -> None:
     for size in args.sizes:
         document["sizes"][size] = size_figures(size, rates, device, args)
         write_json(args.json, document)
+    # last: it goes to the limits, and may leave the device in a state in which nothing runs
+    for size in args.sizes:
+        largest = document["sizes"][size]["largest"] = {}
+        for version, precision in (("ours", "fp32"), ("ours", "bf16"), ("direct", "fp32")):
+            found = largest_side(size, version, precision, device, args)
+            largest[f"{version} {precision}"] = found
+            write_json(args.json, document)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

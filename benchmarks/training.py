@@ -8,6 +8,7 @@ training that was stopped goes on with it.
 import json
 import math
 import shlex
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,7 @@ def train(piece: Piece, training: Training, size: str, stem: Path) -> tuple[dict
 def make_plan(piece: Piece, training: Training, size: str) -> dict:
     """Epochs that fit --minutes, from the times at which three epochs of a trial end."""
     folder = piece.folder / "trial"
+    shutil.rmtree(folder, ignore_errors=True)  # of a trial that was stopped
     words = command(piece, training, size, folder)
     started = time.time()
     child = piece.start(*words, "--epoch", 3, "--val_every", 9)
@@ -134,6 +136,7 @@ def make_plan(piece: Piece, training: Training, size: str) -> dict:
             time.sleep(0.01)
     finally:
         end(child)
+        shutil.rmtree(folder, ignore_errors=True)
     if child.returncode:
         raise ValueError(f"the trial ended with {child.returncode}: {piece.last_line()}")
     if len(ends) < 3:
