@@ -135,7 +135,7 @@ def run_together(names: list[str], args: argparse.Namespace, argv: list[str]) ->
         beside = ",".join(other for other in names if other != name)
         command = [sys.executable, "-u", str(HERE / "gpu.py"), name, *flags]
         command += ["--no-bundle", "--beside", beside]
-        children[name] = subprocess.Popen(command, cwd=ROOT)
+        children[name] = subprocess.Popen(command)
     try:
         return [name for name, child in children.items() if child.wait()]
     finally:

@@ -3,5 +3,5 @@
 #   benchmarks/gpu.sh [PIECE ...] [--data_dir HMIFDatasets] [--help]
 # Results go to $OUT, by default result/gpu; what is done is not done again.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-exec "${PYTHON:-python3}" -u benchmarks/gpu.py --out "${OUT:-result/gpu}" "$@"
+here="$(cd "$(dirname "$0")" && pwd)"
+exec "${PYTHON:-python3}" -u "$here/gpu.py" ${OUT:+--out "$OUT"} "$@"
