@@ -128,20 +128,22 @@ def make_plan(piece: Piece, training: Training, size: str) -> dict:
     started = time.time()
     child = piece.start(*words, "--epoch", 3, "--val_every", 9)
     ends: list[float] = []
+    rows: list[dict[str, str]] = []
     stem = folder / f"{size}_{training.task}"
     try:
         while child.poll() is None and piece.left() > 0:
-            if len(read_rows(stem)) > len(ends):
-                ends.append(time.time() - started)
             time.sleep(0.01)
+            rows = read_rows(stem)
+            ends += [time.time() - started] * (len(rows) - len(ends))
     finally:
         end(child)
         shutil.rmtree(folder, ignore_errors=True)
-    if child.returncode:
-        raise ValueError(f"the trial ended with {child.returncode}: {piece.last_line()}")
-    if len(ends) < 3:
+    if piece.left() <= 0:
         raise StoppedError("three epochs of a trial were not done in time")
-    epoch = ends[1] - ends[0]  # with the checkpoint
+    if child.returncode or len(ends) < 3:
+        raise ValueError(f"the trial ended with {child.returncode}: {piece.last_line()}")
+    # with the checkpoint; at least what the run itself says, if this process was kept waiting
+    epoch = max(ends[1] - ends[0], float(rows[1]["seconds"]))
     validation = max(0.0, ends[2] - ends[1] - epoch)
     start = max(0.0, ends[0] - epoch)
     return {"start_s": start, "epoch_s": epoch, "validation_s": validation} | epochs_in(

@@ -233,7 +233,7 @@ def test_the_scripts_take_their_flags(tmp_path):
     assert validate.parse(["--weights", "a", "b", "--task", "PET-MRI"]).task == "PET-MRI"
     assert parse_args(TestArgs, ["--task", "CT-MRI", "--stretch"]).stretch
     words = ["--fused", "ours=a", "clip=b", "--rank", "--json", "m.json"]
-    assert parse_args(MetricArgs, words).fused == ("ours=a", "clip=b")
+    assert parse_args(MetricArgs, words).fused == ["ours=a", "clip=b"]
 
 
 def test_weights_that_saw_the_validation_patients_are_told_apart(tmp_path):
