@@ -182,8 +182,7 @@ def test(piece: Piece, training: Training, size: str, weights: Path) -> dict:
     runs = {"ours": (weights, ())}
     if training.published:  # the authors' test code stretches each image
         runs = {"stretch": (weights, ("--stretch",)), "clip": (weights, ())}
-    shipped = ROOT / "model_pre" / f"compact_{training.task}.safetensors"
-    if training.size == "compact" and shipped.exists():
+    if training.size == "compact" and (shipped := shipped_weights(training)):
         runs["shipped"] = (shipped, ())
     folders = {}
     for name, (path, extra) in runs.items():
@@ -203,10 +202,21 @@ def test(piece: Piece, training: Training, size: str, weights: Path) -> dict:
     return {"metrics": means, "mean_rank": document["mean_rank"]}
 
 
+def shipped_weights(training: Training) -> Path | None:
+    """The compact weights of the task in model_pre/, if there are any that this network takes."""
+    path = ROOT / "model_pre" / f"compact_{training.task}.safetensors"
+    try:
+        weights_metadata(path)
+    except ValueError as error:
+        print(f"not compared: {error}", flush=True)
+        return None
+    return path
+
+
 def validate(piece: Piece, training: Training, weights: Path) -> dict:
     """New and shipped weights on the patients that the new ones have not seen."""
-    shipped = ROOT / "model_pre" / f"compact_{training.task}.safetensors"
-    files = [weights, *([shipped] if shipped.exists() else [])]
+    shipped = shipped_weights(training)
+    files = [weights, *([shipped] if shipped else [])]
     path = piece.folder / "validation.json"
     words = ["--data_dir", piece.args.data_dir, "--DEVICE", piece.args.DEVICE, "--json", path]
     piece.call("benchmarks/validate.py", "--weights", *files, "--task", training.task, *words)

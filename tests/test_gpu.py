@@ -20,7 +20,7 @@ import torch
 
 import train_asfe
 from args_setting import ROOT, MetricArgs, TestArgs, TrainArgs, parse_args, run_script
-from checkpoints import load_checkpoint  # noqa: F401  (loaded before the forks)
+from network import ASFEFusion, save_weights
 
 _path = sys.path[:]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -236,6 +236,17 @@ def test_the_scripts_take_their_flags(tmp_path):
     assert parse_args(MetricArgs, words).fused == ["ours=a", "clip=b"]
 
 
+def test_shipped_weights_that_do_not_fit_are_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "ROOT", tmp_path)
+    (tmp_path / "model_pre").mkdir()
+    task = training.TRAININGS["compact-CT-MRI"]
+    assert training.shipped_weights(task) is None
+    assert "not compared: weights" in capsys.readouterr().out
+    path = tmp_path / "model_pre" / "compact_CT-MRI.safetensors"
+    save_weights(ASFEFusion("compact").eval(), path, {})
+    assert training.shipped_weights(task) == path
+
+
 def test_weights_that_saw_the_validation_patients_are_told_apart(tmp_path):
     training.draw_data(tmp_path)
     pairs = train_asfe.split_pairs(TrainArgs(data_dir=tmp_path))[1]
@@ -249,7 +260,10 @@ def test_weights_that_saw_the_validation_patients_are_told_apart(tmp_path):
     assert not validate.held_out(other, "CT-MRI", tmp_path, cases)
 
 
-def test_a_training_from_end_to_end(call, forks, tmp_path):
+def test_a_training_from_end_to_end(call, forks, tmp_path, monkeypatch):
+    shipped = tmp_path / "compact_CT-MRI.safetensors"
+    save_weights(ASFEFusion("compact").eval(), shipped, {})
+    monkeypatch.setattr(training, "shipped_weights", lambda _: shipped)
     code, out, err = call("compact-CT-MRI")
     logs = (tmp_path / "work" / "logs" / "compact-CT-MRI.log").read_text()
     assert code == 0 and "compact-CT-MRI: done" in out, err + logs
@@ -260,8 +274,8 @@ def test_a_training_from_end_to_end(call, forks, tmp_path):
     metrics = found["figures"]["test"]["metrics"]
     assert {"ours", "shipped", "max", "mean"} == metrics.keys()
     assert all(method["SSIM"] > 0 for method in metrics.values())
-    new, shipped = found["figures"]["validation"]["weights"]
-    assert new["held_out"] and new["score"] != shipped["score"]
+    new, old = found["figures"]["validation"]["weights"]
+    assert new["held_out"] and not old["held_out"] and new["score"] != old["score"]
     assert any("train_asfe.py" in line and "--epoch 2" in line for line in found["commands"])
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names == {"results.json", "logs.zip", "fused.zip", "compact_CT-MRI.safetensors"}
