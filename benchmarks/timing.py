@@ -34,9 +34,9 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(run: Callable, device: torch.device, repeats: int, warm_ups: int = 2) -> dict:
+def measure(run: Callable, device: torch.device, repeats: int) -> dict:
     """Median milliseconds of `run()`, and the memory at its peak, with what was there before."""
-    for _ in range(warm_ups):
+    for _ in range(min(2, repeats)):  # the first runs allocate
         run()
     wait(device)
     if device.type == "cuda":

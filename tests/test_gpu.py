@@ -1,7 +1,7 @@
 """benchmarks/gpu.sh: its pieces' plumbing on a CPU, with phantoms and tiny settings.
 
-The scripts run in forks of this process, which has loaded PyTorch already. All pieces, as
-`gpu.sh --dry-run` runs them, only with ASFE_SLOW in the environment (minutes).
+The scripts run in forks of this process, which has loaded PyTorch already. With ASFE_SLOW in the
+environment more pieces run so, and then all as `gpu.sh --dry-run` runs them (minutes).
 """
 
 import json
@@ -12,14 +12,17 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
+import matplotlib.figure  # noqa: F401  (loaded before the forks)
 import pytest
 import torch
 
+import metrics_report  # noqa: F401
 import train_asfe
-from args_setting import ROOT, MetricArgs, TestArgs, TrainArgs, parse_args, run_script
+from args_setting import ROOT, SIZES, MetricArgs, TestArgs, TrainArgs, parse_args, run_script
 from network import ASFEFusion, save_weights
 
 _path = sys.path[:]
@@ -80,6 +83,9 @@ class Fork:
 
 @pytest.fixture
 def forks(monkeypatch):
+    """Scripts run in forks, and `compact` is a narrow network there."""
+    widths = {"channels": (8,) * 5, "tail": 8, "dim": 16, "heads": 2, "experts": 2, "slots": 4}
+    monkeypatch.setitem(SIZES, "compact", replace(SIZES["compact"], **widths))
     monkeypatch.setattr(piece.subprocess, "Popen", Fork)
 
 
@@ -284,7 +290,12 @@ def test_a_training_from_end_to_end(call, forks, tmp_path, monkeypatch):
     assert len([name for name in fused if "/ours/CT-MRI/" in name]) == training.DRAWN["test"]
 
 
-@pytest.mark.parametrize("name", ["attention", "step", "forward"])
+SLOW = pytest.mark.skipif("ASFE_SLOW" not in os.environ, reason="slow; ASFE_SLOW=1 runs it")
+
+
+@pytest.mark.parametrize(
+    "name", ["attention", pytest.param("step", marks=SLOW), pytest.param("forward", marks=SLOW)]
+)
 def test_the_measuring_pieces(call, forks, tmp_path, name):
     code, _, err = call(name)
     logs = (tmp_path / "work" / "logs" / f"{name}.log").read_text()
@@ -309,7 +320,7 @@ def test_the_measuring_pieces(call, forks, tmp_path, name):
         assert size["volume"]["fp32"]["s"] > 0
 
 
-@pytest.mark.skipif("ASFE_SLOW" not in os.environ, reason="minutes; ASFE_SLOW=1 runs it")
+@SLOW
 def test_a_whole_dry_run(tmp_path):
     command = [ROOT / "benchmarks" / "gpu.sh", "--dry-run", "--work", tmp_path / "work"]
     env = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path / "out")}
