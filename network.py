@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from args_setting import SIZES, CommonArgs, ModelSize
+from mixing import attend, mix
 
 MIN_SIDE = 16  # smallest image side that `fuse` takes
 LEVELS = {torch.uint8: 255, torch.uint16: 65535}  # the white of images of integers
@@ -215,8 +216,8 @@ class SFEF(nn.Module):
 
     Puigcerver, Riquelme, Mustafa, Houlsby: "From sparse to soft mixtures of experts" (ICLR 2024).
     Dispatch (softmax over the tokens) and combine (softmax over the slots) are written as two
-    attentions without 1/sqrt(d), so the N x E*S logits never exist as a whole. At inference, and
-    without a residual path, the result takes the place of the input map, which is lost.
+    attentions without 1/sqrt(d), so the N x E*S logits need not exist as a whole (`mixing.py`). At
+    inference, and without a residual path, the result takes the place of the input map.
     """
 
     def __init__(self, dim: int, experts: int, slots: int, residual: bool):
@@ -237,24 +238,21 @@ class SFEF(nn.Module):
         scale = self.norm.scale  # (d,)
         slots = self.slot_norm(self.slot_embeds).flatten(0, 1) * scale  # (E*S, d)
         slots = slots.expand(len(x), -1, -1)  # (B, E*S, d)
-        slot_in = attend(slots, unit, unit) * scale  # (B, E*S, d)
-        per_expert = slot_in.chunk(len(self.experts), dim=1)  # E of (B, S, d)
-        slot_out = [expert(t) for expert, t in zip(self.experts, per_expert, strict=True)]
-        slot_out = torch.cat(slot_out, 1)  # (B, E*S, d)
+
+        def experts(slot_in: Tensor) -> Tensor:  # (B, E*S, d) -> (B, E*S, d)
+            per_expert = (slot_in * scale).chunk(len(self.experts), dim=1)  # E of (B, S, d)
+            slot_out = [expert(t) for expert, t in zip(self.experts, per_expert, strict=True)]
+            return torch.cat(slot_out, 1)
+
         if in_place:  # each token's output takes its own place
+            slot_out = experts(attend(slots, unit, unit))
             for part in unit.split(2**14, 1):
                 part.copy_(attend(part, slots, slot_out))
             out = unit  # (B, N, d)
         else:
-            out = attend(unit, slots, slot_out)  # (B, N, d)
+            out = mix(unit, slots, experts)  # (B, N, d)
         out = out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # (B, d, H, W)
         return x + out if self.residual else out
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T) v of (B, Nq, d), (B, Nk, d), (B, Nk, d); the Nq x Nk matrix never exists."""
-    q, k, v = (t.unsqueeze(1) for t in (q, k, v))  # one head
-    return F.scaled_dot_product_attention(q, k, v, scale=1.0).squeeze(1)  # (B, Nq, d)
 
 
 class FusionModule(nn.Module):

@@ -1,11 +1,12 @@
 """Time and memory of a forward pass against the direct einsum version kept in tests/.
 
     python benchmarks/forward.py            (on an otherwise idle machine; a few minutes)
+    python benchmarks/forward.py --DEVICE cuda --json forward.json     (throughput.py)
 
-Both versions have the same weights and take turns in one process; beside each pair of runs the
-machine's float32 matrix rate is measured, because a shared machine changes its speed within
-seconds. The arithmetic floor is the forward's operations divided by that rate. Peak memory is the
-resident set of a process of its own that loads the model and runs once.
+On a CPU both versions have the same weights and take turns in one process; beside each pair of
+runs the machine's float32 matrix rate is measured, because a shared machine changes its speed
+within seconds. The arithmetic floor is the forward's operations divided by that rate. Peak memory
+is the resident set of a process of its own that loads the model and runs once.
 """
 
 import argparse
@@ -19,10 +20,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import throughput  # noqa: E402
 import torch  # noqa: E402
 from direct import direct  # noqa: E402
 from machine import machine  # noqa: E402
 
+from args_setting import run_script  # noqa: E402
 from network import ASFEFusion  # noqa: E402
 
 GFLOP = 223  # of a 256 x 256 pair in the paper size, nearly all of it matrix products
@@ -65,7 +68,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--only", nargs=3, help=argparse.SUPPRESS)  # a process of `peak_memory`
-    args = parser.parse_args()
+    parser.add_argument("--DEVICE", default="cpu")
+    args, others = parser.parse_known_args()
+    if args.DEVICE != "cpu":
+        others += ["--DEVICE", args.DEVICE, "--repeats", str(args.repeats)]
+        run_script(throughput.main, throughput.parse(others))
+        return
+    if others:
+        parser.error(f"unrecognised on a CPU: {' '.join(others)}")
     if args.only:
         size, version, side = args.only
         model = build(size, version)

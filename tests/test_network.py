@@ -87,8 +87,31 @@ def published_model(published_file) -> ASFEFusion:
     return model
 
 
-@pytest.mark.parametrize("case", ["ct_mri_16009", "noise_2x128x256"])
+CASES = ["ct_mri_16009", "noise_2x128x256"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_golden_vectors(published_model, shared, case):
+    compare_golden(published_model, shared, case)
+
+
+@pytest.fixture
+def published_on_cuda(published_file, monkeypatch):
+    """In float32 as it is: without the shortened products that convolutions take by default."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    return load_weights(published_file, "cuda")[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_vectors_on_cuda(published_on_cuda, shared, case):
+    compare_golden(published_on_cuda, shared, case)
+
+
+def compare_golden(published_model: ASFEFusion, shared: Path, case: str) -> None:
+    """Every stage of the network against the published implementation's, to 1e-4."""
     expected = np.load(shared / "golden" / "expected.npz")
     stages: dict[str, torch.Tensor] = {}
 
@@ -96,7 +119,7 @@ def test_golden_vectors(published_model, shared, case):
         def hook(module, inputs, output):
             # both images go through the encoder as one batch; maps may be overwritten later
             for i, t in enumerate(output.chunk(2) if "encoder" in name else [output]):
-                stages[f"{name}#{i}"] = t.clone()
+                stages[f"{name}#{i}"] = t.cpu().clone()
 
         return hook
 
@@ -104,9 +127,10 @@ def test_golden_vectors(published_model, shared, case):
         published_model.get_submodule(ours).register_forward_hook(keep(theirs))
         for ours, theirs in PUBLISHED_STAGES.items()
     ]
-    img1, img2 = (torch.from_numpy(expected[f"{case}/img{i}"]) for i in (1, 2))
+    device = next(published_model.parameters()).device
+    images = (torch.from_numpy(expected[f"{case}/img{i}"]).to(device) for i in (1, 2))
     with torch.no_grad():
-        fused = published_model(img1, img2)
+        fused = published_model(*images).cpu()
     for handle in handles:
         handle.remove()
 

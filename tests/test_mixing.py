@@ -1,0 +1,128 @@
+"""SFEF's two softmaxes are the same function in every form, with gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mixing
+from network import ASFEFusion
+
+ATTEND = [mixing.library, mixing.split, mixing.explicit, mixing.tiled]
+MIX = [mixing.two_attentions, mixing.shared]
+
+
+def named(functions: list) -> dict:
+    return {"argvalues": functions, "ids": [f.__name__ for f in functions]}
+
+
+def results(function, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Output and gradients."""
+    tensors = [t.clone().requires_grad_() for t in tensors]
+    out = function(*tensors)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), tensors)]
+
+
+def softmax_by_hand(q, k, v):
+    weights = torch.exp(torch.einsum("bid,bjd->bij", q, k))
+    return torch.einsum("bij,bjd->bid", weights / weights.sum(-1, keepdim=True), v)
+
+
+@pytest.mark.parametrize("function", **named(ATTEND))
+@pytest.mark.parametrize(("n_q", "n_k"), [(5, 70), (70, 5)])
+def test_one_softmax(function, n_q, n_k, monkeypatch):
+    monkeypatch.setattr(mixing, "TILE", 32)  # three tiles, the last of them short
+    q, k, v = (torch.randn(2, n, 12, dtype=torch.float64) for n in (n_q, n_k, n_k))
+    for got, expected in zip(
+        results(function, q, k, v), results(softmax_by_hand, q, k, v), strict=True
+    ):
+        # the tiles' levels are in float32
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            function(q, k, v), softmax_by_hand(q, k, v), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_split_computes_every_column():
+    q, k, v = torch.randn(3, 2, 6, 20)
+    torch.testing.assert_close(mixing.split(q, k, v, 8), mixing.library(q, k, v))
+
+
+@pytest.mark.parametrize("attend", **named(ATTEND))
+@pytest.mark.parametrize("function", **named(MIX))
+def test_both_softmaxes(function, attend, monkeypatch):
+    monkeypatch.setattr(mixing, "TILE", 32)
+    monkeypatch.setattr(mixing, "attend", attend)
+
+    def by_hand(tokens, slots):
+        slot_out = torch.tanh(softmax_by_hand(slots, tokens, tokens))
+        return softmax_by_hand(tokens, slots, slot_out)
+
+    tokens, slots = torch.randn(2, 70, 12), torch.randn(2, 6, 12)
+    got = results(lambda t, s: function(t, s, torch.tanh), tokens, slots)
+    for a, b in zip(got, results(by_hand, tokens, slots), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_weigh_has_the_gradient_of_its_function():
+    logits, v = torch.randn(2, 3, 5).double(), torch.randn(2, 5, 4).double()
+    logits, v = logits.requires_grad_(), v.requires_grad_()
+    assert torch.autograd.gradcheck(mixing.Weigh.apply, (logits, v))
+
+
+@pytest.mark.parametrize("level", [-300.0, 300.0])
+@pytest.mark.parametrize("function", **named(MIX))
+def test_large_logits_do_not_overflow(function, level):
+    tokens, slots = torch.randn(1, 40, 8), torch.randn(1, 4, 8)
+    tokens[..., 0], slots[..., 0] = 1, level
+    assert all(torch.isfinite(t).all() for t in results(
+        lambda t, s: function(t, s, torch.tanh), tokens, slots))  # fmt: skip
+
+
+@pytest.mark.parametrize("attend", **named(ATTEND))
+@pytest.mark.parametrize("function", **named(MIX))
+def test_bfloat16_autocast_stays_near(function, attend, monkeypatch):
+    monkeypatch.setattr(mixing, "attend", attend)
+    tokens = F.normalize(torch.randn(2, 70, 16), dim=-1)
+    slots = 4 * torch.randn(2, 6, 16)
+    exact = results(lambda t, s: function(t, s, torch.tanh), tokens, slots)
+
+    def low(t, s):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = function(t, s, torch.tanh)
+        assert out.dtype == torch.bfloat16
+        return out.float()
+
+    for a, b in zip(results(low, tokens, slots), exact, strict=True):
+        assert (a - b).norm() < 0.05 * b.norm()
+
+
+def test_a_cpu_takes_the_library_whatever_cuda_takes(monkeypatch):
+    tokens, slots = torch.randn(2, 30, 12), torch.randn(2, 6, 12)
+    expected = mixing.two_attentions(tokens, slots, torch.tanh)
+    for name in ("ATTEND_ON_CUDA", "MIX_ON_CUDA"):
+        monkeypatch.setattr(mixing, name, None)
+    assert torch.equal(mixing.mix(tokens, slots, torch.tanh), expected)
+    assert torch.equal(mixing.attend(tokens, slots, slots), mixing.library(tokens, slots, slots))
+
+
+@pytest.mark.parametrize("attend", **named(ATTEND))
+@pytest.mark.parametrize("function", **named(MIX))
+def test_the_network_trains_with_each(function, attend, monkeypatch):
+    import network
+
+    model = ASFEFusion("compact").train()
+    images = torch.rand(2, 1, 1, 32, 32)
+
+    def gradients():
+        model.zero_grad()
+        out = model(*images)
+        out.square().mean().backward()
+        return [out.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    expected = gradients()
+    monkeypatch.setattr(mixing, "attend", attend)
+    monkeypatch.setattr(network, "mix", function)
+    for a, b in zip(gradients(), expected, strict=True):
+        assert (a - b).norm() <= 1e-3 * b.norm() + 1e-6
