@@ -103,6 +103,9 @@ class TrainArgs(CommonArgs):
         3407, "published code", "seed of weights, order and augmentation", minimum=0
     )
     init: Path | None = setting(None, "ours", "weights to start from instead of random ones")
+    freeze_batchnorm: bool = setting(
+        False, "ours", "train with the statistics of --init, those that fusing uses"
+    )
     precision: str = setting(
         "auto",
         "ours",

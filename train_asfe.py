@@ -140,6 +140,9 @@ def train_epoch(
     device = next(parts.model.parameters()).device
     pairs.epoch = epoch
     parts.model.train()
+    if args.freeze_batchnorm:
+        for norm in batchnorms(parts.model):
+            norm.eval()
     batches = pairs.batches(args.batch_size, rank, world)
     loader = DataLoader(pairs, batch_sampler=batches, num_workers=args.workers)
     title = f"epoch {epoch + 1}/{args.epoch}"
@@ -234,7 +237,8 @@ def keep_best(
 ) -> dict[str, float]:
     """Validate the averaged weights and save them if they are the best so far; the metrics."""
     last = run["epoch"] == args.epoch
-    recompute_batchnorm(model, spread(pairs.images, BATCHNORM_PAIRS if last else 16))
+    if not args.freeze_batchnorm:
+        recompute_batchnorm(model, spread(pairs.images, BATCHNORM_PAIRS if last else 16))
     measured, panel = measure(model, val_images or spread(pairs.images, 8), args)
     board.add_image("img1, img2, fused", panel, run["epoch"], dataformats="HW")
     kind = "val" if val_images else "train"  # training pairs only say that training worked
@@ -248,10 +252,14 @@ def keep_best(
     return {f"{kind}_{name}": value for name, value in (measured | {"score": score}).items()}
 
 
+def batchnorms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
 @torch.no_grad()
 def recompute_batchnorm(model: ASFEFusion, images: list[Tensor]) -> None:
     """Replace the running statistics by plain means over whole, unaugmented images (2, H, W)."""
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = batchnorms(model)
     device = next(model.parameters()).device
     for norm in norms:
         norm.reset_running_stats()
@@ -326,6 +334,8 @@ def check_settings(args: TrainArgs, pairs: int, val_pairs: int, world: int) -> N
             f"batch_size is {args.batch_size}, expected a multiple of {world * args.accumulate} "
             f"({world} processes, {args.accumulate} parts)"
         )
+    if args.freeze_batchnorm and not args.init:
+        raise ValueError("freeze_batchnorm needs the statistics of trained weights, give --init")
     if args.patience and not val_pairs:
         raise ValueError("patience needs validation, but val is 0 and val_cases is empty")
     if args.ema >= 1:

@@ -180,6 +180,16 @@ def test_all_trains_on_the_three_tasks(call, tmp_path):  # noqa: F811
     assert metadata["settings"]["init"] == "compact_all.safetensors"
 
 
+def test_frozen_statistics_stay_those_of_the_start(call, weights, data, tmp_path):  # noqa: F811
+    argv = settings(data, tmp_path, "--epoch", 1, "--val", 0, "--init", weights)
+    assert call(train_asfe, *argv, "--freeze_batchnorm")[0] == 0
+    before = load_weights(weights)[0].state_dict()
+    after = load_weights(tmp_path / f"{STEM}.safetensors")[0].state_dict()
+    statistics = [k for k in before if k.endswith(("running_mean", "running_var"))]
+    assert statistics and all(torch.equal(before[k], after[k]) for k in statistics)
+    assert not torch.equal(before["encoder.inlayer.weight"], after["encoder.inlayer.weight"])
+
+
 # --- several processes -----------------------------------------------------------------------
 
 
@@ -313,6 +323,7 @@ def test_moving_average_begins_as_a_mean_and_ends_at_its_decay():
         (["--val_cases", 7], "val_cases has ['7'], expected some of ['1', '2', '3']"),
         (["--leave_out", 1, 2, 3], "keep no pairs to train on"),
         (["--val_cases", 1, 2, 3], "keep no pairs to train on"),
+        (["--freeze_batchnorm"], "freeze_batchnorm needs the statistics of trained weights"),
         (["--patience", 2, "--val", 0], "patience needs validation"),
         (["--precision", "fp16", "--DEVICE", "cpu"], "needs CUDA"),
         (["--resume"], "there is no run to resume"),
