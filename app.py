@@ -129,7 +129,7 @@ class Page:
 
     def show(self, file: str | None):
         """The image of an upload, and nothing where the results of other images were."""
-        blank = (None, None, None, "", "image 1 | fused")
+        blank = (None, None, "", "image 1 | fused")
         if not file:
             return None, *blank
         try:
@@ -154,10 +154,10 @@ class Page:
                 path = Path(folder) / "fused.png"
                 write_png(path, fused)
                 source = as_stored(pair.path1)
-                yield fused, (source, fused), str(path), "Measuring …", "image 1 | fused"
+                yield fused, (source, fused), "Measuring …", "image 1 | fused"
                 result = compare({"fused": {pair.name: path}}, [pair], jobs=1)
             text = table(result, "markdown", methods=("fused", "max", "mean"))
-            yield *(self.gr.skip() for _ in range(3)), text, self.gr.skip()
+            yield self.gr.skip(), self.gr.skip(), text, self.gr.skip()
         except (ValueError, OSError) as error:
             raise self.error(error, *filter(None, (file1, file2))) from None
 
@@ -230,8 +230,11 @@ def build(args: AppArgs, models: dict[str, ASFEFusion], examples: dict[str, tupl
             shown = [
                 gr.Image(label=n, elem_id=f"image{k}", **picture) for k, n in enumerate(names, 1)
             ]
-            fused = gr.Image(label="Fused", elem_id="fused", **picture)
-        save = gr.DownloadButton("Download the fused image (PNG)", elem_id="download")
+            fused = gr.Image(
+                label="Fused (the arrow saves it as PNG)",
+                elem_id="fused",
+                **picture | {"buttons": ["download", "fullscreen"]},
+            )
         with gr.Row():
             with gr.Column():
                 wipe = gr.ImageSlider(
@@ -253,7 +256,7 @@ def build(args: AppArgs, models: dict[str, ASFEFusion], examples: dict[str, tupl
             numbers = gr.Markdown(elem_id="numbers")
             gr.Markdown(FIGURES)
 
-        results = [fused, wipe, save, numbers, under]
+        results = [fused, wipe, numbers, under]
         # One at a time: the network uses every core, and reading an image turns stderr off and on.
         turn = {"concurrency_id": "turn", "concurrency_limit": 1, "api_visibility": "private"}
         quiet = turn | {"show_progress": "hidden"}

@@ -40,16 +40,16 @@ def pair_of_files(folder: Path, task: str = "PET-MRI", side: int = 64) -> tuple[
 def test_the_page_fuses_as_the_script_does(page, tmp_path):
     files = pair_of_files(tmp_path)
     steps = page.fuse(*files, "compact_PET-MRI")
-    fused, (source, right), path, measuring, _ = next(steps)
+    fused, (source, right), measuring, _ = next(steps)
     assert np.array_equal(source, phantom_pair("PET-MRI", 64)[0]) and right is fused
-    assert np.array_equal(cv2.imread(path)[..., ::-1], fused) and measuring == "Measuring …"
+    assert measuring == "Measuring …"
     out = tmp_path / "script.png"
     paths = {"img1": Path(files[0]), "img2": Path(files[1]), "out": out}
     test_asfe.main(TestArgs(task="PET-MRI", **paths))
     assert np.array_equal(cv2.imread(str(out))[..., ::-1], fused)
-    text = next(steps)[3]
+    text = next(steps)[2]
     assert "| metric | fused | max | mean |" in text and "Qabf ↑" in text
-    assert not list(steps) and not Path(path).exists(), "the result's file is removed"
+    assert not list(steps)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_new_upload_is_shown_and_clears_the_results(page, tmp_path, monkeypatc
     source, mri = pair_of_files(tmp_path)
     image, *results = page.show(source)
     assert np.array_equal(image, phantom_pair("PET-MRI", 64)[0]) and not said
-    assert results[:4] == [None, None, None, ""]
+    assert results[:3] == [None, None, ""]
     Path(mri).write_text("hello")
     assert page.show(mri)[0] is None
     assert said == ["mri.png: damaged or not an image, expected PNG, TIFF, JPEG or BMP"]
