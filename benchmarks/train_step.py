@@ -125,7 +125,7 @@ def trainer_figures(size: str, device: torch.device, args: argparse.Namespace) -
     """What train_asfe.py adds: the moving average after a step, the checkpoint after an epoch."""
     step = Step(size, "fp32", device, args)
     step()
-    averaged = AveragedModel(step.model, avg_fn=moving_average(0.995))
+    averaged = AveragedModel(step.model, multi_avg_fn=moving_average(0.995))
     average = measure(partial(averaged.update_parameters, step.model), device, args.repeats)
     schedule = LambdaLR(step.optimiser, lambda _: 1.0)
     scaler = torch.amp.GradScaler(device.type, enabled=False)

@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
     document["weights"] = []
     for path in args.weights:
         model, metadata = load_weights(path, device)
-        means, _ = measure(model, images, settings.recipe)
+        means, _ = measure(model, images, settings)
         score = round(sum(means[name] for name in SCORE), 4)
         entry = {"file": f"{path.parent.name}/{path.name}", "score": score, **means}
         entry["held_out"] = held_out(metadata, args.task, args.data_dir, cases)
