@@ -135,15 +135,16 @@ def test_a_run_killed_during_a_save_goes_on(call, data, tmp_path, number):  # no
     """A child stops itself halfway through writing its second checkpoint."""
     argv = settings(data, tmp_path, "--epoch", 3, "--val_every", 9)
     child = f"""
-import os, sys, torch, train_asfe
+import signal, torch, train_asfe
 from args_setting import TrainArgs, parse_args, run_script
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 whole, calls = torch.save, []
 def half(state, file):
     calls.append(1)
     if len(calls) == 2:
         file.write(b"half of it")
         file.flush()
-        os.kill(os.getpid(), {int(number)})
+        signal.raise_signal({int(number)})  # at once, in this thread
     whole(state, file)
 torch.save = half
 run_script(train_asfe.main, parse_args(TrainArgs, {argv!r}))
