@@ -126,6 +126,7 @@ def test_pieces_are_done_once_and_go_on_after_a_failure(call, monkeypatch, tmp_p
     def bad(running):
         calls.append("bad")
         if calls.count("bad") == 1:
+            (running.folder / piece.FIGURES).write_text('{"ms": 2.0}')
             raise piece.StoppedError("3 of 9 epochs are trained")
         return {}
 
@@ -133,11 +134,14 @@ def test_pieces_are_done_once_and_go_on_after_a_failure(call, monkeypatch, tmp_p
     code, _, err = call()
     assert code == 2 and "bad: 3 of 9 epochs" in err and "not done: bad; the same" in err
     assert calls == ["bad", "good"], "a piece that fails does not stop the others"
+    document = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert document["unfinished"] == {"bad": {"ms": 2.0}}, "what was measured is not lost"
     found = results(tmp_path)["good"]
     assert found["figures"] == {"ms": 1.0} and found["dry_run"] is True
     assert {"machine", "DEVICE"} <= found["about"].keys() and found["date"]
     assert zipfile.ZipFile(tmp_path / "out" / "fused.zip").namelist() == ["good/fused/a.png"]
     assert call()[0] == 0 and calls == ["bad", "good", "bad"]
+    assert not json.loads((tmp_path / "out" / "results.json").read_text())["unfinished"]
     assert call()[0] == 0 and len(calls) == 3
     # another machine, which has only the results
     (tmp_path / "work").rename(tmp_path / "lost")
@@ -206,6 +210,38 @@ def test_epochs_fit_the_time():
     assert training.epochs_in(400, 20, 2, 3, 2000) == {"epochs": 175, "val_every": 18}
     assert training.epochs_in(400, 20, 0.01, 0, 2000) == {"epochs": 2000, "val_every": 200}
     assert training.epochs_in(1, 20, 2, 3, 2000) == {"epochs": 2, "val_every": 1}
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_stopped_training_goes_on_from_its_checkpoint(tmp_path, monkeypatch, killed):
+    """With a script in the trainer's place that gets two epochs further in each call."""
+    spec = training.TRAININGS["paper-CT-MRI"]
+    running = piece.Piece("paper-CT-MRI", gpu.parse(["--work", str(tmp_path), "--dry-run"]))
+    running.folder.mkdir()
+    stem = running.folder / "compact_CT-MRI"
+    last = running.folder / "compact_CT-MRI_last.pt"
+    calls = []
+
+    def two_epochs(self, *words):
+        calls.append(words)
+        rows = [f"{i},0.5,9.0\n" for i in range(1, 2 * len(calls) + 1)]
+        stem.with_name("compact_CT-MRI.csv").write_text(
+            "epoch,seconds,pairs_per_s\n" + "".join(rows)
+        )
+        last.touch()
+
+    monkeypatch.setattr(piece.Piece, "call", two_epochs)
+    monkeypatch.setattr(training, "weights_metadata", lambda path: {"of": path.name})
+    plan = {"epochs": 4, "val_every": 2, "runs_s": [None] if killed else []}
+    (running.folder / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(piece.StoppedError, match="2 of 4 epochs are trained"):
+        training.train(running, spec, "compact", stem)
+    assert "--resume" not in calls[0] and last.exists()
+    plan, found = training.train(running, spec, "compact", stem)
+    assert "--resume" in calls[1] and not last.exists(), "gigabytes in the published size"
+    assert found["epochs"] == 4 and found["steps_s"] == 2.0
+    assert found["wall_s"] == (None if killed else sum(plan["runs_s"])), "only what was measured"
+    assert training.train(running, spec, "compact", stem)[1] == found and len(calls) == 2
 
 
 @pytest.mark.parametrize("name", training.TRAININGS)
