@@ -5,17 +5,16 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-import torch
 
-from args_setting import ROOT, TASKS, AppArgs
+from args_setting import ROOT, TASKS, AppArgs, parse_args, run_script
 from dataset import write_png
-from network import ASFEFusion, save_weights
 from phantom import phantom_pair
 
 gradio = pytest.importorskip("gradio", reason="needs requirements-app.txt")
@@ -159,26 +158,47 @@ def test_the_temporary_folder_goes_with_the_program(tmp_path):
     assert not list(tmp_path.glob("asfe-*"))
 
 
-def test_bad_settings_are_one_line(tmp_path):
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Run app.py in this process, up to its error: exit code, stdout, stderr."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*argv) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["app.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as stop:
+            run_script(app.main, parse_args(AppArgs))
+        return stop.value.code, *capsys.readouterr()
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--weights_dir", "DIR/none"], "no weights, expected *.safetensors"),
+        (["--weights_dir", "DIR/bad"], "w.safetensors: damaged"),
+        (["--port", "PORT"], "cannot listen on 127.0.0.1, port PORT"),
+        (["--port", "-1"], "port is -1, expected at least 0"),
+        (["--port", "99999"], "cannot listen on 127.0.0.1, port 99999"),
+        (["--DEVICE", "gpu"], "DEVICE is 'gpu', expected auto, cpu"),
+    ],
+)
+def test_bad_settings_are_one_line(call, tmp_path, argv, message):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "w.safetensors").write_text("hello")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        port = taken.getsockname()[1]
-        torch.manual_seed(0)
-        save_weights(ASFEFusion("compact"), tmp_path / "w.safetensors", {})
-        (tmp_path / "bad").mkdir()
-        (tmp_path / "bad" / "w.safetensors").write_text("hello")
-        runs = {
-            "no weights, expected *.safetensors": ["--port", 0, "--weights_dir", tmp_path / "none"],
-            "damaged": ["--port", 0, "--weights_dir", tmp_path / "bad"],
-            f"cannot listen on 127.0.0.1, port {port}": ["--port", port, "--weights_dir", tmp_path],
-            "port is -1": ["--port", -1],
-        }
-        for message, argv in runs.items():
-            with start(*argv) as process:
-                _, err = process.communicate(timeout=180)
-            assert process.returncode == 2 and err.count("\n") == 1, err
-            assert message in err, err
+        port = str(taken.getsockname()[1])
+        argv = [word.replace("DIR", str(tmp_path)).replace("PORT", port) for word in argv]
+        code, out, err = call("--port", 0, *argv)
+    assert code == 2 and not out and err.count("\n") == 1, err
+    assert err.startswith("app.py: error: ") and message.replace("PORT", port) in err, err
+    assert not list((tmp_path / "temporary").iterdir()), "nothing stays"
 
 
 def test_an_absent_gradio_is_named(monkeypatch, tmp_path):
