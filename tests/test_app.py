@@ -25,8 +25,9 @@ from args_setting import TestArgs  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def page() -> app.Page:
-    return app.Page(AppArgs(max_side=200), app.load_all(AppArgs()))
+def page(tmp_path_factory) -> app.Page:
+    folder = tmp_path_factory.mktemp("uploads")
+    return app.Page(AppArgs(max_side=200), app.load_all(AppArgs()), folder)
 
 
 def pair_of_files(folder: Path, task: str = "PET-MRI", side: int = 64) -> tuple[str, str]:
@@ -36,19 +37,32 @@ def pair_of_files(folder: Path, task: str = "PET-MRI", side: int = 64) -> tuple[
     return str(paths[0]), str(paths[1])
 
 
+def rgb(path: str | Path) -> np.ndarray:
+    return cv2.imread(str(path))[..., ::-1]
+
+
 def test_the_page_fuses_as_the_script_does(page, tmp_path):
     files = pair_of_files(tmp_path)
-    steps = page.fuse(*files, "compact_PET-MRI")
-    fused, (source, right), measuring, _ = next(steps)
-    assert np.array_equal(source, phantom_pair("PET-MRI", 64)[0]) and right is fused
+    fused, (source, right), measuring, _, made = page.fuse(*files, "compact_PET-MRI")
+    assert np.array_equal(rgb(source), phantom_pair("PET-MRI", 64)[0]) and right == fused
     assert measuring == "Measuring …"
     out = tmp_path / "script.png"
     paths = {"img1": Path(files[0]), "img2": Path(files[1]), "out": out}
     test_asfe.main(TestArgs(task="PET-MRI", **paths))
-    assert np.array_equal(cv2.imread(str(out))[..., ::-1], fused)
-    text = next(steps)[2]
+    assert np.array_equal(rgb(out), rgb(fused))
+    text = page.measure(made)
     assert "| metric | fused | max | mean |" in text and "Qabf ↑" in text
-    assert not list(steps)
+    # each click has files of its own
+    assert page.fuse(*files, "compact_PET-MRI")[0] != fused
+
+
+def test_there_are_no_figures_of_what_is_gone(page, tmp_path):
+    assert page.measure(None) == "", "other images were chosen meanwhile"
+    *_, made = page.fuse(*pair_of_files(tmp_path), "compact_PET-MRI")
+    Path(made[1]).unlink()
+    text = page.measure(made)
+    assert text.startswith("No figures: ") and Path(made[1]).name in text
+    assert str(page.folder) not in text
 
 
 @pytest.mark.parametrize(
@@ -86,7 +100,7 @@ def test_bad_uploads_get_a_sentence(page, tmp_path, kind, message):
         path.unlink()
     given = (source, None) if kind == "absent" else (source, mri)
     with pytest.raises(gradio.Error) as error:
-        next(page.fuse(*given, "compact_PET-MRI"))
+        page.fuse(*given, "compact_PET-MRI")
     assert message in error.value.message and str(tmp_path) not in error.value.message
     assert page.blend(50, *given) is None
 
@@ -102,7 +116,7 @@ def test_a_new_upload_is_shown_and_clears_the_results(page, tmp_path, monkeypatc
     source, mri = pair_of_files(tmp_path)
     image, *results = page.show(source)
     assert np.array_equal(image, phantom_pair("PET-MRI", 64)[0]) and not said
-    assert results[:3] == [None, None, ""]
+    assert results == [None, None, "", "image 1 | fused", None]
     Path(mri).write_text("hello")
     assert page.show(mri)[0] is None
     assert said == ["mri.png: damaged or not an image, expected PNG, TIFF, JPEG or BMP"]
