@@ -326,6 +326,22 @@ def test_a_training_from_end_to_end(call, forks, tmp_path, monkeypatch):
     assert len([name for name in fused if "/ours/CT-MRI/" in name]) == training.DRAWN["test"]
 
 
+def test_the_published_training_from_end_to_end(call, forks, tmp_path):
+    code, _, err = call("published")
+    assert code == 0, err + (tmp_path / "work" / "logs" / "published.log").read_text()
+    figures = results(tmp_path)["published"]["figures"]
+    assert figures["training"]["weights"]["aff"] == "published"
+    assert figures["training"]["wall_s"] == figures["plan"]["runs_s"][0] > 0
+    metrics = figures["test"]["metrics"]
+    assert {"stretch", "clip", "max", "mean"} == metrics.keys()
+    assert metrics["stretch"] != metrics["clip"]
+    left = {path.name for path in (tmp_path / "work" / "published").iterdir()}
+    assert {"compact_CT-MRI.safetensors", "fused", "metrics.json"} <= left
+    assert not [
+        name for name in left if name.endswith(".pt") or name.startswith(("start", "trial"))
+    ]
+
+
 SLOW = pytest.mark.skipif("ASFE_SLOW" not in os.environ, reason="slow; ASFE_SLOW=1 runs it")
 
 
