@@ -222,6 +222,14 @@ def take_up(args: argparse.Namespace) -> None:
             write_json(path, document)
 
 
+def exit_on_sigterm() -> None:
+    """End by an exception, so that scripts under way end as well: they would go on with our files.
+
+    Only once all packages are loaded: an exception amid an import may be taken for a failed one.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def main(args: argparse.Namespace, argv: list[str] | None = None) -> None:
     check_packages()
     from network import pick_device
@@ -239,6 +247,7 @@ def main(args: argparse.Namespace, argv: list[str] | None = None) -> None:
     finished = done(args)
     left = [name for name in args.pieces or every if name not in finished]
     print(f"done: {', '.join(finished) or 'nothing'}; to do: {', '.join(left) or 'nothing'}")
+    exit_on_sigterm()
     together = [name for name in left if args.together and name in training.TRAININGS]
     failed = run_one_by_one({name: every[name] for name in left if name not in together}, args)
     try:
@@ -285,6 +294,4 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    # As an exception, so that scripts under way end as well: they would go on with the same files.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     run_script(main, parse())

@@ -96,6 +96,7 @@ def call(monkeypatch, capsys, tmp_path):
     def run(*argv) -> tuple[int, str, str]:
         given = ["--dry-run", "--work", tmp_path / "work", "--out", tmp_path / "out", *argv]
         monkeypatch.setattr(sys, "argv", ["gpu.py", *map(str, given)])
+        monkeypatch.setattr(gpu, "exit_on_sigterm", lambda: None)  # this process is pytest's
         try:
             run_script(gpu.main, gpu.parse())
             code = 0
