@@ -169,7 +169,9 @@ def test_bad_input_is_named(call, tmp_path, argv, message):
 
 
 def test_missing_packages_and_no_cuda_are_one_line(call, monkeypatch):
-    with pytest.raises(ValueError, match="not installed: no_such_package; see requirements.txt"):
+    with pytest.raises(
+        ValueError, match="not installed: no_such_package; see requirements-dev.txt"
+    ):
         gpu.check_packages(("torch", "no_such_package"))
     monkeypatch.setattr(torch, "__version__", "2.5.1+cu121")
     code, _, err = call("attention")
