@@ -3,8 +3,8 @@
     python app.py                 then open http://127.0.0.1:7860
 
 It runs on this machine and asks nothing of another one. Uploads and results lie in a temporary
-folder that goes when the program ends; a file goes earlier, at the age of --keep_minutes. Nothing
-is kept between clicks but in the page itself, so nobody sees another's images.
+folder that goes when the program ends; a file goes earlier, at the age of --keep_minutes. Between
+clicks the program knows of a page only the paths of its last pair, so nobody sees another's images.
 
 Legend: H W pixels. Images are uint8, (H, W) or (H, W, 3) RGB; `file` is the path of an upload.
 """
@@ -17,7 +17,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +93,10 @@ def load_all(args: AppArgs) -> dict[str, ASFEFusion]:
     paths = sorted(args.weights_dir.glob("*.safetensors"))
     if not paths:
         raise ValueError(f"{args.weights_dir}: no weights, expected *.safetensors")
-    return {path.stem: load_weights(path, device)[0] for path in paths}
+    models = {path.stem: load_weights(path, device)[0] for path in paths}
+    black = np.zeros((256, 256), np.uint8)
+    next(iter(models.values())).fuse(black, black)  # the first pass prepares the library
+    return models
 
 
 def weights_for(task: str, names: list[str]) -> str:
@@ -116,12 +118,15 @@ def draw_examples(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 class Page:
-    """What happens on the page. It holds networks and settings, never an image."""
+    """What happens on the page. It holds networks and settings, never an image.
 
-    def __init__(self, args: AppArgs, models: dict[str, ASFEFusion]):
+    Pictures that it makes are files in `folder`.
+    """
+
+    def __init__(self, args: AppArgs, models: dict[str, ASFEFusion], folder: Path):
         import gradio
 
-        self.gr, self.args, self.models = gradio, args, models
+        self.gr, self.args, self.models, self.folder = gradio, args, models, folder
 
     def error(self, error: Exception, *files: str):
         """The error as a sentence on the page; it stays until it is closed."""
@@ -129,7 +134,7 @@ class Page:
 
     def show(self, file: str | None):
         """The image of an upload, and nothing where the results of other images were."""
-        blank = (None, None, "", "image 1 | fused")
+        blank = (None, None, "", "image 1 | fused", None)
         if not file:
             return None, *blank
         try:
@@ -145,21 +150,35 @@ class Page:
         weights = weights_for(task, list(self.models))
         return self.gr.update(label=label), self.gr.update(label=label), weights
 
-    def fuse(self, file1: str | None, file2: str | None, weights: str) -> Iterator[tuple]:
-        """The fused image at once, its metrics a moment later."""
+    def picture(self, name: str, image: np.ndarray) -> str:
+        """The image as a new file. Gradio would encode it again for each place on the page."""
+        descriptor, path = tempfile.mkstemp(prefix=f"{name}_", suffix=".png", dir=self.folder)
+        os.close(descriptor)
+        write_png(Path(path), image)
+        return path
+
+    def fuse(self, file1: str | None, file2: str | None, weights: str):
+        """The fused image, and as the last what `measure` takes."""
         try:
             pair = both(file1, file2, self.args)
-            ((_, fused),) = fuse_pairs(self.models[weights], [pair], 1, stretch=False)
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "fused.png"
-                write_png(path, fused)
-                source = as_stored(pair.path1)
-                yield fused, (source, fused), "Measuring …", "image 1 | fused"
-                result = compare({"fused": {pair.name: path}}, [pair], jobs=1)
-            text = table(result, "markdown", methods=("fused", "max", "mean"))
-            yield self.gr.skip(), self.gr.skip(), text, self.gr.skip()
+            ((_, image),) = fuse_pairs(self.models[weights], [pair], 1, stretch=False)
+            fused = self.picture("fused", image)
+            source = self.picture("source", as_stored(pair.path1))
         except (ValueError, OSError) as error:
             raise self.error(error, *filter(None, (file1, file2))) from None
+        return fused, (source, fused), "Measuring …", "image 1 | fused", (pair, fused)
+
+    def measure(self, made: tuple[Pair, str] | None) -> str:
+        """The metrics of what `fuse` made; nothing if other images have been chosen since."""
+        if made is None:
+            return ""
+        pair, fused = made
+        try:
+            result = compare({"fused": {pair.name: Path(fused)}}, [pair], jobs=1)
+        except (ValueError, OSError) as error:
+            files = (fused, str(pair.path1), str(pair.path2))
+            return f"No figures: {sentence(error, *files)}"
+        return table(result, "markdown", methods=("fused", "max", "mean"))
 
     def wipe(self, under: str, image1, image2, fused):
         """The two images of the wipe."""
@@ -201,11 +220,9 @@ def keep_swept(folder: Path, age: float) -> None:
     threading.Thread(target=work, daemon=True).start()
 
 
-def build(args: AppArgs, models: dict[str, ASFEFusion], examples: dict[str, tuple[str, str]]):
+def build(page: Page, examples: dict[str, tuple[str, str]]):
     """The page as gradio.Blocks: what is on it, and which click does what."""
-    import gradio as gr
-
-    page = Page(args, models)
+    gr, models = page.gr, page.models
     first = next(iter(TASKS))
     picture = {"format": "png", "image_mode": None, "type": "filepath", "interactive": False}
     picture |= {"buttons": ["fullscreen"]}
@@ -256,7 +273,8 @@ def build(args: AppArgs, models: dict[str, ASFEFusion], examples: dict[str, tupl
             numbers = gr.Markdown(elem_id="numbers")
             gr.Markdown(FIGURES)
 
-        results = [fused, wipe, numbers, under]
+        made = gr.State()  # of this visitor: the last pair and its fused image, as paths
+        results = [fused, wipe, numbers, under, made]
         # One at a time: the network uses every core, and reading an image turns stderr off and on.
         turn = {"concurrency_id": "turn", "concurrency_limit": 1, "api_visibility": "private"}
         quiet = turn | {"show_progress": "hidden"}
@@ -268,7 +286,10 @@ def build(args: AppArgs, models: dict[str, ASFEFusion], examples: dict[str, tupl
             chosen = (*examples[name], name)
             button.click(lambda chosen=chosen: chosen, None, [*files, task], **quiet)
         task.change(page.task, task, [files[0], shown[0], weights], **quiet)
-        go.click(page.fuse, [*files, weights], results, **turn)
+        # the figures in a turn of their own: another's picture comes before them
+        go.click(page.fuse, [*files, weights], results, **turn).success(
+            page.measure, made, numbers, **quiet
+        )
         under.input(page.wipe, [under, *shown, fused], wipe, **quiet)
         share.release(page.blend, [share, *files], blend, **quiet)
     return blocks
@@ -299,9 +320,10 @@ def serve(args: AppArgs, folder: Path) -> None:
         raise ValueError(MISSING) from None
     port = free_port(args.host, args.port)
     models = load_all(args)
-    (folder / "uploads").mkdir()
-    keep_swept(folder / "uploads", 60 * args.keep_minutes)
-    blocks = build(args, models, draw_examples(folder))
+    uploads = folder / "uploads"
+    uploads.mkdir()
+    keep_swept(uploads, 60 * args.keep_minutes)
+    blocks = build(Page(args, models, uploads), draw_examples(folder))
     _, address, _ = blocks.launch(
         server_name=args.host,
         server_port=port,

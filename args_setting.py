@@ -130,7 +130,12 @@ class TrainArgs(CommonArgs):
     )
     # the run
     save_dir: Path = setting(ROOT / "modelsave", "published code", "where the weights are written")
-    resume: bool = setting(False, "ours", "go on with the run in --save_dir, from its last epoch")
+    save_every: int = setting(
+        1, "ours", "epochs between checkpoints; one more when a run ends or stops", minimum=1
+    )
+    resume: bool = setting(
+        False, "ours", "go on with the run in --save_dir, from its last checkpoint"
+    )
     minutes: float = setting(
         0, "ours", "stop at the end of an epoch after so many minutes; 0: never", minimum=0
     )

@@ -18,6 +18,7 @@ from network import ASFEFusion
 
 # A resumed run may differ in these, as they do not change what is trained.
 FREE = ("DEVICE", "threads", "data_dir", "save_dir", "workers", "resume", "minutes", "compile")
+FREE += ("save_every",)
 
 
 class Parts(NamedTuple):
@@ -48,15 +49,18 @@ def save_checkpoint(path: Path, parts: Parts, args: TrainArgs, run: dict) -> Non
     part.replace(path)
 
 
-def load_checkpoint(path: Path, parts: Parts, args: TrainArgs, device: torch.device) -> dict:
+def load_checkpoint(path: Path, parts: Parts, args: TrainArgs) -> dict:
     """Put the parts into the state that a checkpoint keeps; the run so far.
+
+    It is read to the CPU, where AdamW keeps its step counts: on a GPU, each step would wait for
+    every one of them. The parts copy the rest to their own device.
 
     Raises ValueError if there is none, if it is damaged, or if a setting has changed.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file, so there is no run to resume")
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         settings, state, run = saved["settings"], saved["state"], saved["run"]
     except Exception:  # a parser of strange bytes may stumble in any way
         raise ValueError(f"{path}: damaged or not a checkpoint of train_asfe.py") from None

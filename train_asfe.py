@@ -2,7 +2,7 @@
 
 Writes to modelsave/, under the name <size>_<task>:
   .safetensors   the weights to use: the best on the validation patients, else the last
-  _last.pt       all that a run needs to go on with --resume, renewed after every epoch
+  _last.pt       all that a run needs to go on with --resume, renewed every --save_every epochs
   .csv, _tensorboard/, _curve.png   losses, metrics, learning rate and throughput by epoch
 
 Several GPUs: `torchrun --nproc_per_node N train_asfe.py …`. batch_size is that of a whole step, so
@@ -89,7 +89,7 @@ def main(args: TrainArgs) -> None:
     out = writable_folder(args.save_dir) / f"{args.size}_{args.task}"
     run = {"epoch": 0, "best": -math.inf, "waited": 0, "seconds": 0.0, "rows": []}
     if args.resume:
-        run = load_checkpoint(beside(out, "_last.pt"), parts, args, device)
+        run = load_checkpoint(beside(out, "_last.pt"), parts, args)
     if rank == 0:
         board = SummaryWriter(beside(out, "_tensorboard"), purge_step=run["epoch"] + 1)
 
@@ -106,9 +106,10 @@ def main(args: TrainArgs) -> None:
             write_csv(beside(out, ".csv"), run["rows"])
             for name, value in row.items():
                 board.add_scalar(name.replace("_", "/", 1), value, run["epoch"])
-            save_checkpoint(beside(out, "_last.pt"), parts, args, run)
             stop = 0 < args.patience <= run["waited"]
             stop |= 0 < args.minutes * 60 <= time.time() - started
+            if stop or run["epoch"] % args.save_every == 0 or run["epoch"] == args.epoch:
+                save_checkpoint(beside(out, "_last.pt"), parts, args, run)
         if agreed(stop, device, world):
             break
 

@@ -8,17 +8,19 @@
   compact-TASK         the compact size, and its shipped weights on the same validation patients
 
 A piece is done once --work holds its JSON; a training that was stopped goes on. --out gets
-results.json, logs.zip, zips of fused images and compact weights, each file under 16 MiB. On another
-machine, --earlier results.json says what was done before. The checkpoint of the published size
-(weights, their average and two moments, 2.7 GB) is written after every epoch: --work wants a fast
-disk, or one in memory. --dry-run runs every piece on a CPU with phantoms and tiny settings,
-`compact` in place of `paper`; its figures mean nothing.
+results.json, logs.zip, zips of fused images and compact weights, each file under 16 MiB. Under
+"unfinished" results.json has what a piece found that came to no end. On another machine,
+--earlier results.json says what was done before. The checkpoint of the published size (weights,
+their average and two moments, 2.7 GB) is written ten times in a training and removed at its end:
+--work wants a fast disk, or one in memory. --dry-run runs every piece on a CPU with phantoms and
+tiny settings, `compact` in place of `paper`; its figures mean nothing.
 """
 
 import argparse
 import importlib.util
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,11 +36,11 @@ ROOT = HERE.parent
 sys.path[:1] = [str(ROOT), str(HERE)]
 
 import training  # noqa: E402
-from piece import Piece, StoppedError, end  # noqa: E402
+from piece import FIGURES, Piece, StoppedError, end  # noqa: E402
 
 from args_setting import OneLineParser, run_script  # noqa: E402
 
-NEEDS = ("torch", "torchvision", "numpy", "cv2", "PIL", "safetensors", "tqdm", "scipy", "skimage")
+NEEDS = ("torch", "torchvision", "numpy", "cv2", "PIL", "safetensors", "tqdm", "scipy")
 NEEDS += ("tensorboard", "matplotlib")  # training
 LARGEST = 15 * 2**20  # bytes of a file in --out
 
@@ -48,6 +50,7 @@ LARGEST = 15 * 2**20  # bytes of a file in --out
 
 def golden(piece: Piece) -> dict:
     """The test of the golden vectors, on the device."""
+    check_packages(("pytest",))
     folder = piece.args.golden
     if not (folder / "expected.npz").is_file():
         raise ValueError(f"{folder} has no expected.npz, expected the golden vectors: --golden")
@@ -90,7 +93,7 @@ def pieces() -> dict[str, Callable[[Piece], dict]]:
 def check_packages(names: tuple[str, ...] = NEEDS) -> None:
     absent = [name for name in names if importlib.util.find_spec(name) is None]
     if absent:
-        raise ValueError(f"not installed: {', '.join(absent)}; see requirements.txt")
+        raise ValueError(f"not installed: {', '.join(absent)}; see requirements-dev.txt")
     import torch
 
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
@@ -99,10 +102,19 @@ def check_packages(names: tuple[str, ...] = NEEDS) -> None:
 
 def done(args: argparse.Namespace) -> dict[str, dict]:
     """What the finished pieces found, by name."""
-    found = {}
-    for path in sorted((args.work / "pieces").glob("*.json")):
-        found[path.stem] = json.loads(path.read_text())
-    return found
+    return {
+        path.stem: json.loads(path.read_text())
+        for path in sorted((args.work / "pieces").glob("*.json"))
+    }
+
+
+def unfinished(args: argparse.Namespace) -> dict[str, dict]:
+    """What benchmarks found whose pieces came to no end, by name."""
+    return {
+        path.parent.name: json.loads(path.read_text())
+        for path in sorted(args.work.glob(f"*/{FIGURES}"))
+        if not (args.work / "pieces" / f"{path.parent.name}.json").exists()
+    }
 
 
 def run_piece(name: str, function: Callable[[Piece], dict], args: argparse.Namespace) -> None:
@@ -127,6 +139,23 @@ def run_piece(name: str, function: Callable[[Piece], dict], args: argparse.Names
     print(f"{name}: done in {document['seconds']} s", flush=True)
 
 
+def run_one_by_one(
+    every: dict[str, Callable[[Piece], dict]], args: argparse.Namespace
+) -> list[str]:
+    """Run the pieces, and copy the results after each, as the next may be killed; the failed."""
+    failed = []
+    for name, function in every.items():
+        try:
+            run_piece(name, function, args)
+        except (ValueError, OSError, StoppedError) as error:
+            print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            failed.append(name)
+        finally:
+            if args.bundle:
+                bundle(args)
+    return failed
+
+
 def run_together(names: list[str], args: argparse.Namespace, argv: list[str]) -> list[str]:
     """Run the pieces in processes of their own at the same time; those that failed."""
     flags = [word for word in argv if word not in args.pieces and word != "--together"]
@@ -148,7 +177,8 @@ def bundle(args: argparse.Namespace) -> None:
     from timing import write_json
 
     args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "results.json", {"dry_run": args.dry_run, "pieces": done(args)})
+    document = {"dry_run": args.dry_run, "pieces": done(args), "unfinished": unfinished(args)}
+    write_json(args.out / "results.json", document)
     fused = sorted(args.work.glob("*/fused/**/*.png"))
     write_zips(args.out, "fused", fused, args.work)
     logs = [*args.work.glob("logs/*.log"), *args.work.glob("*/*.csv"), *args.work.glob("*/*.png")]
@@ -192,6 +222,14 @@ def take_up(args: argparse.Namespace) -> None:
             write_json(path, document)
 
 
+def exit_on_sigterm() -> None:
+    """End by an exception, so that scripts under way end as well: they would go on with our files.
+
+    Only once all packages are loaded: an exception amid an import may be taken for a failed one.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def main(args: argparse.Namespace, argv: list[str] | None = None) -> None:
     check_packages()
     from network import pick_device
@@ -209,22 +247,15 @@ def main(args: argparse.Namespace, argv: list[str] | None = None) -> None:
     finished = done(args)
     left = [name for name in args.pieces or every if name not in finished]
     print(f"done: {', '.join(finished) or 'nothing'}; to do: {', '.join(left) or 'nothing'}")
-    failed = []
+    exit_on_sigterm()
     together = [name for name in left if args.together and name in training.TRAININGS]
-    for name in left:
-        if name in together:
-            continue
-        try:
-            run_piece(name, every[name], args)
-        except (ValueError, OSError, StoppedError) as error:
-            print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-            failed.append(name)
+    failed = run_one_by_one({name: every[name] for name in left if name not in together}, args)
+    try:
+        if together:  # after what measures times
+            failed += run_together(together, args, sys.argv[1:] if argv is None else argv)
+    finally:
         if args.bundle:
             bundle(args)
-    if together:  # after what measures times
-        failed += run_together(together, args, sys.argv[1:] if argv is None else argv)
-    if args.bundle:
-        bundle(args)
     if failed:
         raise ValueError(f"not done: {', '.join(failed)}; the same command goes on")
 
@@ -241,7 +272,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     published = ROOT.parent / "shared" / "published"
     parser.add_argument("--published", type=Path, default=published, help="METHOD/TASK/NAME.png")
     parser.add_argument("--DEVICE", default=None, help="default cuda, cpu with --dry-run")
-    parser.add_argument("--minutes", type=float, default=6.5, help="for each training")
+    parser.add_argument("--minutes", type=float, default=6, help="for each training")
     parser.add_argument("--limit", type=float, default=570, help="seconds for each piece")
     parser.add_argument("--train_args", default="", help="more for train_asfe.py, in one string")
     parser.add_argument("--together", action="store_true", help="trainings at the same time")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+FIGURES = "figures.json"  # in a piece's folder, what its benchmark has found so far
 
 
 class StoppedError(Exception):
@@ -46,28 +47,29 @@ class Piece:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | (env or {}),
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {}),
             )
 
     def call(self, *command: object, env: dict | None = None) -> None:
         """Run a Python script of the project to its end; ValueError if it fails."""
         child = self.start(*command, env=env)
+        name = command[1] if command[0] == "-m" else command[0]
         try:
             code = child.wait(max(1.0, self.left()))
         except subprocess.TimeoutExpired:
-            raise StoppedError(f"{command[0]} was not done in time") from None
+            raise StoppedError(f"{name} was not done in time") from None
         finally:
             end(child)
         if code:
-            raise ValueError(f"{command[0]} ended with {code}: {self.last_line()}")
+            raise ValueError(f"{name} ended with {code}: {self.last_line()}")
 
     def last_line(self) -> str:
         lines = (self.args.work / "logs" / f"{self.name}.log").read_text().split("\n")
         return next((line for line in reversed(lines) if line.strip()), "")[-300:]
 
     def figures(self, script: str, *command: object) -> dict:
-        """Run a benchmark that writes JSON, and return that."""
-        path = self.folder / "figures.json"
+        """Run a benchmark that writes JSON as it goes, and return that."""
+        path = self.folder / FIGURES
         self.call(f"benchmarks/{script}", *command, "--DEVICE", self.args.DEVICE, "--json", path)
         return json.loads(path.read_text())
 

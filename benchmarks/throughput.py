@@ -152,10 +152,14 @@ def volume_seconds(size: str, precision: str, device: torch.device, args: argpar
     return {"s": seconds, "slices_per_s": args.slices / seconds}
 
 
-def size_figures(size: str, rates: dict, device: torch.device, args: argparse.Namespace) -> dict:
-    found = {"TFLOP_of_a_pair": operations(size, device, args.side), "pairs": {}}
+def size_figures(size: str, document: dict, device: torch.device, args: argparse.Namespace) -> None:
+    """Fill the document, and write it as it grows: the next figure may take all the time."""
+    rates = document["matrix_TFLOP_per_s"]
+    found = {"TFLOP_of_a_pair": operations(size, device, args.side), "pairs": {}, "volume": {}}
+    document["sizes"][size] = found
     for version in ("direct", "ours"):
         found["pairs"][version] = pairs_per_second(size, version, device, args)
+        write_json(args.json, document)
     for version, entries in found["pairs"].items():
         for name, entry in entries.items():
             base = found["pairs"]["direct"].get(f"{name.split(',')[0]}, fp32", {})
@@ -165,8 +169,9 @@ def size_figures(size: str, rates: dict, device: torch.device, args: argparse.Na
                 if version == "ours" and "pairs_per_s" in base:
                     faster = entry["pairs_per_s"] / base["pairs_per_s"]
                     entry["times_faster_than_direct_fp32"] = faster
-    found["volume"] = {p: volume_seconds(size, p, device, args) for p in PRECISIONS}
-    return found
+    for precision in PRECISIONS:
+        found["volume"][precision] = volume_seconds(size, precision, device, args)
+        write_json(args.json, document)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -180,8 +185,7 @@ def main(args: argparse.Namespace) -> None:
     document = {"about": about, **{name: getattr(args, name) for name in names}}
     document |= {"matrix_TFLOP_per_s": rates, "sizes": {}}
     for size in args.sizes:
-        document["sizes"][size] = size_figures(size, rates, device, args)
-        write_json(args.json, document)
+        size_figures(size, document, device, args)
     # last: it goes to the limits, and may leave the device in a state in which nothing runs
     for size in args.sizes:
         largest = document["sizes"][size]["largest"] = {}

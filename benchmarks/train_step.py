@@ -3,8 +3,9 @@
     python benchmarks/train_step.py --DEVICE cuda --json step.json
 
 A step is forward, loss, backward, gradient clipping and AdamW. The direct version runs in float32
-first and last; the faster of its two medians counts. Operations are those of the direct version's
-products, forward and backward; their share of the measured matrix rate says how much is left.
+before ours and after; the faster of its two medians counts. Operations are those of the direct
+version's products, forward and backward; their share of the measured matrix rate says how much is
+left.
 `--attend` and `--mix` try other forms of SFEF's softmaxes (mixing.py). "recomputed" shows what
 memory is to be had by torch.utils.checkpoint around AFF and SFEF; as it is, AFF's BatchNorm then
 counts each batch twice in its running statistics, so it is only measured here.
@@ -53,8 +54,8 @@ VARIANTS = {
     "tf32": ("ours", "tf32", False),
     "bf16": ("ours", "bf16", False),
     "bf16 recomputed": ("recomputed", "bf16", False),
-    "bf16 compiled": ("ours", "bf16", True),
     "direct fp32, again": ("direct", "fp32", False),
+    "bf16 compiled": ("ours", "bf16", True),  # last, as nobody knows how long a compiler takes
 }
 
 
@@ -137,9 +138,16 @@ def trainer_figures(size: str, device: torch.device, args: argparse.Namespace) -
     return {"moving_average_ms": average["ms"], "checkpoint_s": seconds}
 
 
-def size_figures(size: str, rates: dict, device: torch.device, args: argparse.Namespace) -> dict:
-    operations = count_operations(size, device, args)
-    every = {}
+def size_figures(size: str, document: dict, device: torch.device, args: argparse.Namespace) -> None:
+    """Fill the document, and write it after each figure: the next may take all the time."""
+    operations, rates = count_operations(size, device, args), document["matrix_TFLOP_per_s"]
+    figures = document["sizes"][size] = {"TFLOP_of_a_step": operations}
+    clear(device)
+    try:
+        figures |= trainer_figures(size, device, args)
+    except RuntimeError as error:  # out of memory, where the steps in bfloat16 may still fit
+        figures["trainer_refused"] = failure(error)
+    every = figures["steps"] = {}
     for variant in VARIANTS:
         if VARIANTS[variant][2] and not args.compile:
             continue
@@ -150,7 +158,13 @@ def size_figures(size: str, rates: dict, device: torch.device, args: argparse.Na
             found |= {"TFLOP_per_s": rate}
             found["of_matrix_rate"] = rate / rates[VARIANTS[variant][1]]
         show(f"{size:8} {variant:20}", found)
+        compare_with_direct(every)
+        write_json(args.json, document)
     clear(device)
+
+
+def compare_with_direct(every: dict[str, dict]) -> None:
+    """How much faster each variant is than the direct one, and its share of that one's memory."""
     base = [every[name] for name in every if name.startswith("direct") and "ms" in every[name]]
     if base:
         fastest = min(base, key=lambda found: found["ms"])
@@ -159,7 +173,6 @@ def size_figures(size: str, rates: dict, device: torch.device, args: argparse.Na
                 found["times_faster_than_direct"] = fastest["ms"] / found["ms"]
                 if found["peak_GB"] is not None:
                     found["memory_of_direct"] = found["peak_GB"] / fastest["peak_GB"]
-    return {"TFLOP_of_a_step": operations, **trainer_figures(size, device, args), "steps": every}
 
 
 def show(title: str, found: dict) -> None:
@@ -183,8 +196,7 @@ def main(args: argparse.Namespace) -> None:
     document = {"about": about, **{name: getattr(args, name) for name in names}}
     document |= {"matrix_TFLOP_per_s": rates, "sizes": {}}
     for size in args.sizes:
-        document["sizes"][size] = size_figures(size, rates, device, args)
-        write_json(args.json, document)
+        size_figures(size, document, device, args)
         print()
     for size, found in document["sizes"].items():
         for variant, step in found["steps"].items():

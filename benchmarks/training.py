@@ -1,8 +1,8 @@
 """The trainings of gpu.py: measure the pace, train for the time there is, fuse and measure.
 
 The learning rate falls over the whole run, so the number of epochs must fit the time beforehand:
-three epochs, the last with a validation, say how long one takes. It is kept in plan.json, and a
-training that was stopped goes on with it.
+three epochs of a trial, the last with a checkpoint and a validation, say how long one takes. It is
+kept in plan.json, and a training that was stopped goes on with it, from its last checkpoint.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from piece import ROOT, Piece, StoppedError, end
 
-VALIDATIONS = 10  # in a run
+VALIDATIONS = 10  # in a run, and checkpoints
 MOST_EPOCHS = 2000  # the published number
 EVALUATION = 100  # seconds kept for fusing and measuring
 DRAWN = {"train": 6, "test": 2}  # phantom pairs of a dry run, by split; two patients each
@@ -94,24 +94,21 @@ def train(piece: Piece, training: Training, size: str, stem: Path) -> tuple[dict
         plan = make_plan(piece, training, size)
         plan_path.write_text(json.dumps(plan))
     plan = json.loads(plan_path.read_text())
-    words = command(piece, training, size, piece.folder)
-    words += ["--epoch", plan["epochs"], "--val_every", plan["val_every"]]
+    last = stem.with_name(f"{stem.name}_last.pt")
+    if len(read_rows(stem)) < plan["epochs"]:
+        words = command(piece, training, size, piece.folder)
+        words += ["--epoch", plan["epochs"], "--val_every", plan["val_every"]]
+        words += ["--save_every", plan["val_every"], *(["--resume"] if last.exists() else [])]
+        run_timed(piece, plan_path, plan, words)
     rows = read_rows(stem)
     if len(rows) < plan["epochs"]:
-        minutes = max(0.1, (piece.left() - EVALUATION) / 60)
-        resume = ["--resume"] if stem.with_name(f"{stem.name}_last.pt").exists() else []
-        started = time.time()
-        try:
-            piece.call(*words, "--minutes", f"{minutes:.2f}", *resume)
-        finally:
-            plan["wall_s"] = plan.get("wall_s", 0.0) + time.time() - started
-            plan_path.write_text(json.dumps(plan))
-        rows = read_rows(stem)
-    if len(rows) < plan["epochs"]:
         raise StoppedError(f"{len(rows)} of {plan['epochs']} epochs are trained")
+    for path in (last, *piece.folder.glob("start_*.safetensors")):  # gigabytes, of no more use
+        path.unlink(missing_ok=True)
+    runs = plan["runs_s"]
     return plan, {
         "epochs": len(rows),
-        "wall_s": plan.get("wall_s"),
+        "wall_s": None if None in runs else sum(runs),  # null: a run was killed, its time is lost
         "steps_s": sum(float(row["seconds"]) for row in rows),
         "pairs_per_s": float(rows[-1]["pairs_per_s"]),
         "first_epoch": rows[0],
@@ -120,40 +117,56 @@ def train(piece: Piece, training: Training, size: str, stem: Path) -> tuple[dict
     }
 
 
+def run_timed(piece: Piece, plan_path: Path, plan: dict, words: list[object]) -> None:
+    """Train for the time that is left, and put the seconds that it took into the plan."""
+    minutes = max(0.1, (piece.left() - EVALUATION) / 60)
+    plan["runs_s"].append(None)
+    plan_path.write_text(json.dumps(plan))
+    started = time.time()
+    try:
+        piece.call(*words, "--minutes", f"{minutes:.2f}")
+    finally:
+        plan["runs_s"][-1] = time.time() - started
+        plan_path.write_text(json.dumps(plan))
+
+
 def make_plan(piece: Piece, training: Training, size: str) -> dict:
     """Epochs that fit --minutes, from the times at which three epochs of a trial end."""
     folder = piece.folder / "trial"
     shutil.rmtree(folder, ignore_errors=True)  # of a trial that was stopped
     words = command(piece, training, size, folder)
     started = time.time()
-    child = piece.start(*words, "--epoch", 3, "--val_every", 9)
+    # the second epoch ends in the table, then comes its checkpoint: it is in the third one's time
+    child = piece.start(*words, "--epoch", 3, "--val_every", 9, "--save_every", 2)
     ends: list[float] = []
     rows: list[dict[str, str]] = []
     stem = folder / f"{size}_{training.task}"
     try:
-        while child.poll() is None and piece.left() > 0:
-            time.sleep(0.01)
-            rows = read_rows(stem)
+        running = True
+        while running and piece.left() > 0:
+            running = child.poll() is None
+            rows = read_rows(stem)  # also after the end, which may come between two looks
             ends += [time.time() - started] * (len(rows) - len(ends))
+            time.sleep(0.01)
     finally:
         end(child)
         shutil.rmtree(folder, ignore_errors=True)
-    if piece.left() <= 0:
+    if running:
         raise StoppedError("three epochs of a trial were not done in time")
     if child.returncode or len(ends) < 3:
         raise ValueError(f"the trial ended with {child.returncode}: {piece.last_line()}")
-    # with the checkpoint; at least what the run itself says, if this process was kept waiting
+    # at least what the run itself says, if this process was kept waiting
     epoch = max(ends[1] - ends[0], float(rows[1]["seconds"]))
-    validation = max(0.0, ends[2] - ends[1] - epoch)
+    tenth = max(0.0, ends[2] - ends[1] - epoch)
     start = max(0.0, ends[0] - epoch)
-    return {"start_s": start, "epoch_s": epoch, "validation_s": validation} | epochs_in(
-        60 * piece.args.minutes, start, epoch, validation, 2 if piece.args.dry_run else MOST_EPOCHS
-    )
+    seconds, most = 60 * piece.args.minutes, 2 if piece.args.dry_run else MOST_EPOCHS
+    plan = {"start_s": start, "epoch_s": epoch, "validation_and_checkpoint_s": tenth, "runs_s": []}
+    return plan | epochs_in(seconds, start, epoch, tenth, most)
 
 
-def epochs_in(seconds: float, start: float, epoch: float, validation: float, most: int) -> dict:
-    """How many epochs fit, with ten validations, and every how many to validate; 2 at least."""
-    epochs = int((seconds - start - VALIDATIONS * validation) / epoch)
+def epochs_in(seconds: float, start: float, epoch: float, tenth: float, most: int) -> dict:
+    """How many epochs fit, 2 at least, and after how many comes what takes `tenth`, ten times."""
+    epochs = int((seconds - start - VALIDATIONS * tenth) / epoch)
     epochs = min(max(2, epochs), most)
     return {"epochs": epochs, "val_every": math.ceil(epochs / VALIDATIONS)}
 

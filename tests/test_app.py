@@ -5,17 +5,16 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-import torch
 
-from args_setting import ROOT, TASKS, AppArgs
+from args_setting import ROOT, TASKS, AppArgs, parse_args, run_script
 from dataset import write_png
-from network import ASFEFusion, save_weights
 from phantom import phantom_pair
 
 gradio = pytest.importorskip("gradio", reason="needs requirements-app.txt")
@@ -26,8 +25,9 @@ from args_setting import TestArgs  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def page() -> app.Page:
-    return app.Page(AppArgs(max_side=200), app.load_all(AppArgs()))
+def page(tmp_path_factory) -> app.Page:
+    folder = tmp_path_factory.mktemp("uploads")
+    return app.Page(AppArgs(max_side=200), app.load_all(AppArgs()), folder)
 
 
 def pair_of_files(folder: Path, task: str = "PET-MRI", side: int = 64) -> tuple[str, str]:
@@ -37,19 +37,32 @@ def pair_of_files(folder: Path, task: str = "PET-MRI", side: int = 64) -> tuple[
     return str(paths[0]), str(paths[1])
 
 
+def rgb(path: str | Path) -> np.ndarray:
+    return cv2.imread(str(path))[..., ::-1]
+
+
 def test_the_page_fuses_as_the_script_does(page, tmp_path):
     files = pair_of_files(tmp_path)
-    steps = page.fuse(*files, "compact_PET-MRI")
-    fused, (source, right), measuring, _ = next(steps)
-    assert np.array_equal(source, phantom_pair("PET-MRI", 64)[0]) and right is fused
+    fused, (source, right), measuring, _, made = page.fuse(*files, "compact_PET-MRI")
+    assert np.array_equal(rgb(source), phantom_pair("PET-MRI", 64)[0]) and right == fused
     assert measuring == "Measuring …"
     out = tmp_path / "script.png"
     paths = {"img1": Path(files[0]), "img2": Path(files[1]), "out": out}
     test_asfe.main(TestArgs(task="PET-MRI", **paths))
-    assert np.array_equal(cv2.imread(str(out))[..., ::-1], fused)
-    text = next(steps)[2]
+    assert np.array_equal(rgb(out), rgb(fused))
+    text = page.measure(made)
     assert "| metric | fused | max | mean |" in text and "Qabf ↑" in text
-    assert not list(steps)
+    # each click has files of its own
+    assert page.fuse(*files, "compact_PET-MRI")[0] != fused
+
+
+def test_there_are_no_figures_of_what_is_gone(page, tmp_path):
+    assert page.measure(None) == "", "other images were chosen meanwhile"
+    *_, made = page.fuse(*pair_of_files(tmp_path), "compact_PET-MRI")
+    Path(made[1]).unlink()
+    text = page.measure(made)
+    assert text.startswith("No figures: ") and Path(made[1]).name in text
+    assert str(page.folder) not in text
 
 
 @pytest.mark.parametrize(
@@ -87,7 +100,7 @@ def test_bad_uploads_get_a_sentence(page, tmp_path, kind, message):
         path.unlink()
     given = (source, None) if kind == "absent" else (source, mri)
     with pytest.raises(gradio.Error) as error:
-        next(page.fuse(*given, "compact_PET-MRI"))
+        page.fuse(*given, "compact_PET-MRI")
     assert message in error.value.message and str(tmp_path) not in error.value.message
     assert page.blend(50, *given) is None
 
@@ -103,7 +116,7 @@ def test_a_new_upload_is_shown_and_clears_the_results(page, tmp_path, monkeypatc
     source, mri = pair_of_files(tmp_path)
     image, *results = page.show(source)
     assert np.array_equal(image, phantom_pair("PET-MRI", 64)[0]) and not said
-    assert results[:3] == [None, None, ""]
+    assert results == [None, None, "", "image 1 | fused", None]
     Path(mri).write_text("hello")
     assert page.show(mri)[0] is None
     assert said == ["mri.png: damaged or not an image, expected PNG, TIFF, JPEG or BMP"]
@@ -159,26 +172,47 @@ def test_the_temporary_folder_goes_with_the_program(tmp_path):
     assert not list(tmp_path.glob("asfe-*"))
 
 
-def test_bad_settings_are_one_line(tmp_path):
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Run app.py in this process, up to its error: exit code, stdout, stderr."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*argv) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["app.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as stop:
+            run_script(app.main, parse_args(AppArgs))
+        return stop.value.code, *capsys.readouterr()
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--weights_dir", "DIR/none"], "no weights, expected *.safetensors"),
+        (["--weights_dir", "DIR/bad"], "w.safetensors: damaged"),
+        (["--port", "PORT"], "cannot listen on 127.0.0.1, port PORT"),
+        (["--port", "-1"], "port is -1, expected at least 0"),
+        (["--port", "99999"], "cannot listen on 127.0.0.1, port 99999"),
+        (["--DEVICE", "gpu"], "DEVICE is 'gpu', expected auto, cpu"),
+    ],
+)
+def test_bad_settings_are_one_line(call, tmp_path, argv, message):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "w.safetensors").write_text("hello")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        port = taken.getsockname()[1]
-        torch.manual_seed(0)
-        save_weights(ASFEFusion("compact"), tmp_path / "w.safetensors", {})
-        (tmp_path / "bad").mkdir()
-        (tmp_path / "bad" / "w.safetensors").write_text("hello")
-        runs = {
-            "no weights, expected *.safetensors": ["--port", 0, "--weights_dir", tmp_path / "none"],
-            "damaged": ["--port", 0, "--weights_dir", tmp_path / "bad"],
-            f"cannot listen on 127.0.0.1, port {port}": ["--port", port, "--weights_dir", tmp_path],
-            "port is -1": ["--port", -1],
-        }
-        for message, argv in runs.items():
-            with start(*argv) as process:
-                _, err = process.communicate(timeout=180)
-            assert process.returncode == 2 and err.count("\n") == 1, err
-            assert message in err, err
+        port = str(taken.getsockname()[1])
+        argv = [word.replace("DIR", str(tmp_path)).replace("PORT", port) for word in argv]
+        code, out, err = call("--port", 0, *argv)
+    assert code == 2 and not out and err.count("\n") == 1, err
+    assert err.startswith("app.py: error: ") and message.replace("PORT", port) in err, err
+    assert not list((tmp_path / "temporary").iterdir()), "nothing stays"
 
 
 def test_an_absent_gradio_is_named(monkeypatch, tmp_path):

@@ -126,8 +126,11 @@ def test_four_users_at_once_each_get_their_own(user, address, tmp_path):
     for tab in tabs.values():
         user.driver.switch_to.window(tab)
         user.click("#fuse")
+    figures = set()
     for name, tab in tabs.items():
         user.driver.switch_to.window(tab)
         fused = user.wait(lambda: user.picture("#fused"))
         assert same(pixels(fused), wanted[name]), name
         user.wait(lambda: "Qabf" in user.text("#numbers"))
+        figures.add(user.text("#numbers"))
+    assert len(figures) == len(tabs), "each table is of its own pair"

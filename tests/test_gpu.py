@@ -96,6 +96,7 @@ def call(monkeypatch, capsys, tmp_path):
     def run(*argv) -> tuple[int, str, str]:
         given = ["--dry-run", "--work", tmp_path / "work", "--out", tmp_path / "out", *argv]
         monkeypatch.setattr(sys, "argv", ["gpu.py", *map(str, given)])
+        monkeypatch.setattr(gpu, "exit_on_sigterm", lambda: None)  # this process is pytest's
         try:
             run_script(gpu.main, gpu.parse())
             code = 0
@@ -126,6 +127,7 @@ def test_pieces_are_done_once_and_go_on_after_a_failure(call, monkeypatch, tmp_p
     def bad(running):
         calls.append("bad")
         if calls.count("bad") == 1:
+            (running.folder / piece.FIGURES).write_text('{"ms": 2.0}')
             raise piece.StoppedError("3 of 9 epochs are trained")
         return {}
 
@@ -133,11 +135,14 @@ def test_pieces_are_done_once_and_go_on_after_a_failure(call, monkeypatch, tmp_p
     code, _, err = call()
     assert code == 2 and "bad: 3 of 9 epochs" in err and "not done: bad; the same" in err
     assert calls == ["bad", "good"], "a piece that fails does not stop the others"
+    document = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert document["unfinished"] == {"bad": {"ms": 2.0}}, "what was measured is not lost"
     found = results(tmp_path)["good"]
     assert found["figures"] == {"ms": 1.0} and found["dry_run"] is True
     assert {"machine", "DEVICE"} <= found["about"].keys() and found["date"]
     assert zipfile.ZipFile(tmp_path / "out" / "fused.zip").namelist() == ["good/fused/a.png"]
     assert call()[0] == 0 and calls == ["bad", "good", "bad"]
+    assert not json.loads((tmp_path / "out" / "results.json").read_text())["unfinished"]
     assert call()[0] == 0 and len(calls) == 3
     # another machine, which has only the results
     (tmp_path / "work").rename(tmp_path / "lost")
@@ -164,7 +169,9 @@ def test_bad_input_is_named(call, tmp_path, argv, message):
 
 
 def test_missing_packages_and_no_cuda_are_one_line(call, monkeypatch):
-    with pytest.raises(ValueError, match="not installed: no_such_package; see requirements.txt"):
+    with pytest.raises(
+        ValueError, match="not installed: no_such_package; see requirements-dev.txt"
+    ):
         gpu.check_packages(("torch", "no_such_package"))
     monkeypatch.setattr(torch, "__version__", "2.5.1+cu121")
     code, _, err = call("attention")
@@ -206,6 +213,38 @@ def test_epochs_fit_the_time():
     assert training.epochs_in(400, 20, 2, 3, 2000) == {"epochs": 175, "val_every": 18}
     assert training.epochs_in(400, 20, 0.01, 0, 2000) == {"epochs": 2000, "val_every": 200}
     assert training.epochs_in(1, 20, 2, 3, 2000) == {"epochs": 2, "val_every": 1}
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_stopped_training_goes_on_from_its_checkpoint(tmp_path, monkeypatch, killed):
+    """With a script in the trainer's place that gets two epochs further in each call."""
+    spec = training.TRAININGS["paper-CT-MRI"]
+    running = piece.Piece("paper-CT-MRI", gpu.parse(["--work", str(tmp_path), "--dry-run"]))
+    running.folder.mkdir()
+    stem = running.folder / "compact_CT-MRI"
+    last = running.folder / "compact_CT-MRI_last.pt"
+    calls = []
+
+    def two_epochs(self, *words):
+        calls.append(words)
+        rows = [f"{i},0.5,9.0\n" for i in range(1, 2 * len(calls) + 1)]
+        stem.with_name("compact_CT-MRI.csv").write_text(
+            "epoch,seconds,pairs_per_s\n" + "".join(rows)
+        )
+        last.touch()
+
+    monkeypatch.setattr(piece.Piece, "call", two_epochs)
+    monkeypatch.setattr(training, "weights_metadata", lambda path: {"of": path.name})
+    plan = {"epochs": 4, "val_every": 2, "runs_s": [None] if killed else []}
+    (running.folder / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(piece.StoppedError, match="2 of 4 epochs are trained"):
+        training.train(running, spec, "compact", stem)
+    assert "--resume" not in calls[0] and last.exists()
+    plan, found = training.train(running, spec, "compact", stem)
+    assert "--resume" in calls[1] and not last.exists(), "gigabytes in the published size"
+    assert found["epochs"] == 4 and found["steps_s"] == 2.0
+    assert found["wall_s"] == (None if killed else sum(plan["runs_s"])), "only what was measured"
+    assert training.train(running, spec, "compact", stem)[1] == found and len(calls) == 2
 
 
 @pytest.mark.parametrize("name", training.TRAININGS)
@@ -288,6 +327,22 @@ def test_a_training_from_end_to_end(call, forks, tmp_path, monkeypatch):
     assert all(p.stat().st_size < 2**24 for p in (tmp_path / "out").iterdir())
     fused = zipfile.ZipFile(tmp_path / "out" / "fused.zip").namelist()
     assert len([name for name in fused if "/ours/CT-MRI/" in name]) == training.DRAWN["test"]
+
+
+def test_the_published_training_from_end_to_end(call, forks, tmp_path):
+    code, _, err = call("published")
+    assert code == 0, err + (tmp_path / "work" / "logs" / "published.log").read_text()
+    figures = results(tmp_path)["published"]["figures"]
+    assert figures["training"]["weights"]["aff"] == "published"
+    assert figures["training"]["wall_s"] == figures["plan"]["runs_s"][0] > 0
+    metrics = figures["test"]["metrics"]
+    assert {"stretch", "clip", "max", "mean"} == metrics.keys()
+    assert metrics["stretch"] != metrics["clip"]
+    left = {path.name for path in (tmp_path / "work" / "published").iterdir()}
+    assert {"compact_CT-MRI.safetensors", "fused", "metrics.json"} <= left
+    assert not [
+        name for name in left if name.endswith(".pt") or name.startswith(("start", "trial"))
+    ]
 
 
 SLOW = pytest.mark.skipif("ASFE_SLOW" not in os.environ, reason="slow; ASFE_SLOW=1 runs it")

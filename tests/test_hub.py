@@ -13,6 +13,7 @@ from phantom import phantom_pair
 
 CALL = """
 import sys, torch
+sys.modules |= dict.fromkeys(("cv2", "PIL", "scipy", "torchvision"))  # hubconf.py needs none
 model = torch.hub.load(sys.argv[1], "asfe_fusion", task="SPECT-MRI", source="local")
 image = torch.linspace(0, 1, 32 * 40).reshape(32, 40)
 print(model.training, tuple(model.fuse(image, image).shape))

@@ -1,5 +1,6 @@
 """The exported file gives the network's numbers, on any size, also without PyTorch."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,8 @@ def test_the_file_fuses_sizes_it_was_not_checked_on(exported, size):
     batch, height, width = size
     img1, img2 = torch.rand(2, batch, 1, height, width)
     session = export_onnx.open_session(exported)
+    described = json.loads(session.get_modelmeta().custom_metadata_map["asfe"])
+    assert described == {"size": "compact", "task": "PET-MRI", "aff": "full"}
     (fused,) = session.run(None, {"img1": img1.numpy(), "img2": img2.numpy()})
     assert fused.shape == (batch, 1, height, width)
     assert np.abs(fused - model.fuse(img1, img2).numpy()).max() <= export_onnx.TOLERANCE

@@ -130,6 +130,19 @@ def test_resumed_epochs_equal_uninterrupted_ones_bit_for_bit(call, data, tmp_pat
     assert equal(*(model.state_dict() for model in models))
 
 
+def test_checkpoints_come_every_so_many_epochs_and_at_the_end(call, data, tmp_path, monkeypatch):  # noqa: F811
+    saved = []
+    save = train_asfe.save_checkpoint
+    monkeypatch.setattr(
+        train_asfe, "save_checkpoint", lambda *all: (saved.append(all[-1]["epoch"]), save(*all))
+    )
+    argv = settings(data, tmp_path, "--epoch", 4, "--val_every", 9, "--save_every", 2)
+    assert call(train_asfe, *argv, "--minutes", 1e-9)[0] == 0
+    assert saved == [1], "a run that stops can go on"
+    assert call(train_asfe, *argv, "--resume", "--save_every", 3)[0] == 0
+    assert saved == [1, 3, 4]
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_run_killed_during_a_save_goes_on(call, data, tmp_path, number):  # noqa: F811
     """A child stops itself halfway through writing its second checkpoint."""
@@ -350,7 +363,7 @@ def test_a_run_resumes_only_as_it_was(call, data, tmp_path):  # noqa: F811
     path = tmp_path / f"{STEM}_last.pt"
     other = parse_args(TrainArgs, [*argv, "--size", "paper"])
     with pytest.raises(ValueError, match="size is 'paper' and was 'compact'"):
-        load_checkpoint(path, None, other, "cpu")
+        load_checkpoint(path, None, other)
     whole = path.read_bytes()
     for damaged in (b"", b"no checkpoint", whole[: len(whole) // 2]):
         path.write_bytes(damaged)
