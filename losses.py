@@ -19,7 +19,7 @@ from torch import Tensor
 # total = sum of weight * term
 WEIGHTS = {
     "paper": {"content": 0.5, "gradient": 0.5, "structure": 1.0},
-    "detail": {"content": 1.0, "gradient": 80.0, "structure": 2.5, "information": 0.3},
+    "detail": {"content": 2.0, "gradient": 100.0, "structure": 2.0, "information": 0.1},
 }
 
 

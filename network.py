@@ -154,7 +154,7 @@ class CASF(nn.Module):
     """Cross-attention spatial fusion: the self-similarity of one image weighs the other's values.
 
     A p x p convolution of stride p makes the tokens; A1 = softmax(q1 k1^T / sqrt(D/heads)) acts on
-    v2, A2 on v1. Their mean is laid back as patches and added to x + y; at inference in x's place.
+    v2, A2 on v1. Their mean is laid back as patches and added to x + y.
     """
 
     def __init__(self, channels: int, patch: int, dim: int, heads: int):
@@ -179,10 +179,9 @@ class CASF(nn.Module):
         patches = self.unpatch((t1 + t2) / 2)  # (B, N, p*p*C)
         patches = patches.unflatten(2, (self.patch, self.patch, -1))  # (B, N, p, p, C)
         patches = patches.unflatten(1, (rows, columns))  # (B, H/p, W/p, p, p, C)
-        out = x + y if torch.is_grad_enabled() else x.add_(y)  # (B, C, H, W)
-        places = out.permute(0, 2, 3, 1).unflatten(2, (columns, -1)).unflatten(1, (rows, -1))
-        places.add_(patches.transpose(2, 3))  # both (B, H/p, p, W/p, p, C)
-        return out
+        patches = patches.permute(0, 1, 3, 2, 4, 5)  # (B, H/p, p, W/p, p, C)
+        patches = patches.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)  # (B, C, H, W)
+        return (x + y).add_(patches)
 
     def _embed(self, conv: nn.Conv2d, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, N, D)
         # The convolution as a matrix product: patches do not overlap, and a library's convolution
