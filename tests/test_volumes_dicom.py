@@ -5,17 +5,10 @@ import pydicom
 import pytest
 import SimpleITK as sitk  # noqa: N813
 from dicom_files import SECRET, injected, new_dataset, sample, write_enhanced, write_series
-from volume_files import (
-    SHAPE,
-    SPACING,
-    affine_of,
-    numbered,
-)
+from volume_files import SHAPE, SPACING, affine_of, numbered
 
 from volumes_dicom import read_dicom, suv_factor
-from volumes_io import (
-    RAS_LPS,
-)
+from volumes_io import RAS_LPS
 
 
 def test_slices_shuffled_on_disk_give_the_same_volume(tmp_path):
@@ -40,18 +33,55 @@ def test_rescaling_is_per_slice(tmp_path):
     assert np.array_equal(read_dicom(tmp_path).data, data * (k + 1.0) - 1024 + k)
 
 
-def test_monochrome1_is_inverted_where_values_are_no_measure(tmp_path):
-    def dark(ds, k):
-        ds.PhotometricInterpretation, ds.PixelRepresentation, ds.BitsStored = "MONOCHROME1", 0, 12
-        ds.HighBit = 11
+def dark(ds, k):
+    """The smallest value is displayed white."""
+    ds.PhotometricInterpretation, ds.PixelRepresentation, ds.BitsStored = "MONOCHROME1", 0, 12
+    ds.HighBit = 11
 
+
+def test_monochrome1_is_inverted_where_values_are_no_measure(tmp_path):
     data = numbered()
     write_series(tmp_path / "mr", data, affine_of("identity"), "MR", change=dark)
     volume = read_dicom(tmp_path / "mr")
-    assert np.array_equal(volume.data, 4095.0 - data) and "inverted" in volume.notes[0]
-    write_series(tmp_path / "ct", data, affine_of("identity"), "CT", 1, -1024, change=dark)
-    volume = read_dicom(tmp_path / "ct")
-    assert np.array_equal(volume.data, data - 1024.0) and "kept" in volume.notes[0]
+    assert np.array_equal(volume.data, data.max() - data) and "inverted" in volume.notes[0]
+
+    def per_slice(ds, k):
+        dark(ds, k)
+        ds.RescaleSlope, ds.RescaleIntercept = k + 1, 7 * k
+
+    write_series(tmp_path / "slopes", data, affine_of("identity"), "MR", change=per_slice)
+    k = np.arange(SHAPE[2])
+    rescaled = data * (k + 1.0) + 7 * k  # inverted after it, by one constant for all slices
+    expected = rescaled.min() + rescaled.max() - rescaled
+    assert np.array_equal(read_dicom(tmp_path / "slopes").data, expected)
+
+
+@pytest.mark.parametrize("modality", ("CT", "PT", "NM"))
+def test_monochrome1_keeps_values_that_are_a_measure(tmp_path, modality):
+    data = numbered()
+
+    def change(ds, k):
+        if modality == "PT":
+            injected(ds, k)
+        dark(ds, k)
+
+    write_series(tmp_path / "1", data, affine_of("identity"), modality, 2, -1024, change=change)
+    volume = read_dicom(tmp_path / "1")
+    assert np.array_equal(volume.data, data * 2.0 - 1024) and "kept" in volume.notes[0]
+    assert (volume.suv is not None) == (modality == "PT")
+
+
+def test_monochrome1_and_2_are_mixed_only_where_values_are_a_measure(tmp_path):
+    def mixed(ds, k):
+        if k > 5:
+            dark(ds, k)
+
+    data = numbered()
+    write_series(tmp_path / "ct", data, affine_of("identity"), "CT", change=mixed)
+    assert np.array_equal(read_dicom(tmp_path / "ct").data, data)
+    write_series(tmp_path / "mr", data, affine_of("identity"), "MR", change=mixed)
+    with pytest.raises(ValueError, match="mixed MONOCHROME1 and MONOCHROME2"):
+        read_dicom(tmp_path / "mr")
 
 
 @pytest.mark.parametrize("kind", ("identity", "oblique"))
