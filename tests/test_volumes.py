@@ -13,17 +13,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 from dicom_files import injected, write_series
-from volume_files import (
-    SHAPE,
-    affine_of,
-)
+from volume_files import SHAPE, affine_of
 
 import volumes
 from args_setting import ROOT
-from volumes_io import (
-    Volume,
-    write_nifti,
-)
+from volumes_io import Volume, write_nifti
 from volumes_levels import WINDOWS, ct_levels, head, levels, mri_levels
 
 

@@ -8,17 +8,9 @@ import numpy as np
 import pydicom
 import pytest
 from dicom_files import SECRET, sample, write_series
-from volume_files import (
-    SHAPE,
-    SPACING,
-    affine_of,
-    numbered,
-    write,
-)
+from volume_files import SHAPE, SPACING, affine_of, numbered, write
 
-from volumes_io import (
-    RAS_LPS,
-)
+from volumes_io import RAS_LPS
 
 
 def spoilt(tmp_path: Path, heads: dict[str, Path], kind: str) -> tuple[list, str]:

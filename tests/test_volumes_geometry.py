@@ -8,28 +8,11 @@ import numpy as np
 import pytest
 from dicom_files import write_series
 from scipy import ndimage
-from volume_files import (
-    FORMATS,
-    KINDS,
-    SHAPE,
-    affine_of,
-    blob,
-    numbered,
-    value_at,
-    write,
-)
+from volume_files import FORMATS, KINDS, SHAPE, affine_of, blob, numbered, value_at, write
 
 import volumes
 from volumes_dicom import read_dicom
-from volumes_io import (
-    Volume,
-    displacement,
-    overlap,
-    read_itk,
-    read_nifti,
-    resample,
-    straightened,
-)
+from volumes_io import Volume, displacement, overlap, read_itk, read_nifti, resample, straightened
 
 
 @pytest.mark.parametrize("kind", KINDS)
