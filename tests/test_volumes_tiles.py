@@ -102,15 +102,17 @@ def test_tiles_of_the_network_agree_with_the_whole(heads, weights):
     pair = [_enlarged(heads[name], 384) for name in names]
     whole = volumes_tiles.fuse_tiled(model, *pair, 0, 64)
     apart = (volumes_tiles.fuse_tiled(model, *pair, 256, 64) - whole)[0, 0]
-    assert np.abs(apart).mean() < 1 / 255
     # no seam: across the ends of a tile the difference changes no faster than beside them
     ends = {end for start in tile_starts(384, 256, 64, 16) for end in (start, start + 256)}
-    ends -= {0, 384}
+    seam = 0.0
     for axis in (0, 1):
         change = np.abs(np.diff(apart, axis=axis)).mean(1 - axis)  # [n]: from pixel n to n + 1
-        for end in ends:
-            beside = [*change[end - 9 : end - 2], *change[end + 1 : end + 8]]
-            assert change[end - 1] < 1.3 * max(beside)
+        for end in ends - {0, 384}:
+            beside = *change[end - 9 : end - 2], *change[end + 1 : end + 8]
+            seam = max(seam, change[end - 1] / max(beside))
+    mean, most = 255 * np.abs(apart).mean(), 255 * np.abs(apart).max()
+    print(f"{weights}: {mean:.2f} of 255 levels on average, {most:.0f} at most, seam {seam:.2f}")
+    assert mean < 1 and seam < 1.3
 
 
 def _enlarged(path: Path, side: int) -> np.ndarray:
