@@ -3,7 +3,8 @@
     python test_asfe.py --task CT-MRI --img1 ct.nii.gz --img2 dicom_folder/ --out fused.nii.gz
 
 The fused volume lies on source 1's grid; source 2 is resampled onto it where its own differs.
-Reading and geometry are in volumes_io.py and volumes_dicom.py, intensities in volumes_levels.py.
+Reading and geometry are in volumes_io.py and volumes_dicom.py, intensities in volumes_levels.py,
+tiles of large slices in volumes_tiles.py.
 
 Legend: I J K voxels as stored; N slices of (H, W) pixels as they are looked at, with the patient's
 left on the right and anterior or superior on top. Affines and RAS as in volumes_io.py.
@@ -35,6 +36,7 @@ from volumes_io import (
     write_nifti,
 )
 from volumes_levels import MODALITIES, Levels, colour_table, levels
+from volumes_tiles import fuse_tiled
 
 TOP = 32767  # the stored value of a luma of 1: int16, with the slope 1 / TOP
 AXES = ("sagittal", "coronal", "axial")  # the axes L, P, S of a patient
@@ -122,39 +124,6 @@ def fuse_slices(
             luma = fuse_tiled(model, *pair, args.tile, args.overlap)
             out[part] = np.rint(luma[:, 0] * TOP)
             progress.update(len(luma))
-
-
-def fuse_tiled(
-    model: ASFEFusion, img1: np.ndarray, img2: np.ndarray, tile: int, overlap: int
-) -> np.ndarray:
-    """Fuse (B, 1, H, W) in tiles that blend over `overlap` pixels; `tile` 0 takes images whole.
-
-    Tiles start on multiples of the network's padding, so their tokens are those of the whole image;
-    `tile` is such a multiple and `overlap` at least one of them less.
-    """
-    height, width = img1.shape[-2:]
-    if not tile or tile >= max(height, width):
-        return model.fuse(img1, img2).cpu().numpy()
-    total, weights = np.zeros(img1.shape, np.float32), np.zeros((height, width), np.float32)
-    ramp = np.minimum(np.arange(tile) + 0.5, np.arange(tile)[::-1] + 0.5) / overlap
-    ramp = (np.sin(np.pi / 2 * np.minimum(ramp, 1)) ** 2).astype(np.float32)
-    for top in tile_starts(height, tile, overlap, model.multiple):
-        for left in tile_starts(width, tile, overlap, model.multiple):
-            place = np.s_[..., top : top + tile, left : left + tile]
-            fused = model.fuse(img1[place], img2[place]).cpu().numpy()
-            weight = np.outer(ramp[: fused.shape[-2]], ramp[: fused.shape[-1]])
-            total[place] += fused * weight
-            weights[place[1:]] += weight
-    return total / weights
-
-
-def tile_starts(length: int, tile: int, overlap: int, multiple: int) -> list[int]:
-    """Where tiles begin along a side: on multiples, with at least `overlap` pixels in common."""
-    padded = -(-length // multiple) * multiple
-    if tile >= padded:
-        return [0]
-    step = (tile - overlap) // multiple * multiple
-    return [*range(0, padded - tile, step), padded - tile]
 
 
 # --- pictures --------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """DICOM: one series of a folder, or one file, as a volume with its place in the patient.
 
-Sources: DICOM PS3.3 (C.7.6.2 image plane, C.7.6.16 multi-frame functional groups, C.11.1 modality
-LUT, C.8.9 PET) through pydicom; body-weight SUV as in the QIBA FDG-PET profile.
+Sources: DICOM PS3.3 (C.7.6.2 image plane, C.7.6.3 MONOCHROME1, C.7.6.16 multi-frame functional
+groups, C.11.1 modality LUT, C.8.9 PET) through pydicom; body-weight SUV as in the QIBA FDG-PET
+profile.
 
 Nothing that identifies a patient leaves this file: messages name files, numbers and geometry, never
 a header's text or UID, and what pydicom has to say about odd values is not passed on.
@@ -25,8 +26,8 @@ from volumes_io import RAS_LPS, Volume
 # Only these are read from the headers at first; a patient's name is not among them.
 TAGS = """
     SOPClassUID ImageType Modality SeriesInstanceUID SeriesNumber FrameOfReferenceUID Rows
-    Columns NumberOfFrames SamplesPerPixel PhotometricInterpretation BitsStored
-    PixelRepresentation ImagePositionPatient ImageOrientationPatient PixelSpacing
+    Columns NumberOfFrames SamplesPerPixel PhotometricInterpretation
+    ImagePositionPatient ImageOrientationPatient PixelSpacing
     SliceThickness SpacingBetweenSlices RescaleSlope RescaleIntercept
     SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence
     DetectorInformationSequence ModalityLUTSequence Units DecayCorrection PatientWeight
@@ -34,7 +35,7 @@ TAGS = """
     AcquisitionTime
 """.split()
 # Values that are a measure (HU, Bq/ml, counts) stay what they are in MONOCHROME1, which is about
-# showing them; in other modalities the picture that was meant is the inverted one.
+# showing them; in other modalities, as MR, the picture that was meant is the inverted one.
 MEASURED = ("CT", "PT", "NM")
 PLUGINS = {
     "JPEG 2000": "pylibjpeg pylibjpeg-openjpeg",
@@ -77,7 +78,7 @@ def read_dicom(path: Path, series: str | None = None, flag: str = "--series1") -
         planes = [plane for file, ds in headers for plane in _planes(file, ds)]
         planes, affine = _stack(path, planes)
         first = headers[0][1]
-        volume = Volume(_pixels(planes, first), affine)
+        volume = Volume(_pixels(planes), affine)
         volume.frame = str(first.get("FrameOfReferenceUID") or "") or None
         volume.modality = str(first.get("Modality") or "") or None
         try:
@@ -86,9 +87,7 @@ def read_dicom(path: Path, series: str | None = None, flag: str = "--series1") -
             volume.no_suv = "its fields for SUV cannot be read"
     if strays:
         volume.notes.append(f"{strays} files are not DICOM images, left out")
-    if first.PhotometricInterpretation == "MONOCHROME1":
-        done = "values kept" if volume.modality in MEASURED else "inverted"
-        volume.notes.append(f"MONOCHROME1, {done}")
+    _as_displayed(path, volume, {str(ds.PhotometricInterpretation) for _, ds in headers})
     if len(planes) == 1:
         volume.notes.append("a single slice")
     return volume
@@ -292,7 +291,7 @@ def _name(plane: Plane) -> str:
 # --- pixels ----------------------------------------------------------------------------------
 
 
-def _pixels(planes: list[Plane], first: pydicom.Dataset) -> np.ndarray:
+def _pixels(planes: list[Plane]) -> np.ndarray:
     """Rescaled values (I, J, K) float32 of ordered planes; each file is opened once."""
     rows, columns = planes[0].size
     volume = np.empty((len(planes), rows, columns), np.float32)
@@ -321,20 +320,31 @@ def _decoded(path: Path):
             raise ValueError(f"{path}: {syntax.name} is not an image compression we read") from None
         if not available:
             raise ValueError(f"{path}: compressed as {syntax.name}, {_plugin(syntax.name)}")
-    inverted = ds.get("PhotometricInterpretation") == "MONOCHROME1"
-    invert = inverted and ds.get("Modality") not in MEASURED
-    signed = bool(ds.get("PixelRepresentation", 0))
-    ends = -1 if signed else 2 ** int(ds.get("BitsStored", 16)) - 1  # lowest plus highest value
     try:
         for i in range(int(ds.get("NumberOfFrames") or 1)):
-            pixels = pixel_array(ds, index=i)
-            yield ends - pixels.astype(np.int64) if invert else pixels
+            yield pixel_array(ds, index=i)
     except Exception as error:  # decoders of strange bytes may stumble in any way
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{path}: truncated, damaged, or compressed in a way that needs another plugin "
             f"({syntax.name}; {reason})"
         ) from None
+
+
+def _as_displayed(path: Path, volume: Volume, kinds: set[str]) -> None:
+    """Invert MONOCHROME1, whose smallest value is displayed white, unless values are a measure.
+
+    The standard inverts after rescale and window, so slices of different slopes stay comparable.
+    """
+    if "MONOCHROME1" not in kinds:
+        return
+    if volume.modality in MEASURED:
+        volume.notes.append("MONOCHROME1, values kept")
+        return
+    if len(kinds) > 1:
+        raise ValueError(f"{path}: mixed MONOCHROME1 and MONOCHROME2 in one series")
+    np.subtract(volume.data.min() + volume.data.max(), volume.data, out=volume.data)
+    volume.notes.append("MONOCHROME1, inverted")
 
 
 def _plugin(syntax: str) -> str:

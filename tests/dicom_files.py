@@ -104,6 +104,17 @@ def write_enhanced(
     return path
 
 
+def injected(ds, k=0):
+    """77.5 kg, 400 MBq of F-18, injected 109.77 minutes, its half-life, before the scan."""
+    ds.Units, ds.DecayCorrection, ds.PatientWeight = "BQML", "START", "77.5"
+    ds.SeriesDate, ds.SeriesTime = "20200131", "010000"
+    ds.AcquisitionDate, ds.AcquisitionTime = "20200131", f"01{k:02d}00"
+    drug = Dataset()
+    drug.RadionuclideTotalDose, drug.RadionuclideHalfLife = "400000000", "6586.2"
+    drug.RadiopharmaceuticalStartTime = "231013.8"  # on the day before
+    ds.RadiopharmaceuticalInformationSequence = [drug]
+
+
 def sample(name: str) -> Path:
     """One of the files that come with pydicom."""
     return Path(pydicom.__file__).parent / "data" / "test_files" / name
