@@ -12,9 +12,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
+import torch
 from dicom_files import injected, write_series
-from volume_files import SHAPE, affine_of
+from volume_files import SHAPE, Brighter, affine_of
 
+import test_asfe
 import volumes
 from args_setting import ROOT
 from volumes_io import Volume, write_nifti
@@ -30,6 +32,20 @@ def test_axis_reaches_the_run(call, brighter, heads, tmp_path):
     assert len(pictures) == shape[0] and pictures[0].name == "sagittal_0000.png"
     assert cv2.imread(str(pictures[0]), cv2.IMREAD_UNCHANGED).shape == (shape[2], shape[1])
     assert json.loads((tmp_path / "f.json").read_text())["slices"] == "sagittal"
+
+
+def test_the_first_source_is_the_first_of_the_network(call, heads, tmp_path, monkeypatch):
+    class First(Brighter):
+        def fuse(self, img1, img2):
+            return torch.from_numpy(img1)
+
+    monkeypatch.setattr(test_asfe, "load_model", lambda *_: First())
+    argv = ["--img1", heads["ct"], "--img2", heads["mri"], "--out", tmp_path / "f.nii"]
+    ct = np.clip((nib.load(heads["ct"]).get_fdata() + 100) / 1100, 0, 1)
+    for more in ([], ["--tile", "32", "--overlap", "16"]):
+        code, _, err = call(*argv, *more)
+        assert code == 0, err
+        assert np.allclose(nib.load(tmp_path / "f.nii").get_fdata(), ct, atol=1e-4)
 
 
 def test_windows():
