@@ -14,16 +14,17 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from args_setting import run_script  # noqa: E402
+from args_setting import OneLineParser, run_script  # noqa: E402
 from dataset import read_luma8, task_pairs  # noqa: E402
+from metrics_report import name_folders  # noqa: E402
 
 
 def main(args: argparse.Namespace) -> None:
     pairs = task_pairs(args.data_dir, "CT-MRI", "test")
-    for name, _, folder in (item.partition("=") for item in args.fused):
+    for name, folder in name_folders(args.fused).items():
         bone, grey, change = [], [], []  # of each pair
         for pair in pairs:
-            paths = pair.path1, pair.path2, Path(folder) / f"{pair.name}.png"
+            paths = pair.path1, pair.path2, folder / f"{pair.name}.png"
             ct, mri, fused = (read_luma8(path).astype(float) for path in paths)  # (H, W)
             bone.append(fused[ct >= 250].mean())
             grey.append((fused[ct >= 250] < 200).mean())
@@ -35,7 +36,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("fused", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--data_dir", type=Path, default=ROOT / "HMIFDatasets")
     run_script(main, parser.parse_args())

@@ -44,17 +44,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pet, mri = draw(Path(folder))
         sheet = Path(folder) / "m.png"
-        argv = [
-            "--task",
-            "PET-MRI",
-            "--img1",
-            pet,
-            "--img2",
-            mri,
-            "--out",
-            sheet.with_suffix(".nii"),
-        ]
-        argv += ["--colour", "hot", "--mosaic", sheet, *more]
+        argv = ["--task", "PET-MRI", "--img1", pet, "--img2", mri, "--colour", "hot"]
+        argv += ["--out", sheet.with_suffix(".nii"), "--mosaic", sheet, *more]
         subprocess.run([sys.executable, ROOT / "test_asfe.py", *map(str, argv)], check=True)
         with Image.open(sheet) as image:
             image.quantize(COLOURS, dither=Image.Dither.NONE).save(args.out, optimize=True)

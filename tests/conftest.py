@@ -2,7 +2,9 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -27,13 +29,14 @@ def seed():
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """Run test_asfe.py in this process: exit code, stdout, stderr without the progress bar."""
+def in_process(monkeypatch, capsys):
+    """Run a script's main in this process on what `parse()` makes of argv: exit code, stdout,
+    stderr without the progress bar."""
 
-    def run(*argv) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [test_asfe.__file__, *map(str, argv)])
+    def run(script: ModuleType, parse: Callable, *argv) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, argv)])
         try:
-            run_script(test_asfe.main, parse_args(TestArgs))
+            run_script(script.main, parse())
             code = 0
         except SystemExit as stop:
             code = stop.code
@@ -41,6 +44,12 @@ def call(monkeypatch, capsys):
         return code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture
+def call(in_process):
+    """Run test_asfe.py in this process; a file that runs another script has its own `call`."""
+    return lambda *argv: in_process(test_asfe, lambda: parse_args(TestArgs), *argv)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
-from args_setting import ROOT, TASKS, AppArgs, parse_args, run_script
+from args_setting import ROOT, TASKS, AppArgs, parse_args
 from dataset import write_png
 from phantom import phantom_pair
 
@@ -173,20 +173,13 @@ def test_the_temporary_folder_goes_with_the_program(tmp_path):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
+def call(in_process, monkeypatch, tmp_path):
     """Run app.py in this process, up to its error: exit code, stdout, stderr."""
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     handler = signal.getsignal(signal.SIGTERM)
-
-    def run(*argv) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["app.py", *map(str, argv)])
-        with pytest.raises(SystemExit) as stop:
-            run_script(app.main, parse_args(AppArgs))
-        return stop.value.code, *capsys.readouterr()
-
-    yield run
+    yield lambda *argv: in_process(app, lambda: parse_args(AppArgs), *argv)
     signal.signal(signal.SIGTERM, handler)
 
 

@@ -22,7 +22,7 @@ import torch
 
 import metrics_report  # noqa: F401
 import train_asfe
-from args_setting import ROOT, SIZES, MetricArgs, TestArgs, TrainArgs, parse_args, run_script
+from args_setting import ROOT, SIZES, MetricArgs, TestArgs, TrainArgs, parse_args
 from network import ASFEFusion, save_weights
 
 _path = sys.path[:]
@@ -90,22 +90,11 @@ def forks(monkeypatch):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
+def call(in_process, monkeypatch, tmp_path):
     """Run gpu.py on a CPU: exit code, stdout, stderr."""
-
-    def run(*argv) -> tuple[int, str, str]:
-        given = ["--dry-run", "--work", tmp_path / "work", "--out", tmp_path / "out", *argv]
-        monkeypatch.setattr(sys, "argv", ["gpu.py", *map(str, given)])
-        monkeypatch.setattr(gpu, "exit_on_sigterm", lambda: None)  # this process is pytest's
-        try:
-            run_script(gpu.main, gpu.parse())
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+    monkeypatch.setattr(gpu, "exit_on_sigterm", lambda: None)  # this process is pytest's
+    given = ["--dry-run", "--work", tmp_path / "work", "--out", tmp_path / "out"]
+    return lambda *argv: in_process(gpu, gpu.parse, *given, *argv)
 
 
 def results(tmp_path: Path) -> dict:

@@ -13,7 +13,7 @@ from test_network import settled
 
 import export_onnx
 import test_asfe
-from args_setting import ROOT, SIZES, ExportArgs, TestArgs, parse_args, run_script
+from args_setting import ROOT, SIZES, ExportArgs, TestArgs, parse_args
 from dataset import write_png
 from network import AFF, SFEF, ASFEFusion, load_weights, save_weights
 from phantom import phantom_pair
@@ -23,20 +23,9 @@ pytest.importorskip("onnxruntime", reason="needs requirements-onnx.txt")
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(in_process):
     """Run export_onnx.py in this process: exit code, stdout, stderr."""
-
-    def run(*argv) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["export_onnx.py", *map(str, argv)])
-        try:
-            run_script(export_onnx.main, parse_args(ExportArgs))
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+    return lambda *argv: in_process(export_onnx, lambda: parse_args(ExportArgs), *argv)
 
 
 @pytest.fixture(scope="module")

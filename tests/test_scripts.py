@@ -23,39 +23,19 @@ from args_setting import (
     TestArgs,
     TrainArgs,
     parse_args,
-    run_script,
 )
 from dataset import match_pairs, read_luma8, read_pair, task_pairs, to_uint8, write_png
 from losses import fusion_loss
-from network import ASFEFusion, load_weights, save_weights
+from network import load_weights
 from phantom import phantom_pair
 
 KINDS = {test_asfe: TestArgs, train_asfe: TrainArgs}
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(in_process):
     """Run a script in this process: exit code, stdout, stderr."""
-
-    def run(script, *argv) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, argv)])
-        try:
-            run_script(script.main, parse_args(KINDS[script]))
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
-    save_weights(ASFEFusion("compact").eval(), path, {"task": "PET-MRI"})
-    return path
+    return lambda script, *argv: in_process(script, lambda: parse_args(KINDS[script]), *argv)
 
 
 def write_task(root: Path, task: str, split: str, sides: dict[str, int]) -> Path:

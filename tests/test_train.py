@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_scripts import call, files, weights, write_task  # noqa: F401  (two of them are fixtures)
+from test_scripts import call, files, write_task  # noqa: F401  (call is a fixture)
 from torch import nn
 
 import distributed
