@@ -70,18 +70,22 @@ def irfft2(re: Tensor, im: Tensor, h: int, w: int) -> Tensor:
 class PortableAFF(AFF):
     """AFF with its transforms as matrix products."""
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        h, w = x.shape[-2:]
-        scale = 1.0 if self.fft_norm == "backward" else (h * w) ** 0.5
-        z = torch.stack(rfft2(x), 2).flatten(1, 2) / scale  # (B, 2C, H, K): c0.re, c0.im, c1.re, …
-        z = F.relu(self.bn(self.conv(z)))
+    def spectrum(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 2C, H, K)
+        z = torch.stack(rfft2(x), 2).flatten(1, 2)  # c0.re, c0.im, c1.re, …
+        z = F.relu(self.bn(self.conv(z / self.divisor(*x.shape[2:]))))
         pooled = torch.cat([z.mean(1, keepdim=True), z.amax(1, keepdim=True)], 1)
-        z = (z * torch.sigmoid(self.mask(pooled))).unflatten(1, (-1, 2))  # (B, C, 2, H, K)
+        return z * torch.sigmoid(self.mask(pooled))
+
+    def inverse(self, z: Tensor, sides: tuple[int, int]) -> Tensor:  # (B, 2C, H, K) -> (B, C, H, W)
+        z = z.unflatten(1, (-1, 2))  # (B, C, 2, H, K)
         if self.aff == "published":  # rows 0 and 1 become the parts of a K x 2 map, see AFF
             re, im = z[..., 0, :].transpose(2, 3), z[..., 1, :].transpose(2, 3)
         else:
             re, im = z[:, :, 0], z[:, :, 1]
-        return irfft2(re, im, h, w) * scale
+        return irfft2(re, im, *sides) * self.divisor(*sides)
+
+    def divisor(self, h: int, w: int) -> float:
+        return 1.0 if self.fft_norm == "backward" else (h * w) ** 0.5
 
 
 class PortableSFEF(SFEF):
@@ -115,12 +119,8 @@ class PortableFusion(nn.Module):
     def forward(self, img1: Tensor, img2: Tensor) -> Tensor:  # two (B, 1, H, W) -> (B, 1, H, W)
         model, (height, width) = self.model, img1.shape[-2:]
         a, b = (mirror(mirror(t, 2, model.multiple), 3, model.multiple) for t in (img1, img2))
-        scales = list(zip(model.encoder(a), model.encoder(b), strict=True))
-        z = None
-        for fusion, up in zip(reversed(model.fusion), model.decoder.steps(), strict=True):
-            fused = fusion(*scales.pop())
-            z = up(fused) if z is None else up(z, fused)
-        return model.head(z, a, b)[..., :height, :width].clamp(0, 1)
+        fused = model.decoder(model.fuse_scales([a, b]))
+        return model.head(fused, a, b)[..., :height, :width].clamp(0, 1)
 
 
 def mirror(x: Tensor, axis: int, multiple: int) -> Tensor:

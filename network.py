@@ -39,13 +39,18 @@ def conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d, *maps: Tensor) -> Tensor:
     """
     if bn.training or torch.is_grad_enabled():
         return bn(conv(torch.cat(maps, 1) if len(maps) > 1 else maps[0]))
-    statistics = bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
-    weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+    weight, bias = folded(conv, bn)
     parts = weight.split([m.shape[1] for m in maps], 1)
     out = F.conv2d(maps[0], parts[0], bias, padding=conv.padding)
     for m, part in zip(maps[1:], parts[1:], strict=True):
         out += F.conv2d(m, part, padding=conv.padding)
     return out
+
+
+def folded(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the one convolution that is bn(conv(x)) at inference."""
+    statistics = bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+    return fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
 
 
 class BlurPool(nn.Module):
@@ -82,38 +87,45 @@ class ConvBlock(nn.Module):
 
 
 class EncoderBlock(ConvBlock):
-    """A block of the encoder; all but the first halve their input beforehand."""
+    """A block of the encoder."""
 
-    def __init__(self, c_in: int, c_out: int, downsample: bool):
+    def __init__(self, c_in: int, c_out: int):
         super().__init__(c_in, c_in // 2, c_out)
-        self.down = BlurPool(c_in) if downsample else None
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, c_in, H, W) -> (B, c_out, H, W) or half of it
-        if self.down is not None:
-            x = F.gelu(self.down(x))  # (B, c_in, H/2, W/2)
-        return F.gelu(super().forward(x))
+    def forward(self, x: Tensor, inlayer: nn.Conv2d | None = None) -> Tensor:
+        """(B, c_in, H, W) -> (B, c_out, H, W); or what `inlayer`, if given, makes of (B, 1, H, W).
+
+        No activation lies between a 1x1 `inlayer` and the first convolution. At inference the two
+        are one, of the image and of a map of ones, which carries the bias as far as the border.
+        """
+        if inlayer is None:
+            return F.gelu(super().forward(x))
+        if self.training or torch.is_grad_enabled():
+            return F.gelu(super().forward(inlayer(x)))
+        lift = torch.stack([inlayer.weight.flatten(), inlayer.bias], 1)  # (c_in, 2)
+        weight, bias = folded(self.conv1, self.bn1)
+        weight = torch.einsum("ochw,ci->oihw", weight, lift)
+        x = torch.cat([x, torch.ones_like(x)], 1).to(memory_format=torch.channels_last)
+        return F.gelu(conv_bn(self.conv2, self.bn2, F.conv2d(x, weight, bias, padding=1)))
 
 
 class Encoder(nn.Module):
-    """Features of one image at four scales; both images share the weights."""
+    """Features of one image at four scales; both images share the weights.
+
+    The first scale is `first`, each further one `blocks[k]` of `down` of the one before.
+    """
 
     def __init__(self, channels: tuple[int, ...]):
         super().__init__()
         self.inlayer = nn.Conv2d(1, channels[0], 1)
-        self.blocks = nn.ModuleList(
-            EncoderBlock(c_in, c_out, downsample=k > 0)
-            for k, (c_in, c_out) in enumerate(zip(channels, channels[1:], strict=False))
-        )
+        self.blocks = nn.ModuleList(map(EncoderBlock, channels, channels[1:]))
+        self.pools = nn.ModuleList(BlurPool(c) for c in channels[1:-1])
 
-    def forward(self, img: Tensor) -> list[Tensor]:  # (B, 1, H, W)
-        # The 1x1 convolution of one channel, written as what it is: a multiple of the image.
-        weight, bias = self.inlayer.weight.flatten(), self.inlayer.bias
-        x = torch.addcmul(bias, img.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)
-        scales = []
-        for block in self.blocks:
-            x = block(x)
-            scales.append(x)  # (B, C, H, W), then H/2, H/4, H/8
-        return scales
+    def first(self, img: Tensor) -> Tensor:  # (B, 1, H, W) -> (B, C, H, W)
+        return self.blocks[0](img, self.inlayer)
+
+    def down(self, k: int, x: Tensor) -> Tensor:  # of scale k, (B, C, H, W) -> (B, C, H/2, W/2)
+        return F.gelu(self.pools[k](x))
 
 
 class AFF(nn.Module):
@@ -132,21 +144,28 @@ class AFF(nn.Module):
         self.fft_norm, self.aff = fft_norm, aff
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        return self.inverse(self.spectrum(x), x.shape[2:])
+
+    def spectrum(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 2C, H, W/2+1), in float32
         # Half precision has too little range for a spectrum, and no FFT on most devices.
         with torch.autocast(x.device.type, enabled=False):
-            x = x.float().permute(0, 2, 3, 1)  # (B, H, W, C): pixels first, as convolutions like it
-            z = torch.fft.rfft2(x, dim=(1, 2), norm=self.fft_norm)  # (B, H, W/2+1, C)
-            z = torch.view_as_real(z.contiguous()).flatten(3)  # …, 2C: c0.re, c0.im, c1.re, …
-            z = z.permute(0, 3, 1, 2)  # (B, 2C, H, W/2+1)
+            # Transforms run along neighbours in memory; convolutions like the channels to be those.
+            x = x.float().permute(0, 2, 1, 3)  # (B, H, C, W)
+            z = torch.fft.rfft2(x.contiguous(), dim=(1, 3), norm=self.fft_norm)
+            z = torch.view_as_real(z.transpose(2, 3).contiguous())  # (B, H, W/2+1, C, 2)
+            z = z.flatten(3).permute(0, 3, 1, 2)  # (B, 2C, H, W/2+1): c0.re, c0.im, c1.re, …
             z = conv_bn(self.conv, self.bn, z).relu_()
             pooled = torch.cat([z.mean(1, keepdim=True), z.amax(1, keepdim=True)], 1)  # (B, 2, …)
             mask = torch.sigmoid(self.mask(pooled))  # (B, 1, H, W/2+1)
-            z = z * mask if torch.is_grad_enabled() else z.mul_(mask)
-            z = z.permute(0, 2, 3, 1).unflatten(3, (-1, 2))  # (B, H, W/2+1, C, 2)
-            if self.aff == "published":
-                z = torch.stack([z[:, 0], z[:, 1]], -1).transpose(2, 3)  # (B, W/2+1, 2, C, 2)
-            z = torch.view_as_complex(z.contiguous())  # (B, H, W/2+1, C)
-            out = torch.fft.irfft2(z, s=x.shape[1:3], dim=(1, 2), norm=self.fft_norm)
+            return z * mask if torch.is_grad_enabled() else z.mul_(mask)
+
+    def inverse(self, z: Tensor, sides: tuple[int, int]) -> Tensor:
+        """From a masked spectrum (B, 2C, H, W/2+1) to (B, C, H, W); linear in the spectrum."""
+        z = z.permute(0, 2, 3, 1).unflatten(3, (-1, 2))  # (B, H, W/2+1, C, 2)
+        if self.aff == "published":
+            z = torch.stack([z[:, 0], z[:, 1]], -1).transpose(2, 3)  # (B, W/2+1, 2, C, 2)
+        z = torch.view_as_complex(z.contiguous())  # (B, H, W/2+1, C)
+        out = torch.fft.irfft2(z, s=sides, dim=(1, 2), norm=self.fft_norm)  # (B, H, W, C)
         return out.permute(0, 3, 1, 2)
 
 
@@ -176,20 +195,25 @@ class CASF(nn.Module):
         a2 = F.scaled_dot_product_attention(q2, k2, v1)
         t1 = self.proj1(a1.transpose(1, 2).flatten(2))  # (B, N, D)
         t2 = self.proj2(a2.transpose(1, 2).flatten(2))
-        patches = self.unpatch((t1 + t2) / 2)  # (B, N, p*p*C)
-        patches = patches.unflatten(2, (self.patch, self.patch, -1))  # (B, N, p, p, C)
-        patches = patches.unflatten(1, (rows, columns))  # (B, H/p, W/p, p, p, C)
-        patches = patches.permute(0, 1, 3, 2, 4, 5)  # (B, H/p, p, W/p, p, C)
-        patches = patches.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)  # (B, C, H, W)
+        t = ((t1 + t2) / 2).unflatten(1, (rows, columns))  # (B, H/p, W/p, D)
+        # A row of all patches at a time, which needs no other order than that of the map.
+        weights, biases = (w.chunk(self.patch) for w in (self.unpatch.weight, self.unpatch.bias))
+        patches = [F.linear(t, w, b) for w, b in zip(weights, biases, strict=True)]
+        patches = [row.flatten(2) for row in patches]  # p of (B, H/p, W*C)
+        patches = torch.stack(patches, 2).unflatten(3, (-1, x.shape[1]))  # (B, H/p, p, W, C)
+        patches = patches.flatten(1, 2).permute(0, 3, 1, 2)  # (B, C, H, W)
         return (x + y).add_(patches)
 
     def _embed(self, conv: nn.Conv2d, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, N, D)
-        # The convolution as a matrix product: patches do not overlap, and a library's convolution
-        # would rearrange its large weight at every call.
-        patches = x.permute(0, 2, 3, 1).unflatten(2, (-1, self.patch))  # (B, H, W/p, p, C)
-        patches = patches.unflatten(1, (-1, self.patch)).transpose(2, 3)  # (B, H/p, W/p, p, p, C)
-        weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p*p*C)
-        return F.linear(patches.flatten(3).flatten(1, 2), weight, conv.bias)
+        # The convolution as matrix products: patches do not overlap, and a library's convolution
+        # would rearrange its large weight at every call. A row of all patches at a time.
+        rows = x.permute(0, 2, 3, 1).unflatten(2, (-1, self.patch))  # (B, H, W/p, p, C)
+        weight = conv.weight.permute(0, 2, 3, 1)  # (D, p, p, C)
+        tokens = conv.bias
+        for i in range(self.patch):
+            row = rows[:, i :: self.patch].flatten(3)  # (B, H/p, W/p, p*C)
+            tokens = tokens + F.linear(row, weight[:, i].flatten(1))  # (B, H/p, W/p, D)
+        return tokens.flatten(1, 2)
 
     def _heads(self, qkv: Tensor) -> Tensor:
         qkv = qkv.unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, D/heads)
@@ -266,13 +290,22 @@ class FusionModule(nn.Module):
         self.sfef = SFEF(2 * channels, size.experts, size.slots, size.sfef_residual)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:  # two (B, C, H, W) -> (B, 2C, H, W)
-        return self.sfef(self.concat(x, y))
+        return self.sfef(self.concat([x, y]))
 
-    def concat(self, x: Tensor, y: Tensor) -> Tensor:
-        """The maps of the spatial and the frequency expert, side by side: (B, 2C, H, W)."""
-        frequency = self.aff2(x).add_(self.aff1(y))  # (B, C, H, W)
+    def concat(self, pair: list[Tensor]) -> Tensor:
+        """The maps of the spatial and the frequency expert, side by side: (B, 2C, H, W).
+
+        Empties `pair`, so that x and y can go before the larger map comes.
+        """
+        x, y = pair
+        pair.clear()
+        sides = x.shape[2:]
+        # The inverse transform is linear, so one of the sum stands for the sum of two.
+        z = self.aff2.spectrum(x).add_(self.aff1.spectrum(y))  # (B, 2C, H, W/2+1)
         spatial = self.casf(x, y)  # (B, C, H, W)
-        frequency = frequency.to(spatial.dtype)
+        del x, y
+        frequency = self.aff1.inverse(z, sides).to(spatial.dtype)  # (B, C, H, W)
+        del z
         both = torch.cat([t.permute(0, 2, 3, 1) for t in (spatial, frequency)], -1)  # (B, H, W, 2C)
         return both.permute(0, 3, 1, 2)
 
@@ -305,8 +338,12 @@ class Decoder(nn.Module):
         if head == "max":
             nn.init.zeros_(self.outlayer.bias)  # begin near the brighter source
 
-    def steps(self) -> tuple[DecoderBlock, ...]:
-        return self.up4, self.up3, self.up2, self.up1
+    def forward(self, fused: list[Tensor]) -> Tensor:
+        """From fused maps, finest first, to (B, tail, H, W). Empties the list, to free memory."""
+        z = []  # of (B, C, H/4, W/4), (B, C, H/2, W/2), (B, C, H, W), (B, tail, H, W)
+        for up in (self.up4, self.up3, self.up2, self.up1):
+            z = [up(*z, fused.pop())]
+        return z[0]
 
 
 class ASFEFusion(nn.Module):
@@ -350,14 +387,25 @@ class ASFEFusion(nn.Module):
         """
         _check_shapes(img1, img2, self.multiple)
         # One pass for both images: BatchNorm then trains on the joint statistics that it uses at
-        # test. Lists are emptied as they are used, to free the finest maps early.
-        scales = [s.chunk(2) for s in self.encoder(torch.cat([img1, img2]))]  # 2 of (B, C, H, W)
-        z = None
-        for fusion, up in zip(reversed(self.fusion), self.decoder.steps(), strict=True):
-            # in two calls, not fusion(x, y), whose frame would hold x and y to the end
-            fused = fusion.sfef(fusion.concat(*scales.pop()))  # (B, 2C, H/8, W/8), …, H, W
-            z = up(fused) if z is None else up(z, fused)  # (B, C, H/4, W/4), …, (B, tail, H, W)
-        return self.head(z, img1, img2)
+        # test. A CPU at inference takes one after the other, for the sake of its memory.
+        together = self.training or torch.is_grad_enabled() or img1.device.type != "cpu"
+        fused = self.fuse_scales([torch.cat([img1, img2])] if together else [img1, img2])
+        return self.head(self.decoder(fused), img1, img2)
+
+    def fuse_scales(self, images: list[Tensor]) -> list[Tensor]:
+        """(B, 2C, H, W), …, (B, 2C, H/8, W/8) of img1 and img2, or of one batch of them all.
+
+        Scale by scale, the finest first, so that what is large is soon done with.
+        """
+        encoder, fused = self.encoder, []
+        maps = [encoder.first(img) for img in images]  # (B, C, H, W)
+        for k, fusion in enumerate(self.fusion):
+            pair = list(maps[0].chunk(2)) if len(maps) == 1 else maps
+            maps = [encoder.down(k, m) for m in maps] if k < len(encoder.pools) else []
+            # Not fusion(x, y), whose caller would hold x and y to the end.
+            fused.append(fusion.sfef(fusion.concat(pair)))
+            maps = [encoder.blocks[k + 1](m) for m in maps]  # (B, C, H/2, W/2)
+        return fused
 
     def head(self, z: Tensor, img1: Tensor, img2: Tensor) -> Tensor:
         """The fused (B, 1, H, W) from the decoder's last map, as `ModelSize.head` says."""

@@ -69,8 +69,10 @@ class Step:
         model = (direct(model, share=True) if version == "direct" else model).to(device).train()
         if version == "recomputed":
             for fusion in model.fusion:
-                for part in (fusion.aff1, fusion.aff2, fusion.sfef):
-                    part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+                again = partial(checkpoint, use_reentrant=False)
+                for aff in (fusion.aff1, fusion.aff2):
+                    aff.spectrum = partial(again, aff.spectrum)
+                fusion.sfef.forward = partial(again, fusion.sfef.forward)
         self.model, self.device, self.recipe = model, device, args.recipe
         self.network: nn.Module = torch.compile(model) if compiled else model
         self.optimiser = torch.optim.AdamW(model.parameters(), 1e-5)

@@ -9,9 +9,19 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from network import AFF, CASF, SFEF, ASFEFusion, BlurPool, DecoderBlock, EncoderBlock
+from network import (
+    AFF,
+    CASF,
+    SFEF,
+    ASFEFusion,
+    BlurPool,
+    DecoderBlock,
+    Encoder,
+    EncoderBlock,
+    FusionModule,
+)
 
 
 class DirectBlurPool(BlurPool):
@@ -21,9 +31,8 @@ class DirectBlurPool(BlurPool):
 
 
 class DirectEncoderBlock(EncoderBlock):
-    def forward(self, x: Tensor) -> Tensor:
-        if self.down is not None:
-            x = F.gelu(self.down(x))
+    def forward(self, x: Tensor, inlayer: nn.Conv2d | None = None) -> Tensor:
+        x = x if inlayer is None else inlayer(x)
         return F.gelu(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
 
 
@@ -71,6 +80,11 @@ class DirectCASF(CASF):
         return x + y + torch.einsum("bijklc->bcikjl", patches).reshape(b, c, h, w)
 
 
+class DirectFusionModule(FusionModule):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.sfef(torch.cat([self.casf(x, y), self.aff2(x) + self.aff1(y)], 1))
+
+
 class DirectSFEF(SFEF):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x.flatten(2).transpose(1, 2))  # (B, N, d)
@@ -83,6 +97,14 @@ class DirectSFEF(SFEF):
         out = torch.einsum("bsd,bns->bnd", slot_out.flatten(1, 2), combine)
         out = out.transpose(1, 2).reshape(x.shape)
         return x + out if self.residual else out
+
+
+class DirectEncoder(Encoder):
+    def forward(self, img: Tensor) -> list[Tensor]:
+        scales = [self.first(img)]
+        for pool, block in zip(self.pools, self.blocks[1:], strict=True):
+            scales.append(block(F.gelu(pool(scales[-1]))))
+        return scales
 
 
 class DirectASFEFusion(ASFEFusion):
@@ -102,9 +124,11 @@ def direct(model: ASFEFusion, share: bool = False) -> DirectASFEFusion:
     for kind in (
         DirectBlurPool,
         DirectEncoderBlock,
+        DirectEncoder,
         DirectDecoderBlock,
         DirectAFF,
         DirectCASF,
+        DirectFusionModule,
         DirectSFEF,
         DirectASFEFusion,
     ):
