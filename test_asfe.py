@@ -41,7 +41,7 @@ from dataset import (
     writable_folder,
     write_png,
 )
-from network import MIN_SIDE, ASFEFusion, load_weights, start
+from network import MIN_SIDE, ASFEFusion, keep_freed_memory, load_weights, start
 from phantom import phantom_pair
 
 CELL, GAP, HEADER = 256, 6, 26  # pixels of the contact sheet
@@ -60,6 +60,8 @@ def load_model(args: TestArgs, task: str, device: torch.device) -> ASFEFusion:
         raise ValueError(f"weights {path} are of size {metadata['size']}, --size is {args.size}")
     if args.aff != "auto":
         model.aff = args.aff
+    if device.type == "cpu":
+        keep_freed_memory()
     return model
 
 

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import platform
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,7 @@ from direct import direct
 from safetensors.torch import save
 from torch import nn
 
-from args_setting import SIZES, ModelSize
+from args_setting import ROOT, SIZES, ModelSize
 from network import (
     AFF,
     ASFEFusion,
@@ -469,3 +471,28 @@ def test_pick_device():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no such device"):
             pick_device("cuda")
+
+
+KEPT = """
+import resource, sys, torch, network
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    maps = [torch.ones(2**22) for _ in range(6)]  # 16 MB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+if sys.argv[1] == "kept":
+    network.keep_freed_memory()
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc")
+def test_freed_memory_is_kept():
+    """Maps that were freed come back without page faults; by default they do not."""
+    counts = []
+    for choice in ("kept", "returned"):
+        command = [sys.executable, "-c", KEPT, choice]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        counts.append(int(done.stdout))
+    assert counts[0] < 100  # of up to 24576, fewer where pages are large
+    assert counts[0] < counts[1]
