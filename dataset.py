@@ -10,6 +10,7 @@ Legend: H W pixels. Luma is BT.601, in [0, 1]; chroma is what colour adds to it,
 import hashlib
 import io
 import os
+import tempfile
 import urllib.request
 import warnings
 from collections import Counter
@@ -135,12 +136,13 @@ def write_png(path: Path, image: np.ndarray) -> None:
 
 
 def writable_folder(path: Path) -> Path:
-    """Make the folder and prove that a file can be written there; OSError if not."""
+    """Make the folder and prove that a file can be written there; OSError if not.
+
+    Processes that try the same folder at once, as torchrun's do, get a file each.
+    """
     path.mkdir(parents=True, exist_ok=True)
-    probe = path / ".probe.part"
-    probe.touch()
-    probe.unlink()
-    return path
+    with tempfile.TemporaryFile(prefix=".probe", suffix=".part", dir=path):
+        return path
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from dataset import (
     read_pair,
     task_pairs,
     to_uint8,
+    writable_folder,
     write_png,
 )
 from phantom import phantom_pair
@@ -160,6 +162,13 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(OSError):
         write_png(tmp_path / "a.png", random_image(8, 8))
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_folder_may_be_tried_by_many_at_once(tmp_path):
+    # the processes of torchrun do; with one name for all, some found their file gone
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(writable_folder, [tmp_path / "out"] * 2000)) == {tmp_path / "out"}
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 # --- pairs -----------------------------------------------------------------------------------
