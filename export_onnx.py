@@ -91,7 +91,7 @@ class PortableAFF(AFF):
 class PortableSFEF(SFEF):
     """SFEF with its logits as one matrix, which both softmaxes share."""
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, d, H, W) -> (B, d, H, W)
+    def forward(self, x: Tensor, weight: None = None) -> Tensor:  # (B, d, H, W) -> the same
         unit = F.normalize(x.flatten(2).transpose(1, 2), dim=-1)  # (B, N, d)
         scale = self.norm.scale  # (d,)
         slots = self.slot_norm(self.slot_embeds).flatten(0, 1) * scale  # (E*S, d)

@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from args_setting import SIZES, CommonArgs, ModelSize
-from mixing import attend, mix
+from mixing import attend, explicit, mix
 
 MIN_SIDE = 16  # smallest image side that `fuse` takes
+# Channels, rows of a map, tokens of SFEF: what a CPU takes at a time at inference.
+CHANNELS, ROWS, TOKENS = 32, 16, 2**11
 LEVELS = {torch.uint8: 255, torch.uint16: 65535}  # the white of images of integers
 
 
@@ -55,6 +57,11 @@ def folded(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GELU; at inference in place."""
+    return F.gelu(x) if torch.is_grad_enabled() else F.gelu(x, out=x)
+
+
 class BlurPool(nn.Module):
     """Max-pool of stride 1, then a fixed low-pass filter of stride 2 (Zhang, ICML 2019)."""
 
@@ -67,10 +74,24 @@ class BlurPool(nn.Module):
         self.register_buffer("filt", kernel.expand(channels, 1, 4, 4).clone(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H/2, W/2)
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            return self._rows(x, 1, 2)
+        b, c, h, w = x.shape
+        out = x.new_empty(b, h // 2, w // 2, c).permute(0, 3, 1, 2)
+        top = 0
+        for rows in out.tensor_split(-(-h // (2 * ROWS)), 2):
+            end = top + 2 * rows.shape[2]
+            part = x[:, :, max(top - 1, 0) : end + 2]
+            rows.copy_(self._rows(part, 1 if top == 0 else 0, 2 if end + 2 > h else 0))
+            top = end
+        return out
+
+    def _rows(self, x: Tensor, above: int, below: int) -> Tensor:
+        """Of all rows, or of some: so many are mirrored at the edges above and below."""
         # Two maxima of shifted maps: on a CPU several times faster than max_pool2d of stride 1.
-        x = torch.maximum(x[..., :-1, :], x[..., 1:, :])  # (B, C, H-1, W)
-        x = torch.maximum(x[..., :-1], x[..., 1:])  # (B, C, H-1, W-1)
-        x = F.pad(x, (1, 2, 1, 2), mode="reflect")  # (B, C, H+2, W+2)
+        x = torch.maximum(x[..., :-1, :], x[..., 1:, :])
+        x = torch.maximum(x[..., :-1], x[..., 1:])
+        x = F.pad(x, (1, 2, above, below), mode="reflect")
         return F.conv2d(x, self.filt, stride=2, groups=self.channels)
 
 
@@ -101,14 +122,14 @@ class EncoderBlock(ConvBlock):
         are one, of the image and of a map of ones, which carries the bias as far as the border.
         """
         if inlayer is None:
-            return F.gelu(super().forward(x))
+            return gelu(super().forward(x))
         if self.training or torch.is_grad_enabled():
-            return F.gelu(super().forward(inlayer(x)))
+            return gelu(super().forward(inlayer(x)))
         lift = torch.stack([inlayer.weight.flatten(), inlayer.bias], 1)  # (c_in, 2)
         weight, bias = folded(self.conv1, self.bn1)
         weight = torch.einsum("ochw,ci->oihw", weight, lift)
         x = torch.cat([x, torch.ones_like(x)], 1).to(memory_format=torch.channels_last)
-        return F.gelu(conv_bn(self.conv2, self.bn2, F.conv2d(x, weight, bias, padding=1)))
+        return gelu(conv_bn(self.conv2, self.bn2, F.conv2d(x, weight, bias, padding=1)))
 
 
 class Encoder(nn.Module):
@@ -127,7 +148,7 @@ class Encoder(nn.Module):
         return self.blocks[0](img, self.inlayer)
 
     def down(self, k: int, x: Tensor) -> Tensor:  # of scale k, (B, C, H, W) -> (B, C, H/2, W/2)
-        return F.gelu(self.pools[k](x))
+        return gelu(self.pools[k](x))
 
 
 class AFF(nn.Module):
@@ -151,15 +172,24 @@ class AFF(nn.Module):
     def spectrum(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 2C, H, W/2+1), in float32
         # Half precision has too little range for a spectrum, and no FFT on most devices.
         with torch.autocast(x.device.type, enabled=False):
-            # Transforms run along neighbours in memory; convolutions like the channels to be those.
-            x = x.float().permute(0, 2, 1, 3)  # (B, H, C, W)
-            z = torch.fft.rfft2(x.contiguous(), dim=(1, 3), norm=self.fft_norm)
-            z = torch.view_as_real(z.transpose(2, 3).contiguous())  # (B, H, W/2+1, C, 2)
-            z = z.flatten(3).permute(0, 3, 1, 2)  # (B, 2C, H, W/2+1): c0.re, c0.im, c1.re, …
-            z = conv_bn(self.conv, self.bn, z).relu_()
+            if torch.is_grad_enabled() or x.device.type != "cpu":
+                z = conv_bn(self.conv, self.bn, _as_channels(self._rfft2(x))).relu_()
+            else:  # part by part, the second time in its own place
+                b, c, h, w = x.shape
+                z = x.new_empty(b, h, w // 2 + 1, c, dtype=torch.complex64)
+                for part, place in zip(x.split(CHANNELS, 1), z.split(CHANNELS, 3), strict=True):
+                    place.copy_(self._rfft2(part))
+                z, (weight, bias) = _as_channels(z), folded(self.conv, self.bn)
+                for rows in z.split(ROWS, 2):
+                    torch.clamp_min(F.conv2d(rows, weight, bias), 0, out=rows)
             pooled = torch.cat([z.mean(1, keepdim=True), z.amax(1, keepdim=True)], 1)  # (B, 2, …)
             mask = torch.sigmoid(self.mask(pooled))  # (B, 1, H, W/2+1)
             return z * mask if torch.is_grad_enabled() else z.mul_(mask)
+
+    def _rfft2(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> complex (B, H, W/2+1, C)
+        # Transforms run along neighbours in memory; convolutions like the channels to be those.
+        x = x.float().permute(0, 2, 1, 3).contiguous()  # (B, H, C, W)
+        return torch.fft.rfft2(x, dim=(1, 3), norm=self.fft_norm).transpose(2, 3)
 
     def inverse(self, z: Tensor, sides: tuple[int, int]) -> Tensor:
         """From a masked spectrum (B, 2C, H, W/2+1) to (B, C, H, W); linear in the spectrum."""
@@ -169,6 +199,11 @@ class AFF(nn.Module):
         z = torch.view_as_complex(z.contiguous())  # (B, H, W/2+1, C)
         out = torch.fft.irfft2(z, s=sides, dim=(1, 2), norm=self.fft_norm)  # (B, H, W, C)
         return out.permute(0, 3, 1, 2)
+
+
+def _as_channels(z: Tensor) -> Tensor:
+    """Complex (B, H, K, C) -> (B, 2C, H, K): c0.re, c0.im, c1.re, …"""
+    return torch.view_as_real(z.contiguous()).flatten(3).permute(0, 3, 1, 2)
 
 
 class CASF(nn.Module):
@@ -189,7 +224,8 @@ class CASF(nn.Module):
         self.proj1, self.proj2 = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.unpatch = nn.Linear(dim, patch * patch * channels)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # two (B, C, H, W) -> (B, C, H, W)
+    def forward(self, x: Tensor, y: Tensor, in_place: bool = False) -> Tensor:
+        """Two (B, C, H, W) -> (B, C, H, W), which takes the place of x if `in_place`."""
         rows, columns = x.shape[-2] // self.patch, x.shape[-1] // self.patch
         q1, k1, v1 = self._heads(self.qkv1(self.norm1(self._embed(self.embed1, x))))
         q2, k2, v2 = self._heads(self.qkv2(self.norm2(self._embed(self.embed2, y))))
@@ -200,11 +236,16 @@ class CASF(nn.Module):
         t = ((t1 + t2) / 2).unflatten(1, (rows, columns))  # (B, H/p, W/p, D)
         # A row of all patches at a time, which needs no other order than that of the map.
         weights, biases = (w.chunk(self.patch) for w in (self.unpatch.weight, self.unpatch.bias))
-        patches = [F.linear(t, w, b) for w, b in zip(weights, biases, strict=True)]
-        patches = [row.flatten(2) for row in patches]  # p of (B, H/p, W*C)
-        patches = torch.stack(patches, 2).unflatten(3, (-1, x.shape[1]))  # (B, H/p, p, W, C)
-        patches = patches.flatten(1, 2).permute(0, 3, 1, 2)  # (B, C, H, W)
-        return (x + y).add_(patches)
+        patches = (F.linear(t, w, b) for w, b in zip(weights, biases, strict=True))
+        patches = (row.unflatten(3, (-1, x.shape[1])) for row in patches)  # (B, H/p, W/p, p, C)
+        patches = (row.flatten(2, 3) for row in patches)  # p of (B, H/p, W, C)
+        if not in_place:
+            patches = torch.stack(list(patches), 2).flatten(1, 2)  # (B, H, W, C)
+            return (x + y).add_(patches.permute(0, 3, 1, 2))
+        x += y
+        for i, row in enumerate(patches):
+            x.permute(0, 2, 3, 1)[:, i :: self.patch] += row
+        return x
 
     def _embed(self, conv: nn.Conv2d, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, N, D)
         # The convolution as matrix products: patches do not overlap, and a library's convolution
@@ -243,7 +284,8 @@ class SFEF(nn.Module):
     Puigcerver, Riquelme, Mustafa, Houlsby: "From sparse to soft mixtures of experts" (ICLR 2024).
     Dispatch (softmax over the tokens) and combine (softmax over the slots) are written as two
     attentions without 1/sqrt(d), so the N x E*S logits need not exist as a whole (`mixing.py`). At
-    inference, and without a residual path, the result takes the place of the input map.
+    inference, and without a residual path, the tokens are normalised in the input's place, and the
+    result takes it, too.
     """
 
     def __init__(self, dim: int, experts: int, slots: int, residual: bool):
@@ -256,7 +298,11 @@ class SFEF(nn.Module):
         )
         self.residual = residual
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, d, H, W) -> (B, d, H, W)
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """(B, d, H, W) -> (B, d, H, W), or times `weight` (d, n), at inference: (B, n, H, W).
+
+        The sum over the slots is linear, so a narrow `weight` saves work if it acts on the slots.
+        """
         tokens = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, d)
         in_place = not self.residual and not torch.is_grad_enabled()
         unit = F.normalize(tokens, dim=-1, out=tokens if in_place else None)
@@ -270,14 +316,19 @@ class SFEF(nn.Module):
             slot_out = [expert(t) for expert, t in zip(self.experts, per_expert, strict=True)]
             return torch.cat(slot_out, 1)
 
-        if in_place:  # each token's output takes its own place
+        if weight is not None:
+            slot_out = experts(attend(slots, unit, unit)) @ weight  # (B, E*S, n)
+            out = unit.new_empty(*unit.shape[:2], weight.shape[1])  # (B, N, n)
+            for part, place in zip(unit.split(TOKENS, 1), out.split(TOKENS, 1), strict=True):
+                place.copy_(explicit(part, slots, slot_out))
+        elif in_place:  # each token's output takes its own place
             slot_out = experts(attend(slots, unit, unit))
             for part in unit.split(2**14, 1):
                 part.copy_(attend(part, slots, slot_out))
             out = unit  # (B, N, d)
         else:
             out = mix(unit, slots, experts)  # (B, N, d)
-        out = out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # (B, d, H, W)
+        out = out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # (B, d or n, H, W)
         return x + out if self.residual else out
 
 
@@ -294,17 +345,18 @@ class FusionModule(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:  # two (B, C, H, W) -> (B, 2C, H, W)
         return self.sfef(self.concat([x, y]))
 
-    def concat(self, pair: list[Tensor]) -> Tensor:
+    def concat(self, pair: list[Tensor], in_place: bool = False) -> Tensor:
         """The maps of the spatial and the frequency expert, side by side: (B, 2C, H, W).
 
-        Empties `pair`, so that x and y can go before the larger map comes.
+        Empties `pair`, so that x and y can go before the larger map comes; overwrites x, if
+        `in_place`.
         """
         x, y = pair
         pair.clear()
         sides = x.shape[2:]
         # The inverse transform is linear, so one of the sum stands for the sum of two.
         z = self.aff2.spectrum(x).add_(self.aff1.spectrum(y))  # (B, 2C, H, W/2+1)
-        spatial = self.casf(x, y)  # (B, C, H, W)
+        spatial = self.casf(x, y, in_place)  # (B, C, H, W)
         del x, y
         frequency = self.aff1.inverse(z, sides).to(spatial.dtype)  # (B, C, H, W)
         del z
@@ -319,11 +371,33 @@ class DecoderBlock(ConvBlock):
         super().__init__(c_in, c_out // 2, c_out)
         self.upsample = upsample
 
-    def forward(self, *maps: Tensor) -> Tensor:  # (B, c_in, H, W) -> (B, c_out, H, W) or 2H, 2W
-        x = super().forward(*maps)
+    def forward(self, *maps: Tensor, taps: bool = False) -> Tensor:
+        """c_in channels in all -> (B, c_out, H, W) or 2H, 2W.
+
+        With `taps`, at inference, the last map comes multiplied with its part of `tap_weights`.
+        """
+        x = self._sum_taps(*maps) if taps else super().forward(*maps)
         if self.upsample:
             x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
-        return F.gelu(x)
+        return gelu(x)
+
+    def tap_weights(self) -> Tensor:
+        """The first convolution as (c_in, 9D): what a pixel gives to its neighbours' D channels.
+
+        Where D is small, this product and the sum of the nine are faster than the convolution.
+        """
+        return folded(self.conv1, self.bn1)[0].permute(1, 3, 2, 0).flatten(1)  # columns, rows, D
+
+    def _sum_taps(self, x: Tensor, taps: Tensor) -> Tensor:  # (B, C, H, W), (B, 9D, H, W)
+        taps = taps.permute(0, 2, 3, 1) + x.permute(0, 2, 3, 1) @ self.tap_weights()[: x.shape[1]]
+        left, middle, right = taps.unflatten(3, (3, -1)).unbind(3)  # (B, H, W, 3D)
+        middle[:, :, 1:] += left[:, :, :-1]
+        middle[:, :, :-1] += right[:, :, 1:]
+        above, middle, below = middle.unflatten(3, (3, -1)).unbind(3)  # (B, H, W, D)
+        out = middle + folded(self.conv1, self.bn1)[1]
+        out[:, 1:] += above[:, :-1]
+        out[:, :-1] += below[:, 1:]
+        return conv_bn(self.conv2, self.bn2, out.permute(0, 3, 1, 2))
 
 
 class Decoder(nn.Module):
@@ -340,12 +414,15 @@ class Decoder(nn.Module):
         if head == "max":
             nn.init.zeros_(self.outlayer.bias)  # begin near the brighter source
 
-    def forward(self, fused: list[Tensor]) -> Tensor:
-        """From fused maps, finest first, to (B, tail, H, W). Empties the list, to free memory."""
-        z = []  # of (B, C, H/4, W/4), (B, C, H/2, W/2), (B, C, H, W), (B, tail, H, W)
-        for up in (self.up4, self.up3, self.up2, self.up1):
+    def forward(self, fused: list[Tensor], taps: bool = False) -> Tensor:
+        """From fused maps, finest first, to (B, tail, H, W). Empties the list, to free memory.
+
+        With `taps` the finest is in the form that `up1` takes with it.
+        """
+        z = []  # of (B, C, H/4, W/4), (B, C, H/2, W/2), (B, C, H, W)
+        for up in (self.up4, self.up3, self.up2):
             z = [up(*z, fused.pop())]
-        return z[0]
+        return self.up1(*z, fused.pop(), taps=taps)  # (B, tail, H, W)
 
 
 class ASFEFusion(nn.Module):
@@ -371,6 +448,12 @@ class ASFEFusion(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     @property
+    def narrow(self) -> bool:
+        """Whether taps (`DecoderBlock.tap_weights`) are fewer than the finest fused channels."""
+        taps = 9 * self.decoder.up1.conv1.out_channels
+        return taps < 2 * self.size.channels[1] and not self.size.sfef_residual
+
+    @property
     def aff(self) -> str:
         """Which inverse transform AFF uses: "full" or "published"."""
         return self.fusion[0].aff1.aff
@@ -391,21 +474,25 @@ class ASFEFusion(nn.Module):
         # One pass for both images: BatchNorm then trains on the joint statistics that it uses at
         # test. A CPU at inference takes one after the other, for the sake of its memory.
         together = self.training or torch.is_grad_enabled() or img1.device.type != "cpu"
-        fused = self.fuse_scales([torch.cat([img1, img2])] if together else [img1, img2])
-        return self.head(self.decoder(fused), img1, img2)
+        taps = self.narrow and not together
+        fused = self.fuse_scales([torch.cat([img1, img2])] if together else [img1, img2], taps)
+        return self.head(self.decoder(fused, taps), img1, img2)
 
-    def fuse_scales(self, images: list[Tensor]) -> list[Tensor]:
+    def fuse_scales(self, images: list[Tensor], taps: bool = False) -> list[Tensor]:
         """(B, 2C, H, W), …, (B, 2C, H/8, W/8) of img1 and img2, or of one batch of them all.
 
-        Scale by scale, the finest first, so that what is large is soon done with.
+        Scale by scale, the finest first, so that what is large is soon done with. With `taps` the
+        finest is in the form that the decoder takes with it.
         """
         encoder, fused = self.encoder, []
+        in_place = len(images) == 2 and not torch.is_grad_enabled()
         maps = [encoder.first(img) for img in images]  # (B, C, H, W)
-        for k, fusion in enumerate(self.fusion):
+        for k, (fusion, c) in enumerate(zip(self.fusion, self.size.channels[1:], strict=True)):
             pair = list(maps[0].chunk(2)) if len(maps) == 1 else maps
             maps = [encoder.down(k, m) for m in maps] if k < len(encoder.pools) else []
             # Not fusion(x, y), whose caller would hold x and y to the end.
-            fused.append(fusion.sfef(fusion.concat(pair)))
+            weight = self.decoder.up1.tap_weights()[-2 * c :] if taps and k == 0 else None
+            fused.append(fusion.sfef(fusion.concat(pair, in_place), weight))
             maps = [encoder.blocks[k + 1](m) for m in maps]  # (B, C, H/2, W/2)
         return fused
 

@@ -5,6 +5,7 @@ import pickle
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from torch import nn
 from args_setting import ROOT, SIZES, ModelSize
 from network import (
     AFF,
+    SFEF,
     ASFEFusion,
+    BlurPool,
     conv_bn,
     from_published,
     load_weights,
@@ -51,7 +54,7 @@ def settled(model: ASFEFusion) -> ASFEFusion:
 
 
 # as the published size in everything but its widths
-NARROW = ModelSize(channels=(8, 8, 12, 16, 20), patch=(4,) * 4, dim=32, heads=2, experts=2, slots=8)
+NARROW = ModelSize((8, 10, 12, 16, 20), 4, (4,) * 4, dim=32, heads=2, experts=2, slots=8)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +123,8 @@ def compare_golden(model: ASFEFusion, shared: Path, case: str, monkeypatch) -> N
 
     def keep(name):
         def hook(module, inputs, output):
+            if isinstance(module, SFEF) and inputs[1] is not None:
+                output = module.forward(inputs[0])  # times no weight; tokens are normalised twice
             # the encoder takes one image after the other, or both as one batch
             both = "encoder" in name and len(output) == 2 * len(expected[f"{case}/img1"])
             for t in output.chunk(2) if both else [output]:
@@ -245,6 +250,22 @@ def test_conv_bn_folds_without_a_change():
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         assert relative_error(conv_bn(conv, bn, x), bn(conv(x))) < 1e-5
+
+
+@pytest.mark.parametrize("height", [4, 16, 34, 64, 98, 130, 482])
+def test_blurpool_of_rows_is_that_of_the_whole(height):
+    pool, x = BlurPool(3), torch.rand(2, 3, height, 12)
+    with torch.no_grad():
+        assert torch.equal(pool(x), pool._rows(x, 1, 2))
+
+
+def test_taps_are_taken_where_they_are_few():
+    narrow = {size: ASFEFusion(size).narrow for size in ("compact", NARROW)}
+    assert narrow == {"compact": False, NARROW: True}
+    wide = replace(NARROW, tail=6)
+    assert (
+        not ASFEFusion(wide).narrow and not ASFEFusion(replace(NARROW, sfef_residual=True)).narrow
+    )
 
 
 def test_parameter_counts():
