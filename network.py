@@ -172,7 +172,7 @@ class AFF(nn.Module):
     def spectrum(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 2C, H, W/2+1), in float32
         # Half precision has too little range for a spectrum, and no FFT on most devices.
         with torch.autocast(x.device.type, enabled=False):
-            if torch.is_grad_enabled() or x.device.type != "cpu":
+            if self.training or torch.is_grad_enabled() or x.device.type != "cpu":
                 z = conv_bn(self.conv, self.bn, _as_channels(self._rfft2(x))).relu_()
             else:  # part by part, the second time in its own place
                 b, c, h, w = x.shape

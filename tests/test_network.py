@@ -252,6 +252,15 @@ def test_conv_bn_folds_without_a_change():
         assert relative_error(conv_bn(conv, bn, x), bn(conv(x))) < 1e-5
 
 
+def test_training_without_gradients_updates_every_batchnorm():
+    """What the trainer does to settle the statistics of averaged weights."""
+    model = ASFEFusion(NARROW).train()
+    with torch.no_grad():
+        model(*torch.rand(2, 2, 1, 32, 32))
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    assert [name for name, bn in norms.items() if bn.num_batches_tracked == 0] == []
+
+
 @pytest.mark.parametrize("height", [4, 16, 34, 64, 98, 130, 482])
 def test_blurpool_of_rows_is_that_of_the_whole(height):
     pool, x = BlurPool(3), torch.rand(2, 3, height, 12)
