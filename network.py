@@ -299,8 +299,9 @@ class SFEF(nn.Module):
         self.residual = residual
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        """(B, d, H, W) -> (B, d, H, W), or times `weight` (d, n), at inference: (B, n, H, W).
+        """(B, d, H, W) -> (B, d, H, W), or times `weight` (d, n): (B, n, H, W).
 
+        `weight` is for inference without a residual path.
         The sum over the slots is linear, so a narrow `weight` saves work if it acts on the slots.
         """
         tokens = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, d)
@@ -316,16 +317,15 @@ class SFEF(nn.Module):
             slot_out = [expert(t) for expert, t in zip(self.experts, per_expert, strict=True)]
             return torch.cat(slot_out, 1)
 
-        if weight is not None:
-            slot_out = experts(attend(slots, unit, unit)) @ weight  # (B, E*S, n)
-            out = unit.new_empty(*unit.shape[:2], weight.shape[1])  # (B, N, n)
-            for part, place in zip(unit.split(TOKENS, 1), out.split(TOKENS, 1), strict=True):
-                place.copy_(explicit(part, slots, slot_out))
-        elif in_place:  # each token's output takes its own place
-            slot_out = experts(attend(slots, unit, unit))
-            for part in unit.split(2**14, 1):
-                part.copy_(attend(part, slots, slot_out))
-            out = unit  # (B, N, d)
+        if in_place:
+            slot_out = experts(attend(slots, unit, unit))  # (B, E*S, d)
+            out, few, weigh = unit, 2**14, attend  # each token's output takes its own place
+            if weight is not None:  # the library's attention has no fast path for a narrower value
+                slot_out = slot_out @ weight  # (B, E*S, n)
+                out = unit.new_empty(*unit.shape[:2], weight.shape[1])  # (B, N, n)
+                few, weigh = TOKENS, explicit
+            for part, place in zip(unit.split(few, 1), out.split(few, 1), strict=True):
+                place.copy_(weigh(part, slots, slot_out))
         else:
             out = mix(unit, slots, experts)  # (B, N, d)
         out = out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # (B, d or n, H, W)
@@ -381,20 +381,23 @@ class DecoderBlock(ConvBlock):
             x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
         return gelu(x)
 
-    def tap_weights(self) -> Tensor:
+    def tap_weights(self) -> tuple[Tensor, Tensor]:
         """The first convolution as (c_in, 9D): what a pixel gives to its neighbours' D channels.
 
-        Where D is small, this product and the sum of the nine are faster than the convolution.
+        And its bias, (D,). Where D is small, this product and the sum of the nine are faster than
+        the convolution.
         """
-        return folded(self.conv1, self.bn1)[0].permute(1, 3, 2, 0).flatten(1)  # columns, rows, D
+        weight, bias = folded(self.conv1, self.bn1)
+        return weight.permute(1, 3, 2, 0).flatten(1), bias  # columns, rows, D
 
     def _sum_taps(self, x: Tensor, taps: Tensor) -> Tensor:  # (B, C, H, W), (B, 9D, H, W)
-        taps = taps.permute(0, 2, 3, 1) + x.permute(0, 2, 3, 1) @ self.tap_weights()[: x.shape[1]]
+        weight, bias = self.tap_weights()
+        taps = taps.permute(0, 2, 3, 1) + x.permute(0, 2, 3, 1) @ weight[: x.shape[1]]
         left, middle, right = taps.unflatten(3, (3, -1)).unbind(3)  # (B, H, W, 3D)
         middle[:, :, 1:] += left[:, :, :-1]
         middle[:, :, :-1] += right[:, :, 1:]
         above, middle, below = middle.unflatten(3, (3, -1)).unbind(3)  # (B, H, W, D)
-        out = middle + folded(self.conv1, self.bn1)[1]
+        out = middle + bias
         out[:, 1:] += above[:, :-1]
         out[:, :-1] += below[:, 1:]
         return conv_bn(self.conv2, self.bn2, out.permute(0, 3, 1, 2))
@@ -491,7 +494,7 @@ class ASFEFusion(nn.Module):
             pair = list(maps[0].chunk(2)) if len(maps) == 1 else maps
             maps = [encoder.down(k, m) for m in maps] if k < len(encoder.pools) else []
             # Not fusion(x, y), whose caller would hold x and y to the end.
-            weight = self.decoder.up1.tap_weights()[-2 * c :] if taps and k == 0 else None
+            weight = self.decoder.up1.tap_weights()[0][-2 * c :] if taps and k == 0 else None
             fused.append(fusion.sfef(fusion.concat(pair, in_place), weight))
             maps = [encoder.blocks[k + 1](m) for m in maps]  # (B, C, H/2, W/2)
         return fused
