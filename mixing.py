@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 TILE = 2**14  # tokens that `tiled` takes at once
+PART = 2**11  # tokens that a CPU takes at once where the weights exist
+KEPT = 2**24  # logits that a CPU keeps at inference, 64 MiB
 
 
 def mix(tokens: Tensor, slots: Tensor, experts: Callable[[Tensor], Tensor]) -> Tensor:
@@ -30,6 +32,40 @@ def mix(tokens: Tensor, slots: Tensor, experts: Callable[[Tensor], Tensor]) -> T
     maps (B, M, d) to (B, M, d). Returns (B, N, d).
     """
     return (MIX_ON_CUDA if tokens.is_cuda else two_attentions)(tokens, slots, experts)
+
+
+def mix_in_place(tokens: Tensor, slots: Tensor, experts: Callable[[Tensor], Tensor]) -> Tensor:
+    """`mix` at inference. `experts` may map to another width n than d; if not, the result takes
+    the tokens' place. Returns (B, N, d or n).
+    """
+    parts, logits = tokens.split(PART, 1), []
+    small = len(tokens) * tokens.shape[1] * slots.shape[1] <= KEPT
+    if small and tokens.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        logits = [part @ slots.mT for part in parts]  # of (B, PART, M)
+    slot_out = experts(_dispatch(logits, parts) if logits else attend(slots, tokens, tokens))
+    wide = slot_out.shape[2] == tokens.shape[2]
+    out = tokens if wide else tokens.new_empty(*tokens.shape[:2], slot_out.shape[2])
+    if logits:
+        parts = (torch.softmax(part, -1, out=part) @ slot_out for part in logits)
+    elif wide:
+        parts = (attend(part, slots, slot_out) for part in tokens.split(TILE, 1))
+    else:  # the library's attention has no fast path for a narrower value
+        parts = (explicit(part, slots, slot_out) for part in parts)
+    for place, part in zip(out.split(TILE if wide and not logits else PART, 1), parts, strict=True):
+        place.copy_(part)
+    return out
+
+
+def _dispatch(logits: list[Tensor], parts: list[Tensor]) -> Tensor:
+    """softmax over the tokens of logits, times tokens, both in parts: (B, M, d)."""
+    top = torch.stack([part.amax(1, keepdim=True) for part in logits]).amax(0)  # (B, 1, M)
+    slot_in = total = 0
+    for part, tokens in zip(logits, parts, strict=True):
+        # Without a lower bound most of exp would underflow, which takes it ten times as long.
+        weights = torch.sub(part, top).clamp_(min=-80).exp_()  # (B, PART, M)
+        slot_in = slot_in + weights.mT @ tokens
+        total = total + weights.sum(1).unsqueeze(2)  # (B, M, 1)
+    return slot_in / total
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

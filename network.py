@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from args_setting import SIZES, CommonArgs, ModelSize
-from mixing import attend, explicit, mix
+from mixing import mix, mix_in_place
 
 MIN_SIDE = 16  # smallest image side that `fuse` takes
-# Channels, rows of a map, tokens of SFEF: what a CPU takes at a time at inference.
-CHANNELS, ROWS, TOKENS = 32, 16, 2**11
+PATCH_ROWS = 4  # of all patches of CASF at a time
+CHANNELS, ROWS = 32, 16  # of a map: what a CPU takes at a time at inference
 LEVELS = {torch.uint8: 255, torch.uint16: 65535}  # the white of images of integers
 
 
@@ -234,29 +234,33 @@ class CASF(nn.Module):
         t1 = self.proj1(a1.transpose(1, 2).flatten(2))  # (B, N, D)
         t2 = self.proj2(a2.transpose(1, 2).flatten(2))
         t = ((t1 + t2) / 2).unflatten(1, (rows, columns))  # (B, H/p, W/p, D)
-        # A row of all patches at a time, which needs no other order than that of the map.
-        weights, biases = (w.chunk(self.patch) for w in (self.unpatch.weight, self.unpatch.bias))
-        patches = (F.linear(t, w, b) for w, b in zip(weights, biases, strict=True))
-        patches = (row.unflatten(3, (-1, x.shape[1])) for row in patches)  # (B, H/p, W/p, p, C)
-        patches = (row.flatten(2, 3) for row in patches)  # p of (B, H/p, W, C)
+        # Some rows of all patches at a time, which need no other order than that of the map.
+        weights = self.unpatch.weight.unflatten(0, (self.patch, -1)).transpose(1, 2)
+        biases = self.unpatch.bias.unflatten(0, (self.patch, 1, -1))  # (p, 1, p*C)
+        pairs = zip(weights.split(PATCH_ROWS), biases.split(PATCH_ROWS), strict=True)
+        patches = ((t.flatten(0, 2) @ w).add_(b) for w, b in pairs)  # (<=p, B*N, p*C)
+        sides = -1, rows, columns  # not a slice of a shape, which a trace would fix
+        patches = (r.unflatten(2, (-1, x.shape[1])).unflatten(1, sides) for r in patches)
+        patches = (r.flatten(3, 4).movedim(0, 2) for r in patches)  # (B, H/p, <=p, W, C)
         if not in_place:
-            patches = torch.stack(list(patches), 2).flatten(1, 2)  # (B, H, W, C)
+            patches = torch.cat(list(patches), 2).flatten(1, 2)  # (B, H, W, C)
             return (x + y).add_(patches.permute(0, 3, 1, 2))
         x += y
-        for i, row in enumerate(patches):
-            x.permute(0, 2, 3, 1)[:, i :: self.patch] += row
+        places = x.permute(0, 2, 3, 1).unflatten(1, (rows, -1)).split(PATCH_ROWS, 2)
+        for place, r in zip(places, patches, strict=True):
+            place += r
         return x
 
     def _embed(self, conv: nn.Conv2d, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, N, D)
         # The convolution as matrix products: patches do not overlap, and a library's convolution
-        # would rearrange its large weight at every call. A row of all patches at a time.
-        rows = x.permute(0, 2, 3, 1).unflatten(2, (-1, self.patch))  # (B, H, W/p, p, C)
-        weight = conv.weight.permute(0, 2, 3, 1)  # (D, p, p, C)
+        # would rearrange its large weight at every call. Some rows of all patches at a time.
+        patches = x.permute(0, 2, 3, 1).unflatten(2, (-1, self.patch))
+        patches = patches.unflatten(1, (-1, self.patch)).movedim(2, 0)  # (p, B, H/p, W/p, p, C)
+        weights = conv.weight.permute(2, 3, 1, 0).flatten(1, 2)  # (p, p*C, D)
         tokens = conv.bias
-        for i in range(self.patch):
-            row = rows[:, i :: self.patch].flatten(3)  # (B, H/p, W/p, p*C)
-            tokens = tokens + F.linear(row, weight[:, i].flatten(1))  # (B, H/p, W/p, D)
-        return tokens.flatten(1, 2)
+        for rows, w in zip(patches.split(PATCH_ROWS), weights.split(PATCH_ROWS), strict=True):
+            tokens = tokens + (rows.flatten(4).flatten(1, 3) @ w).sum(0)  # (B*N, D)
+        return tokens.unflatten(0, (x.shape[0], -1))  # not len(x), which a trace would fix
 
     def _heads(self, qkv: Tensor) -> Tensor:
         qkv = qkv.unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, D/heads)
@@ -312,22 +316,13 @@ class SFEF(nn.Module):
         slots = self.slot_norm(self.slot_embeds).flatten(0, 1) * scale  # (E*S, d)
         slots = slots.expand(len(x), -1, -1)  # (B, E*S, d)
 
-        def experts(slot_in: Tensor) -> Tensor:  # (B, E*S, d) -> (B, E*S, d)
+        def experts(slot_in: Tensor) -> Tensor:  # (B, E*S, d) -> (B, E*S, d or n)
             per_expert = (slot_in * scale).chunk(len(self.experts), dim=1)  # E of (B, S, d)
             slot_out = [expert(t) for expert, t in zip(self.experts, per_expert, strict=True)]
-            return torch.cat(slot_out, 1)
+            slot_out = torch.cat(slot_out, 1)
+            return slot_out if weight is None else slot_out @ weight
 
-        if in_place:
-            slot_out = experts(attend(slots, unit, unit))  # (B, E*S, d)
-            out, few, weigh = unit, 2**14, attend  # each token's output takes its own place
-            if weight is not None:  # the library's attention has no fast path for a narrower value
-                slot_out = slot_out @ weight  # (B, E*S, n)
-                out = unit.new_empty(*unit.shape[:2], weight.shape[1])  # (B, N, n)
-                few, weigh = TOKENS, explicit
-            for part, place in zip(unit.split(few, 1), out.split(few, 1), strict=True):
-                place.copy_(weigh(part, slots, slot_out))
-        else:
-            out = mix(unit, slots, experts)  # (B, N, d)
+        out = (mix_in_place if in_place else mix)(unit, slots, experts)  # (B, N, d or n)
         out = out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # (B, d or n, H, W)
         return x + out if self.residual else out
 
@@ -447,8 +442,19 @@ class ASFEFusion(nn.Module):
         )
         self.decoder = Decoder(size.channels, size.tail, size.head)
         self.multiple = max(2**k * p for k, p in enumerate(size.patch))
-        # Convolutions are faster so, and pixels become SFEF's tokens without a copy.
+        self.arrange()
+
+    def arrange(self) -> "ASFEFusion":
+        """Lay the weights out in memory as they are read fastest; returns itself.
+
+        Convolutions like their channels last, and pixels become SFEF's tokens without a copy. The
+        large weights of CASF's embeddings, which become matrix products, are read row by row.
+        """
         self.to(memory_format=torch.channels_last)
+        for fusion in self.fusion:
+            for weight in (fusion.casf.embed1.weight, fusion.casf.embed2.weight):
+                weight.data = weight.data.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+        return self
 
     @property
     def narrow(self) -> bool:
@@ -718,7 +724,7 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[ASFEFu
     state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     _check_finite(state, f"weights {path}")
     model.load_state_dict(state, assign=True)
-    return model.to(device, memory_format=torch.channels_last).eval(), metadata
+    return model.to(device).arrange().eval(), metadata
 
 
 def _check_finite(state: dict[str, Tensor], name: str) -> None:
