@@ -1,7 +1,8 @@
 """The two softmaxes of SFEF in several forms; which is best depends on the device.
 
-A CPU always takes `library` inside `two_attentions`. CUDA takes what MIX_ON_CUDA and ATTEND_ON_CUDA
-name, the two lines to edit; `benchmarks/attention.py` and `benchmarks/train_step.py` compare them.
+A CPU takes `library` inside `two_attentions` to train, and `mix_in_place` at inference, which does
+with CUDA what ATTEND_ON_CUDA names. To train, CUDA takes what MIX_ON_CUDA names. These are the two
+lines to edit; `benchmarks/attention.py` and `benchmarks/train_step.py` compare the forms.
 
 PyTorch's fused kernels set limits (its sdp_utils.cpp): flash takes equal head widths up to 256, in
 half precision; cuDNN up to 128 or 256, by its version and the chip; the memory-efficient one any
@@ -45,14 +46,14 @@ def mix_in_place(tokens: Tensor, slots: Tensor, experts: Callable[[Tensor], Tens
     slot_out = experts(_dispatch(logits, parts) if logits else attend(slots, tokens, tokens))
     wide = slot_out.shape[2] == tokens.shape[2]
     out = tokens if wide else tokens.new_empty(*tokens.shape[:2], slot_out.shape[2])
+    step = TILE if wide and not logits else PART
     if logits:
-        parts = (torch.softmax(part, -1, out=part) @ slot_out for part in logits)
-    elif wide:
-        parts = (attend(part, slots, slot_out) for part in tokens.split(TILE, 1))
+        results = (torch.softmax(part, -1, out=part) @ slot_out for part in logits)
     else:  # the library's attention has no fast path for a narrower value
-        parts = (explicit(part, slots, slot_out) for part in parts)
-    for place, part in zip(out.split(TILE if wide and not logits else PART, 1), parts, strict=True):
-        place.copy_(part)
+        weigh = attend if wide else explicit
+        results = (weigh(part, slots, slot_out) for part in tokens.split(step, 1))
+    for place, result in zip(out.split(step, 1), results, strict=True):
+        place.copy_(result)
     return out
 
 

@@ -98,6 +98,41 @@ def test_bfloat16_autocast_stays_near(function, attend, monkeypatch):
         assert (a - b).norm() < 0.05 * b.norm()
 
 
+@pytest.mark.parametrize("width", [12, 5])
+@pytest.mark.parametrize("kept", [0, 2**24])
+def test_in_place_is_the_same_function(kept, width, monkeypatch):
+    monkeypatch.setattr(mixing, "KEPT", kept)
+    monkeypatch.setattr(mixing, "PART", 32)  # three parts, the last of them short
+    monkeypatch.setattr(mixing, "TILE", 48)
+    tokens, slots, weight = torch.randn(2, 70, 12), torch.randn(2, 6, 12), torch.randn(12, width)
+
+    def experts(slot_in):
+        return torch.tanh(slot_in) if width == 12 else torch.tanh(slot_in) @ weight
+
+    expected = softmax_by_hand(tokens, slots, experts(softmax_by_hand(slots, tokens, tokens)))
+    with torch.no_grad():
+        got = mixing.mix_in_place(tokens, slots, experts)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert (got is tokens) == (width == 12)
+
+
+@pytest.mark.parametrize("kept", [0, 2**24])
+def test_in_place_bears_slots_far_apart(kept, monkeypatch):
+    """One slot's logits lie 400 below another's, so that no one shift of all would do."""
+    monkeypatch.setattr(mixing, "KEPT", kept)
+    monkeypatch.setattr(mixing, "PART", 16)
+    tokens, slots = torch.randn(1, 40, 8), torch.randn(1, 4, 8)
+    tokens[..., 0], slots[0, :, 0] = 1, torch.tensor([-200.0, 0.0, 100.0, 200.0])
+    expected = softmax_by_hand(*(t.double() for t in (tokens, slots)), slots.double())
+    seen = []
+    with torch.no_grad():
+        got = mixing.mix_in_place(tokens.clone(), slots, lambda t: seen.append(t) or slots)
+    torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-3)
+    logits = slots.double() @ tokens.double().mT
+    by_hand = torch.softmax(logits, -1) @ tokens.double()
+    torch.testing.assert_close(seen[0], by_hand.float(), rtol=1e-4, atol=1e-4)
+
+
 def test_a_cpu_takes_the_library_whatever_cuda_takes(monkeypatch):
     tokens, slots = torch.randn(2, 30, 12), torch.randn(2, 6, 12)
     expected = mixing.two_attentions(tokens, slots, torch.tanh)

@@ -5,6 +5,7 @@ import pickle
 import platform
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -173,6 +174,21 @@ def test_only_the_listed_tensors_are_unused(published_file, shared):
         key.removeprefix("module.") for key, value in state.items() if not from_published({key: 0})
     }
     assert {key for key in dropped if not key.endswith("filt")} == unused
+
+
+def test_the_order_of_weights_in_memory_changes_no_result(tmp_path):
+    model = ASFEFusion("compact").eval()
+    save_weights(model, tmp_path / "w.safetensors", {}, half=False)
+    loaded, _ = load_weights(tmp_path / "w.safetensors")
+    for m in (model, loaded):
+        embed = m.fusion[0].casf.embed1.weight  # (D, C, p, p)
+        assert embed.permute(2, 3, 1, 0).is_contiguous()
+    images = torch.rand(2, 1, 1, 32, 48)
+    plain = deepcopy(model).to(memory_format=torch.contiguous_format)
+    with torch.no_grad():
+        expected = model(*images)
+        assert torch.equal(loaded(*images), expected)
+        torch.testing.assert_close(plain(*images), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("aff", ["full", "published"])
