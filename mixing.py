@@ -1,8 +1,8 @@
 """The two softmaxes of SFEF in several forms; which is best depends on the device.
 
-A CPU takes `library` inside `two_attentions` to train, and `mix_in_place` at inference, which does
-with CUDA what ATTEND_ON_CUDA names. To train, CUDA takes what MIX_ON_CUDA names. These are the two
-lines to edit; `benchmarks/attention.py` and `benchmarks/train_step.py` compare the forms.
+A CPU takes `library` inside `two_attentions`. CUDA takes what MIX_ON_CUDA and ATTEND_ON_CUDA name,
+the two lines to edit; `benchmarks/attention.py` and `benchmarks/train_step.py` compare the forms.
+At inference without a residual path both take `mix_in_place`, with ATTEND_ON_CUDA on CUDA.
 
 PyTorch's fused kernels set limits (its sdp_utils.cpp): flash takes equal head widths up to 256, in
 half precision; cuDNN up to 128 or 256, by its version and the chip; the memory-efficient one any
@@ -36,8 +36,10 @@ def mix(tokens: Tensor, slots: Tensor, experts: Callable[[Tensor], Tensor]) -> T
 
 
 def mix_in_place(tokens: Tensor, slots: Tensor, experts: Callable[[Tensor], Tensor]) -> Tensor:
-    """`mix` at inference. `experts` may map to another width n than d; if not, the result takes
-    the tokens' place. Returns (B, N, d or n).
+    """`mix` at inference. Returns (B, N, n), in the tokens' place unless n differs from d.
+
+    `experts` maps (B, M, d) to (B, M, n). A CPU computes L once for both softmaxes where it is
+    small, and never holds all of it where it is not.
     """
     parts, logits = tokens.split(PART, 1), []
     small = len(tokens) * tokens.shape[1] * slots.shape[1] <= KEPT
@@ -62,7 +64,7 @@ def _dispatch(logits: list[Tensor], parts: list[Tensor]) -> Tensor:
     top = torch.stack([part.amax(1, keepdim=True) for part in logits]).amax(0)  # (B, 1, M)
     slot_in = total = 0
     for part, tokens in zip(logits, parts, strict=True):
-        # Without a lower bound most of exp would underflow, which takes it ten times as long.
+        # Without a lower bound most of exp may underflow, which takes it many times as long.
         weights = torch.sub(part, top).clamp_(min=-80).exp_()  # (B, PART, M)
         slot_in = slot_in + weights.mT @ tokens
         total = total + weights.sum(1).unsqueeze(2)  # (B, M, 1)
