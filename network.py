@@ -611,10 +611,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def start(args: CommonArgs) -> torch.device:
-    """What every script does first: threads, subnormal numbers, and the device that it returns."""
+    """What every script does first: subnormal numbers, threads, and the device that it returns."""
+    # Subnormal numbers slow a CPU down and carry no information. First of all, because a thread
+    # inherits this setting from the one that starts it, and those that run do not hear of it.
+    torch.set_flush_denormal(True)
     if args.threads:
         torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)  # subnormal numbers slow a CPU down and carry no information
     return pick_device(args.DEVICE)
 
 

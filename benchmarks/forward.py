@@ -27,8 +27,8 @@ import torch  # noqa: E402
 from direct import direct  # noqa: E402
 from machine import machine  # noqa: E402
 
-from args_setting import run_script  # noqa: E402
-from network import ASFEFusion, keep_freed_memory  # noqa: E402
+from args_setting import TestArgs, run_script  # noqa: E402
+from network import ASFEFusion, keep_freed_memory, start  # noqa: E402
 
 VERSIONS = (
     ("paper", "direct"),
@@ -54,12 +54,13 @@ def matrix_rate(side: int = 2048, repeats: int = 4) -> float:
 @torch.no_grad()
 def serve(size: str, version: str) -> None:
     """Build a network; then, for each side that comes in, fuse a pair: seconds and peak GB."""
+    if version != "direct":
+        start(TestArgs(DEVICE="cpu"))  # before anything that has threads
     torch.manual_seed(0)
     model = ASFEFusion(size).eval()
     if version != "ours":
         direct(model, share=True)
     if version != "direct":
-        torch.set_flush_denormal(True)
         keep_freed_memory()
     for line in sys.stdin:
         images = torch.rand(2, 1, 1, int(line), int(line))

@@ -517,6 +517,30 @@ def test_pick_device():
             pick_device("cuda")
 
 
+SUBNORMAL = """
+import io, sys
+sys.path.insert(0, "benchmarks")
+import forward, network, test_asfe, torch
+if sys.argv[1] == "script":
+    network.start(test_asfe.TestArgs(DEVICE="cpu", threads=2))
+else:
+    torch.set_num_threads(2)
+    sys.stdin = io.StringIO("0")  # no pass: building the paper size starts threads
+    forward.serve("paper", sys.argv[1])
+a = torch.full((1024, 1024), 1e-20)
+print("left:", int((a @ a).count_nonzero()))
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="about x86")
+@pytest.mark.parametrize("who", ["script", "ours", "direct"])
+def test_subnormal_numbers_are_zero_in_every_thread(who):
+    """After `start`, and in the speed benchmark; its direct version keeps the library's default."""
+    command = [sys.executable, "-c", SUBNORMAL, who]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"left: {2**20 if who == 'direct' else 0}"
+
+
 KEPT = """
 import resource, sys, torch, network
 def faults():
