@@ -48,11 +48,11 @@ def mix_in_place(tokens: Tensor, slots: Tensor, experts: Callable[[Tensor], Tens
     slot_out = experts(_dispatch(logits, parts) if logits else attend(slots, tokens, tokens))
     wide = slot_out.shape[2] == tokens.shape[2]
     out = tokens if wide else tokens.new_empty(*tokens.shape[:2], slot_out.shape[2])
-    step = TILE if wide and not logits else PART
     if logits:
+        step = PART
         results = (torch.softmax(part, -1, out=part) @ slot_out for part in logits)
     else:  # the library's attention has no fast path for a narrower value
-        weigh = attend if wide else explicit
+        step, weigh = (TILE, attend) if wide else (PART, explicit)
         results = (weigh(part, slots, slot_out) for part in tokens.split(step, 1))
     for place, result in zip(out.split(step, 1), results, strict=True):
         place.copy_(result)
