@@ -13,6 +13,7 @@ registers; "math" any width, in float32 also for bfloat16. The published scales 
 Legend: B batch, d width, N tokens, M slots; q is (B, Nq, d), k and v are (B, Nk, d).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,6 +25,8 @@ from torch.utils.checkpoint import checkpoint
 TILE = 2**14  # tokens that `tiled` takes at once
 PART = 2**11  # tokens that a CPU takes at once where the weights exist
 KEPT = 2**24  # logits that a CPU keeps at inference, 64 MiB
+SPAN = 32  # of the powers of `_by_one_power`, of which float32 loses those below 2^-126
+LEAST = 2.0**-58  # sum of a token's powers that lost ones, of up to 2^(SPAN - 126), do not change
 
 
 def mix(tokens: Tensor, slots: Tensor, experts: Callable[[Tensor], Tensor]) -> Tensor:
@@ -41,34 +44,54 @@ def mix_in_place(tokens: Tensor, slots: Tensor, experts: Callable[[Tensor], Tens
     `experts` maps (B, M, d) to (B, M, n). A CPU computes L once for both softmaxes where it is
     small, and never holds all of it where it is not.
     """
-    parts, logits = tokens.split(PART, 1), []
     small = len(tokens) * tokens.shape[1] * slots.shape[1] <= KEPT
     if small and tokens.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-        logits = [part @ slots.mT for part in parts]  # of (B, PART, M)
-    slot_out = experts(_dispatch(logits, parts) if logits else attend(slots, tokens, tokens))
-    wide = slot_out.shape[2] == tokens.shape[2]
-    out = tokens if wide else tokens.new_empty(*tokens.shape[:2], slot_out.shape[2])
-    if logits:
-        step = PART
-        results = (torch.softmax(part, -1, out=part) @ slot_out for part in logits)
-    else:  # the library's attention has no fast path for a narrower value
-        step, weigh = (TILE, attend) if wide else (PART, explicit)
-        results = (weigh(part, slots, slot_out) for part in tokens.split(step, 1))
-    for place, result in zip(out.split(step, 1), results, strict=True):
-        place.copy_(result)
+        return _by_one_power(tokens, slots, experts)
+    slot_out = experts(attend(slots, tokens, tokens))
+    out = _place(tokens, slot_out)
+    # The library's attention has no fast path for a narrower value.
+    step, weigh = (TILE, attend) if out is tokens else (PART, few_columns)
+    for place, part in zip(out.split(step, 1), tokens.split(step, 1), strict=True):
+        place.copy_(weigh(part, slots, slot_out))
     return out
 
 
-def _dispatch(logits: list[Tensor], parts: list[Tensor]) -> Tensor:
-    """softmax over the tokens of logits, times tokens, both in parts: (B, M, d)."""
-    top = torch.stack([part.amax(1, keepdim=True) for part in logits]).amax(0)  # (B, 1, M)
-    slot_in = total = 0
-    for part, tokens in zip(logits, parts, strict=True):
-        # Without a lower bound most of exp may underflow, which takes it many times as long.
-        weights = torch.sub(part, top).clamp_(min=-80).exp_()  # (B, PART, M)
-        slot_in = slot_in + weights.mT @ tokens
-        total = total + weights.sum(1).unsqueeze(2)  # (B, M, 1)
-    return slot_in / total
+def _place(tokens: Tensor, slot_out: Tensor) -> Tensor:
+    n = slot_out.shape[2]
+    return tokens if n == tokens.shape[2] else tokens.new_empty(*tokens.shape[:2], n)
+
+
+def _by_one_power(tokens: Tensor, slots: Tensor, experts: Callable[[Tensor], Tensor]) -> Tensor:
+    """`mix_in_place` with one power of 2 of each logit for both softmaxes.
+
+    A logit l, in base 2, has the power 2^(l - top + SPAN), where top is the slot's largest in the
+    same PART. The softmax over the slots takes it 2^(top - highest + SPAN) times, where highest is
+    the largest logit of all.
+    """
+    base2 = (slots * math.log2(math.e)).mT  # (B, d, M)
+    parts, kept = tokens.split(PART, 1), []
+    slot_in = total = 0  # both times 2^(SPAN - level)
+    level = tokens.new_full((), -math.inf)
+    for part in parts:
+        powers = part @ base2  # (B, PART, M)
+        top = powers.amax(1, keepdim=True)  # (B, 1, M)
+        powers.sub_(top - SPAN).exp2_()
+        before, level = level, torch.maximum(level, top)
+        old, new = ((t - level).exp2().mT for t in (before, top))  # (B, M, 1)
+        slot_in = slot_in * old + (powers.mT @ part) * new  # (B, M, d)
+        total = total * old + powers.sum(1).unsqueeze(2) * new  # (B, M, 1)
+        kept.append((powers, top))
+    slot_out = experts(slot_in / total)  # (B, M, n)
+    highest = level.amax(2, keepdim=True)  # (B, 1, 1)
+    out = _place(tokens, slot_out)
+    for place, part, (powers, top) in zip(out.split(PART, 1), parts, kept, strict=True):
+        times = (top - highest + SPAN).exp2().mT  # (B, M, 1)
+        total = powers @ times  # (B, PART, 1)
+        if total.min() > LEAST:
+            torch.div(powers @ (times * slot_out), total, out=place)
+        else:  # some token is far from all slots
+            place.copy_(explicit(part, slots, slot_out))
+    return out
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -95,6 +118,16 @@ def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = as_autocast(q, k, v)
     with torch.autocast(q.device.type, enabled=False):  # it would store weights in float32
         return torch.softmax(q @ k.mT, -1) @ v
+
+
+def few_columns(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`explicit` by a 1x1 convolution, which a CPU computes faster where v has few columns."""
+    q, k, v = as_autocast(q, k, v)
+    with torch.autocast(q.device.type, enabled=False):
+        weights = torch.softmax(q @ k.mT, -1).unsqueeze(2).permute(0, 3, 1, 2)  # (B, Nk, Nq, 1)
+        kernels = v.mT.unsqueeze(3).unsqueeze(4)  # (B, n, Nk, 1, 1)
+        pairs = zip(weights.split(1), kernels, strict=True)
+        return torch.cat([F.conv2d(w, kernel) for w, kernel in pairs]).squeeze(3).mT
 
 
 def tiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -387,7 +387,8 @@ class DecoderBlock(ConvBlock):
 
     def _sum_taps(self, x: Tensor, taps: Tensor) -> Tensor:  # (B, C, H, W), (B, 9D, H, W)
         weight, bias = self.tap_weights()
-        taps = taps.permute(0, 2, 3, 1) + x.permute(0, 2, 3, 1) @ weight[: x.shape[1]]
+        taps += F.conv2d(x, weight[: x.shape[1]].mT.unsqueeze(2).unsqueeze(3))
+        taps = taps.permute(0, 2, 3, 1)
         left, middle, right = taps.unflatten(3, (3, -1)).unbind(3)  # (B, H, W, 3D)
         middle[:, :, 1:] += left[:, :, :-1]
         middle[:, :, :-1] += right[:, :, 1:]

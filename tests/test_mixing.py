@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import mixing
 from network import ASFEFusion
 
-ATTEND = [mixing.library, mixing.split, mixing.explicit, mixing.tiled]
+ATTEND = [mixing.library, mixing.split, mixing.explicit, mixing.few_columns, mixing.tiled]
 MIX = [mixing.two_attentions, mixing.shared]
 
 
@@ -131,6 +131,23 @@ def test_in_place_bears_slots_far_apart(kept, monkeypatch):
     logits = slots.double() @ tokens.double().mT
     by_hand = torch.softmax(logits, -1) @ tokens.double()
     torch.testing.assert_close(seen[0], by_hand.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("below", [0, 40, 80, 85, 90, 100, 104, 108, 112, 200, 400])
+def test_in_place_bears_tokens_far_from_all_slots(below, monkeypatch):
+    """Some tokens' best logits lie `below` under the others'; float32 has no power for all."""
+    monkeypatch.setattr(mixing, "PART", 16)
+    tokens, slots, seen = torch.randn(2, 40, 8), torch.randn(2, 4, 8), []
+    slots[..., 0], tokens[..., 0] = 1, 0
+    tokens[:, ::3, 0] = tokens[:, 32:, 0] = -below  # the last part as a whole
+    exact, exact_slots = (t.double() for t in (tokens, slots))
+    with torch.no_grad():
+        got = mixing.mix_in_place(tokens, slots, lambda t: seen.append(t) or slots)
+    expected = softmax_by_hand(exact, exact_slots, exact_slots)
+    # of logits of up to `below` in float32
+    torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-6 * (below + 10))
+    expected = softmax_by_hand(exact_slots, exact, exact)
+    torch.testing.assert_close(seen[0], expected.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_cpu_takes_the_library_whatever_cuda_takes(monkeypatch):
