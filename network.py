@@ -193,12 +193,24 @@ class AFF(nn.Module):
 
     def inverse(self, z: Tensor, sides: tuple[int, int]) -> Tensor:
         """From a masked spectrum (B, 2C, H, W/2+1) to (B, C, H, W); linear in the spectrum."""
+        z = self._as_complex(z)
+        out = torch.fft.irfft2(z, s=sides, dim=(1, 2), norm=self.fft_norm)  # (B, H, W, C)
+        return out.permute(0, 3, 1, 2)
+
+    def inverse_columns(self, z: Tensor, height: int) -> Tensor:
+        """The part of `inverse` along H: complex (B, H, W/2+1, C)."""
+        return torch.fft.ifft(self._as_complex(z), n=height, dim=1, norm=self.fft_norm)
+
+    def inverse_rows(self, columns: Tensor, out: Tensor) -> None:
+        """The rest of `inverse`, some rows at a time, into `out` (B, H, W, C)."""
+        for rows, place in zip(columns.split(ROWS, 1), out.split(ROWS, 1), strict=True):
+            place.copy_(torch.fft.irfft(rows, n=out.shape[2], dim=2, norm=self.fft_norm))
+
+    def _as_complex(self, z: Tensor) -> Tensor:
         z = z.permute(0, 2, 3, 1).unflatten(3, (-1, 2))  # (B, H, W/2+1, C, 2)
         if self.aff == "published":
             z = torch.stack([z[:, 0], z[:, 1]], -1).transpose(2, 3)  # (B, W/2+1, 2, C, 2)
-        z = torch.view_as_complex(z.contiguous())  # (B, H, W/2+1, C)
-        out = torch.fft.irfft2(z, s=sides, dim=(1, 2), norm=self.fft_norm)  # (B, H, W, C)
-        return out.permute(0, 3, 1, 2)
+        return torch.view_as_complex(z.contiguous())  # (B, H, W/2+1, C)
 
 
 def _as_channels(z: Tensor) -> Tensor:
@@ -351,11 +363,19 @@ class FusionModule(nn.Module):
         sides = x.shape[2:]
         # The inverse transform is linear, so one of the sum stands for the sum of two.
         z = self.aff2.spectrum(x).add_(self.aff1.spectrum(y))  # (B, 2C, H, W/2+1)
-        spatial = self.casf(x, y, in_place)  # (B, C, H, W)
+        spatial = self.casf(x, y, in_place).permute(0, 2, 3, 1)  # (B, H, W, C)
         del x, y
-        frequency = self.aff1.inverse(z, sides).to(spatial.dtype)  # (B, C, H, W)
-        del z
-        both = torch.cat([t.permute(0, 2, 3, 1) for t in (spatial, frequency)], -1)  # (B, H, W, 2C)
+        if in_place:
+            columns = self.aff1.inverse_columns(z, sides[0])  # (B, H, W/2+1, C)
+            del z
+            both = spatial.new_empty(*spatial.shape[:3], 2 * spatial.shape[3])  # (B, H, W, 2C)
+            spatial_part, frequency_part = both.chunk(2, -1)
+            spatial_part.copy_(spatial)
+            self.aff1.inverse_rows(columns, frequency_part)
+        else:
+            frequency = self.aff1.inverse(z, sides).permute(0, 2, 3, 1)
+            del z
+            both = torch.cat([spatial, frequency.to(spatial.dtype)], -1)  # (B, H, W, 2C)
         return both.permute(0, 3, 1, 2)
 
 
@@ -621,7 +641,7 @@ def start(args: CommonArgs) -> torch.device:
     return pick_device(args.DEVICE)
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(model: ASFEFusion) -> None:
     """From here on have glibc, where it is the C library, reuse what is freed, not return it.
 
     Otherwise a pass on a CPU gets its maps of tens of MB from the system anew, page by page, which
@@ -633,6 +653,11 @@ def keep_freed_memory() -> None:
         libc.malloc_trim(0)
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: what is larger comes and goes on its own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the end that may stay
+        # MKL keeps its buffers, larger ones beside smaller ones. So the product that needs the
+        # largest comes first, CASF's widest, and none comes to lie in the way of the maps.
+        wide = max(f.casf.unpatch.out_features // f.casf.patch for f in model.fusion)
+        patches = torch.ones(PATCH_ROWS, 256, model.size.dim)
+        torch.bmm(patches, torch.ones(PATCH_ROWS, model.size.dim, wide))
 
 
 # --- weights ---------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def load_model(args: TestArgs, task: str, device: torch.device) -> ASFEFusion:
     if args.aff != "auto":
         model.aff = args.aff
     if device.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(model)
     return model
 
 
