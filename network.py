@@ -198,7 +198,7 @@ class AFF(nn.Module):
         return out.permute(0, 3, 1, 2)
 
     def inverse_columns(self, z: Tensor, height: int) -> Tensor:
-        """The part of `inverse` along H: complex (B, H, W/2+1, C)."""
+        """The part of `inverse` along H: complex (B, H, W/2+1, C); published: (B, H, 2, C)."""
         return torch.fft.ifft(self._as_complex(z), n=height, dim=1, norm=self.fft_norm)
 
     def inverse_rows(self, columns: Tensor, out: Tensor) -> None:
@@ -210,7 +210,7 @@ class AFF(nn.Module):
         z = z.permute(0, 2, 3, 1).unflatten(3, (-1, 2))  # (B, H, W/2+1, C, 2)
         if self.aff == "published":
             z = torch.stack([z[:, 0], z[:, 1]], -1).transpose(2, 3)  # (B, W/2+1, 2, C, 2)
-        return torch.view_as_complex(z.contiguous())  # (B, H, W/2+1, C)
+        return torch.view_as_complex(z.contiguous())  # without the last 2
 
 
 def _as_channels(z: Tensor) -> Tensor:
@@ -366,7 +366,7 @@ class FusionModule(nn.Module):
         spatial = self.casf(x, y, in_place).permute(0, 2, 3, 1)  # (B, H, W, C)
         del x, y
         if in_place:
-            columns = self.aff1.inverse_columns(z, sides[0])  # (B, H, W/2+1, C)
+            columns = self.aff1.inverse_columns(z, sides[0])  # complex
             del z
             both = spatial.new_empty(*spatial.shape[:3], 2 * spatial.shape[3])  # (B, H, W, 2C)
             spatial_part, frequency_part = both.chunk(2, -1)
@@ -646,18 +646,19 @@ def keep_freed_memory(model: ASFEFusion) -> None:
 
     Otherwise a pass on a CPU gets its maps of tens of MB from the system anew, page by page, which
     is about a twentieth of its time. For after the weights are loaded, which leaves much to return.
-    See mallopt(3), malloc_trim(3).
+    See mallopt(3), malloc_trim(3). And have MKL take the buffers that `model` needs.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.malloc_trim(0)
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: what is larger comes and goes on its own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the end that may stay
-        # MKL keeps its buffers, larger ones beside smaller ones. So the product that needs the
-        # largest comes first, CASF's widest, and none comes to lie in the way of the maps.
-        wide = max(f.casf.unpatch.out_features // f.casf.patch for f in model.fusion)
-        patches = torch.ones(PATCH_ROWS, 256, model.size.dim)
-        torch.bmm(patches, torch.ones(PATCH_ROWS, model.size.dim, wide))
+        if torch.backends.mkl.is_available():
+            # MKL keeps its buffers, larger ones beside smaller ones. So the product that needs the
+            # largest comes first, CASF's widest, and none comes to lie in the way of the maps.
+            wide = max(f.casf.unpatch.out_features // f.casf.patch for f in model.fusion)
+            tokens = torch.ones(PATCH_ROWS, 256, model.size.dim)  # of a 256 x 256 pair
+            torch.bmm(tokens, torch.ones(PATCH_ROWS, model.size.dim, wide))
 
 
 # --- weights ---------------------------------------------------------------------------------

@@ -4,11 +4,11 @@
     python benchmarks/forward.py --DEVICE cuda --json forward.json     (throughput.py)
 
 On a CPU every version has a process of its own, and they take turns: `direct` with the library's
-defaults, ours as test_asfe.py runs it, with subnormal numbers as zero and freed memory kept, and
-`direct` once more with these two. Beside each pass the machine's float32 matrix rate is measured,
-because a shared machine changes its speed within seconds. The arithmetic floor is the forward's
-operations divided by that rate. Peak memory is the largest resident set of the process over all of
-its passes.
+defaults, ours as test_asfe.py runs it, with subnormal numbers as zero, freed memory kept and MKL's
+buffers first, and `direct` once more with these three. Beside each pass the machine's float32
+matrix rate is measured, because a shared machine changes its speed within seconds. The arithmetic
+floor is the forward's operations divided by that rate. Peak memory is the largest resident set of
+the process over all of its passes.
 """
 
 import argparse

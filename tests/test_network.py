@@ -591,7 +591,10 @@ print(in_use() - before)
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="about MKL")
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="about glibc from 2.33 on")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or not hasattr(ctypes.CDLL(None), "mallinfo2"),
+    reason="about glibc from 2.33 on",
+)
 def test_buffers_of_matrix_products_come_first():
     """After the widest product the others need no memory that stays; without it they do."""
     left = []
@@ -599,4 +602,4 @@ def test_buffers_of_matrix_products_come_first():
         command = [sys.executable, "-c", BUFFERS, choice]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         left.append(int(done.stdout))
-    assert left[0] < 2e6 < 3e7 < left[1]
+    assert 10 * left[0] + 1e5 < left[1]
