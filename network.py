@@ -373,7 +373,7 @@ class FusionModule(nn.Module):
             spatial_part.copy_(spatial)
             self.aff1.inverse_rows(columns, frequency_part)
         else:
-            frequency = self.aff1.inverse(z, sides).permute(0, 2, 3, 1)
+            frequency = self.aff1.inverse(z, sides).permute(0, 2, 3, 1)  # (B, H, W, C)
             del z
             both = torch.cat([spatial, frequency.to(spatial.dtype)], -1)  # (B, H, W, 2C)
         return both.permute(0, 3, 1, 2)

@@ -585,7 +585,8 @@ def in_use():
     return info.hblkhd + info.uordblks
 before = in_use()
 for p, c in zip(model.size.patch, model.size.channels[1:]):
-    torch.ones(4, 256, model.size.dim) @ torch.ones(4, model.size.dim, p * c)
+    tokens = torch.ones(network.PATCH_ROWS, 256, model.size.dim)
+    tokens @ torch.ones(network.PATCH_ROWS, model.size.dim, p * c)
 print(in_use() - before)
 """
 
