@@ -1,47 +1,25 @@
 """The same network written the direct way, as a yardstick for speed and numbers.
 
 Every formula is spelled out with einsum: SFEF's N x E*S logits and both of its softmaxes exist as
-a whole, CASF's attention matrices too, maps are (B, C, H, W) in memory,
-BatchNorm is a pass of its own. `direct(model)` gives a copy with the same weights.
+a whole, CASF's attention matrices too, each image goes through the encoder by itself, and maps are
+(B, C, H, W) in memory. `direct(model)` gives a copy with the same weights.
 """
 
 import copy
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from network import (
-    AFF,
-    CASF,
-    SFEF,
-    ASFEFusion,
-    BlurPool,
-    DecoderBlock,
-    Encoder,
-    EncoderBlock,
-    FusionModule,
-)
+from network import AFF, CASF, SFEF, ASFEFusion, Encoder, FusionModule
 
 
-class DirectBlurPool(BlurPool):
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(F.max_pool2d(x, 2, stride=1), (1, 2, 1, 2), mode="reflect")
-        return F.conv2d(x, self.filt, stride=2, groups=self.channels)
-
-
-class DirectEncoderBlock(EncoderBlock):
-    def forward(self, x: Tensor, inlayer: nn.Conv2d | None = None) -> Tensor:
-        x = x if inlayer is None else inlayer(x)
-        return F.gelu(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
-
-
-class DirectDecoderBlock(DecoderBlock):
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.bn2(self.conv2(self.bn1(self.conv1(x))))
-        if self.upsample:
-            x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
-        return F.gelu(x)
+class DirectEncoder(Encoder):
+    def forward(self, img: Tensor) -> list[Tensor]:
+        scales = [self.blocks[0](self.inlayer(img))]
+        for pool, block in zip(self.pools, self.blocks[1:], strict=True):
+            scales.append(block(F.gelu(pool(scales[-1]))))
+        return scales
 
 
 class DirectAFF(AFF):
@@ -66,7 +44,8 @@ class DirectCASF(CASF):
             (x, self.embed1, self.norm1, self.qkv1),
             (y, self.embed2, self.norm2, self.qkv2),
         ):
-            tokens = norm(embed(img).flatten(2).transpose(1, 2))  # (B, N, D)
+            tokens = F.conv2d(img, embed.weight, embed.bias, stride=self.patch)
+            tokens = norm(tokens.flatten(2).transpose(1, 2))  # (B, N, D)
             qkv = to_qkv(tokens).reshape(b, tokens.shape[1], 3, self.heads, -1)
             q, k, v = qkv.unbind(2)  # (B, N, heads, D/heads)
             logits = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
@@ -99,39 +78,18 @@ class DirectSFEF(SFEF):
         return x + out if self.residual else out
 
 
-class DirectEncoder(Encoder):
-    def forward(self, img: Tensor) -> list[Tensor]:
-        scales = [self.first(img)]
-        for pool, block in zip(self.pools, self.blocks[1:], strict=True):
-            scales.append(block(F.gelu(pool(scales[-1]))))
-        return scales
-
-
 class DirectASFEFusion(ASFEFusion):
     def forward(self, img1: Tensor, img2: Tensor) -> Tensor:
         scales = zip(self.encoder(img1), self.encoder(img2), strict=True)
-        z1, z2, z3, z4 = [fuse(x, y) for fuse, (x, y) in zip(self.fusion, scales, strict=True)]
-        z = self.decoder.up4(z4)
-        z = self.decoder.up3(torch.cat([z, z3], 1))
-        z = self.decoder.up2(torch.cat([z, z2], 1))
-        z = self.decoder.up1(torch.cat([z, z1], 1))
-        return self.head(z, img1, img2)
+        fused = [fuse(x, y) for fuse, (x, y) in zip(self.fusion, scales, strict=True)]
+        return self.head(self.decoder(*fused), img1, img2)
 
 
 def direct(model: ASFEFusion, share: bool = False) -> DirectASFEFusion:
     """A direct copy of the model; with `share`, the model itself is turned into one."""
     model = model if share else copy.deepcopy(model)
-    for kind in (
-        DirectBlurPool,
-        DirectEncoderBlock,
-        DirectEncoder,
-        DirectDecoderBlock,
-        DirectAFF,
-        DirectCASF,
-        DirectFusionModule,
-        DirectSFEF,
-        DirectASFEFusion,
-    ):
+    kinds = DirectEncoder, DirectAFF, DirectCASF, DirectFusionModule, DirectSFEF, DirectASFEFusion
+    for kind in kinds:
         for module in model.modules():
             if type(module) is kind.__base__:
                 module.__class__ = kind
