@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from args_setting import ALL_TASKS, ROOT
-from network import ASFEFusion, load_weights, save_weights
+from network import ASFEFusion
 from phantom import phantom_pair
+from weights import load_weights, save_weights
 
 CALL = """
 import sys, torch
@@ -32,7 +33,7 @@ def test_each_task_has_its_weights(task):
     shipped, _ = load_weights(ROOT / "model_pre" / f"compact_{task}.safetensors")
     kind = "CT-MRI" if task == "all" else task
     pair = [image if image.ndim == 2 else image[..., 1] for image in phantom_pair(kind, 64)]
-    assert np.array_equal(model.fuse(*pair), shipped.fuse(*pair))
+    assert np.allclose(model.fuse(*pair), shipped.fuse(*pair), atol=1e-5)
 
 
 def test_own_weights_and_what_is_refused(tmp_path):
@@ -52,3 +53,26 @@ def test_own_weights_and_what_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             load(**settings)
+
+
+AMONG_OTHERS = """
+import pickle, sys, torch, {first}
+load = lambda: torch.hub.load(sys.argv[1], "asfe_fusion", source="local")
+model = load()
+import network, dataset, losses, metrics, weights, cli
+assert all(m.MINE for m in (network, dataset, losses, metrics, weights, cli))
+assert type(load()) is type(model), "a second call brings the same classes"
+image = torch.rand(32, 40)
+assert torch.equal(pickle.loads(pickle.dumps(model)).fuse(image, image), model.fuse(image, image))
+print(type(model).__module__, sorted(n for n in sys.modules if n.endswith("args_setting")))
+"""
+
+
+@pytest.mark.parametrize("first", ["network, weights", "os"])
+def test_modules_of_the_caller_and_ours_do_not_meet(tmp_path, first):
+    """Whether the caller's of the same names come before or after."""
+    for name in ("network", "dataset", "losses", "metrics", "weights", "cli"):
+        (tmp_path / f"{name}.py").write_text("MINE = True")
+    command = [sys.executable, "-c", AMONG_OTHERS.format(first=first), str(ROOT)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "asfe_fusion.network ['asfe_fusion.args_setting']\n", done.stderr

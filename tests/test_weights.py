@@ -1,0 +1,137 @@
+"""Weights: what is saved comes back, and what is damaged or foreign is refused in one line."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from network import ASFEFusion
+from weights import from_published, load_weights, save_weights
+
+
+def test_saved_weights_come_back(compact, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_weights(compact, path, {"task": "PET-MRI", "metrics": {"SSIM": 0.7}}, half=False)
+    model, metadata = load_weights(path)
+    assert metadata["task"] == "PET-MRI" and metadata["size"] == "compact"
+    assert metadata["metrics"] == {"SSIM": 0.7}
+    images = torch.rand(2, 40, 56)
+    assert torch.equal(model.fuse(*images), compact.fuse(*images))
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_float16_weights_fit_the_promise(compact, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_weights(compact, path, {})
+    assert path.stat().st_size <= 10e6
+    images = torch.rand(2, 64, 64)
+    difference = load_weights(path)[0].fuse(*images) - compact.fuse(*images)
+    assert difference.abs().mean() < 5e-3
+
+
+def damaged(path: Path, kind: str, compact: ASFEFusion) -> str:
+    """Write a file that must be refused; returns a part of the message."""
+    if kind == "empty":
+        path.write_bytes(b"")
+        return "damaged"
+    if kind == "other keys":
+        torch.save({"conv.weight": torch.zeros(3)}, path)
+        return "shape"
+    if kind == "other shapes":
+        torch.save({"outlayer.weight": torch.zeros(1, 9, 1, 1)}, path)
+        return "shape"
+    if kind == "pickled code":
+        path.write_bytes(pickle.dumps(Path("x")))
+        return "pickled code"
+    if kind == "not tensors":
+        torch.save([1, 2], path)
+        return "state dict"
+    if kind == "text":
+        path.write_text("hello world\n")
+        return "damaged"
+    if kind == "safetensors":
+        save_weights(compact, path, {})
+        return "damaged"
+    if kind == "keys that are no names":
+        torch.save({1: torch.zeros(3)}, path)
+        return "state dict"
+    if kind == "truncated":
+        torch.save(from_published(compact.state_dict()), path)
+        path.write_bytes(path.read_bytes()[:50_000])
+        return "damaged"
+    raise AssertionError(kind)
+
+
+KINDS = ["empty", "other keys", "other shapes", "pickled code", "not tensors", "truncated"]
+KINDS += ["text", "safetensors", "keys that are no names"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("error")
+def test_damaged_checkpoints_are_refused(compact, tmp_path, kind):
+    path = tmp_path / "w.pth"
+    message = damaged(path, kind, compact)
+    with pytest.raises(ValueError, match=message) as error:
+        load_weights(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("cut", [0, 5, 1000, 100_000])
+def test_truncated_safetensors_are_refused(compact, tmp_path, cut):
+    path = tmp_path / "w.safetensors"
+    save_weights(compact, path, {})
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(ValueError, match="damaged"):
+        load_weights(path)
+
+
+def test_foreign_safetensors_are_refused(tmp_path):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(save({"a": torch.zeros(2)}))
+    with pytest.raises(ValueError, match="not made by this project"):
+        load_weights(path)
+    with pytest.raises(ValueError, match="no such file"):
+        load_weights(tmp_path / "absent.safetensors")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"size": "compact", "aff": "full", "widths": [1]},
+        {"size": "compact", "aff": "full", "widths": {"depth": 3}},
+        {"size": "compact", "aff": "full", "widths": {"channels": 5}},
+        {"size": "compact", "aff": "full", "widths": {"experts": -1}},
+        {"size": "compact", "aff": "Published", "widths": {}},
+    ],
+)
+def test_odd_metadata_are_refused(tmp_path, metadata):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(save({"a": torch.zeros(2)}, {"asfe": json.dumps(metadata)}))
+    with pytest.raises(ValueError, match="do not describe a network"):
+        load_weights(path)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = ASFEFusion("compact")
+    path = tmp_path / "w.safetensors"
+    for value in (torch.nan, 1e6):  # the second only in float16
+        nn.init.constant_(model.decoder.outlayer.weight, value)
+        with pytest.raises(ValueError, match=r"decoder\.outlayer\.weight has values that are not"):
+            save_weights(model, path, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the published code ----------------------------------------------------------------------
+
+
+def test_only_the_listed_tensors_are_unused(published_file, shared):
+    unused = set(json.loads((shared / "golden" / "authors_unused_keys.json").read_text()))
+    state = torch.load(published_file, weights_only=True)
+    dropped = {
+        key.removeprefix("module.") for key, value in state.items() if not from_published({key: 0})
+    }
+    assert {key for key in dropped if not key.endswith("filt")} == unused

@@ -1,0 +1,177 @@
+"""Weights: the shipped files, loading and saving, and checkpoints of the published code."""
+
+import json
+import pickle
+import re
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from args_setting import ROOT, SIZES, ModelSize, WeightsArgs
+from cli import UserError
+from network import ASFEFusion
+
+# Where the published checkpoints call a part otherwise; applied in this order.
+RENAMED = tuple(
+    (re.compile(pattern), ours)
+    for pattern, ours in (
+        (r"^module\.", ""),
+        (r"^encoder\.block(\d)\.", lambda m: f"encoder.blocks.{int(m[1]) - 1}."),
+        (r"^fusionnet(\d)\.", lambda m: f"fusion.{int(m[1]) - 1}."),
+        (r"^conv_up", "decoder.up"),
+        (r"^outlayer\.", "decoder.outlayer."),
+        (r"\.AFFusion(\d)\.conv_layer1\.", r".aff\1.mask."),
+        (r"\.AFFusion(\d)\.conv_layer\.", r".aff\1.conv."),
+        (r"\.AFFusion(\d)\.", r".aff\1."),
+        (r"\.CASFusion\.", ".casf."),
+        (r"\.patchembed(\d)\.proj\.", r".embed\1."),
+        (r"\.QKV_Block(\d)\.norm1\.", r".norm\1."),
+        (r"\.QKV_Block(\d)\.attn\.qkv\.", r".qkv\1."),
+        (r"\.depatch\.projection\.0\.", ".unpatch."),
+        (r"\.SFEFusion\.experts\.", ".sfef."),
+        (r"\.SFEFusion\.", ".sfef."),
+        (r"(\.experts\.\d)\.3\.", r"\1.2."),  # the published expert has a dropout at place 2
+    )
+)
+# Stored by the published code but never used in its forward pass, or rebuilt from a formula here.
+UNUSED = re.compile(r"\.QKV_Block\d\.(attn\.proj|norm2|mlp)\.|\.down_anti\.filt$")
+
+
+def shipped_path(size: str, task: str) -> Path:
+    """Where the weights of a size for a task are; for a size that is not shipped, would be."""
+    return ROOT / "model_pre" / f"{size}_{task}.safetensors"
+
+
+def load_model(args: WeightsArgs, task: str, device: torch.device) -> ASFEFusion:
+    """The network with the weights that a command's settings ask for, in evaluation mode.
+
+    Raises UserError if there are none, or if they do not fit the settings.
+    """
+    path = args.weights or shipped_path(args.size, task)
+    if args.weights is None and not path.is_file():
+        raise UserError(
+            f"no weights of size {args.size} for {task}, expected {path}; train, or use --weights"
+        )
+    model = load_sized(path, args.size, device)
+    if args.aff != "auto":
+        model.aff = args.aff
+    return model
+
+
+def load_sized(path: Path, size: str, device: torch.device | str) -> ASFEFusion:
+    """`load_weights` of a file that must be of one size; UserError if it is not."""
+    model, metadata = load_weights(path, device)
+    if metadata["size"] != size:
+        raise UserError(f"weights {path} are of size {metadata['size']}, expected --size {size}")
+    return model
+
+
+def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[ASFEFusion, dict]:
+    """A model in evaluation mode and the metadata of its file.
+
+    Takes our safetensors, and state dicts (`.pth`) made by the published code, also wrapped in
+    `module.` by DataParallel; those select `aff="published"`. Pickled code is never run.
+
+    Raises:
+        UserError: the file is absent, damaged, of another model, or holds more than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"weights {path}: no such file")
+    if path.suffix == ".safetensors":
+        state, metadata = read_safetensors(path)
+    else:
+        state = from_published(read_state_dict(path))
+        metadata = {"size": "paper", "widths": asdict(SIZES["paper"]), "aff": "published"}
+    model = described_by(metadata, path)
+    parts = model.state_dict(), state
+    want, got = ({key: tuple(t.shape) for key, t in part.items()} for part in parts)
+    for key in {**want, **got}:
+        if want.get(key) != got.get(key):
+            shapes = f"has shape {got.get(key)}, expected {want.get(key)}"
+            raise UserError(f"weights {path}: {key} {shapes}")
+    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    check_finite(state, f"weights {path}")
+    model.load_state_dict(state, assign=True)
+    return model.to(device, memory_format=torch.channels_last).eval(), metadata
+
+
+def save_weights(model: ASFEFusion, path: Path, metadata: dict, half: bool = True) -> None:
+    """Write safetensors, in float16 if `half`, with JSON-able `metadata`; whole or not at all.
+
+    Size, widths and AFF variant are added. Raises UserError for values that are not finite.
+    """
+    from images import write_bytes  # not on top: torch.hub loads without image libraries
+
+    kind = torch.float16 if half else torch.float32
+    state = {
+        key: value.to("cpu", kind if value.is_floating_point() else value.dtype).contiguous()
+        for key, value in model.state_dict().items()
+    }
+    check_finite(state, f"weights for {path}")
+    name = next((n for n, s in SIZES.items() if s == model.size), "custom")
+    metadata = {"size": name, "widths": asdict(model.size), "aff": model.aff, **metadata}
+    write_bytes(path, save(state, {"asfe": json.dumps(metadata)}))
+
+
+def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names for a state dict of the published code; its unused tensors are left out."""
+    ours = {}
+    for key, value in state.items():
+        if not UNUSED.search(key):
+            for pattern, name in RENAMED:
+                key = pattern.sub(name, key)
+            ours[key] = value
+    return ours
+
+
+def described_by(metadata: dict, path: Path) -> ASFEFusion:
+    """A network without values, as the metadata of a file say; UserError if they do not."""
+    try:
+        widths = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["widths"].items()}
+        with torch.device("meta"):  # no time spent on random weights that are replaced at once
+            return ASFEFusion(ModelSize(**widths), metadata["aff"])
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        raise UserError(f"weights {path}: the metadata do not describe a network") from None
+
+
+def check_finite(state: dict[str, Tensor], name: str) -> None:
+    """UserError that names the first tensor with a value that is not finite."""
+    for key, value in state.items():
+        if not torch.isfinite(value).all():
+            raise UserError(f"{name}: {key} has values that are not finite")
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and metadata of a file of ours; UserError for any other."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("asfe", "null"))
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"weights {path}: damaged or not safetensors ({error})") from None
+    if not isinstance(metadata, dict) or not {"size", "widths", "aff"} <= metadata.keys():
+        raise UserError(f"weights {path}: not made by this project, expected `asfe` metadata")
+    return state, metadata
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.pth` file; UserError if it is damaged or holds anything else."""
+    try:
+        with warnings.catch_warnings():  # the error that follows says enough
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"weights {path}: damaged, or pickled code, which is not run") from None
+    except Exception as error:  # a parser of strange bytes may stumble in any way
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"weights {path}: damaged or not a checkpoint ({first_line})") from None
+    items = state.items() if isinstance(state, dict) else [(None, None)]
+    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in items):
+        raise UserError(f"weights {path}: expected a state dict of tensors")
+    return state
