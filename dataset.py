@@ -1,43 +1,35 @@
-"""Reading and writing of image pairs, colour, augmentation, and the HMIF data set.
+"""Image pairs, the training set with its splits, and the HMIF data set.
 
 HMIF: registered CT-MRI, PET-MRI and SPECT-MRI slices of the Harvard Whole Brain Atlas (AANLIB), as
 collected in github.com/xianming-gu/Havard-Medical-Image-Fusion-Datasets. As a script:
 `python dataset.py --download` fetches and verifies it, `--check` says what is there.
 
-Legend: H W pixels. Luma is BT.601, in [0, 1]; chroma is what colour adds to it, RGB - luma.
+Legend: H W pixels; luma and chroma as in images.py.
 """
 
 import hashlib
-import io
-import os
-import tempfile
 import urllib.request
-import warnings
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from args_setting import TASKS, DataArgs, parse_args, run_script
+from args_setting import TASKS, DataArgs, TrainArgs
+from cli import UserError, parse_args, run_script
+from images import EXTENSIONS, read_image, to_uint8, write_bytes
 
 HMIF_URL = (
     "https://raw.githubusercontent.com/xianming-gu/Havard-Medical-Image-Fusion-Datasets/"
     "HEAD/MyDatasets"
 )
 HMIF_SUMS = Path(__file__).with_name("HMIFDatasets") / "SHA256SUMS"
-EXTENSIONS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
-BT601 = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # R, G, B
 
 
 class Pair(NamedTuple):
@@ -48,113 +40,6 @@ class Pair(NamedTuple):
     path2: Path  # MRI
 
 
-# --- images ----------------------------------------------------------------------------------
-
-
-def read_image(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Luma (H, W) float32 in [0, 1], and chroma (H, W, 3), None for grey.
-
-    8 or 16 bits, PNG, TIFF, JPEG or BMP. Grey stored as three equal channels is grey.
-
-    Raises:
-        ValueError: no image, a damaged one, or another kind of pixel.
-    """
-    return _luma_and_chroma(_decode(Path(path)))
-
-
-def _luma_and_chroma(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    scaled = pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
-    if pixels.ndim == 2:
-        return scaled, None
-    if np.ptp(pixels, axis=2).max() == 0:
-        return np.ascontiguousarray(scaled[..., 0]), None
-    luma = scaled @ BT601
-    return luma, scaled - luma[..., None]
-
-
-def _decode(path: Path) -> np.ndarray:
-    """uint8 or uint16, (H, W) or (H, W, 3) in RGB order."""
-    data = path.read_bytes()
-    try:
-        # Pillow refuses a truncated file, which OpenCV may fill up.
-        with warnings.catch_warnings(), _silence():
-            warnings.simplefilter("ignore")
-            Image.open(io.BytesIO(data)).verify()
-            Image.open(io.BytesIO(data)).load()
-            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    except (OSError, SyntaxError, ValueError, cv2.error, Image.DecompressionBombError):
-        pixels = None
-    if pixels is None:
-        raise ValueError(f"{path}: damaged or not an image, expected PNG, TIFF, JPEG or BMP")
-    if pixels.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"{path}: pixels are {pixels.dtype}, expected 8 or 16 bits")
-    if pixels.ndim == 2:
-        return pixels
-    if pixels.shape[2] == 4 and pixels[..., 3].min() < np.iinfo(pixels.dtype).max:
-        raise ValueError(f"{path}: has transparent pixels, expected an opaque image")
-    return pixels[..., 2::-1]
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Nothing reaches stderr: the C libraries below Pillow and OpenCV comment on files there."""
-    with open(os.devnull, "wb") as nowhere:
-        stderr = os.dup(2)
-        try:
-            os.dup2(nowhere.fileno(), 2)
-            yield
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-
-
-def to_uint8(luma: np.ndarray, chroma: np.ndarray | None = None) -> np.ndarray:
-    """(H, W) or, with chroma, (H, W, 3) RGB in 0..255: added, rounded and clipped once, here.
-
-    Adding a source's chroma to a new luma is the YCbCr exchange of the luma. Where the sum leaves
-    the range of 8 bits, the clip changes the stored luma.
-    """
-    image = luma if chroma is None else luma[..., None] + chroma
-    return np.clip(np.rint(image * 255), 0, 255).astype(np.uint8)
-
-
-def read_luma8(path: Path) -> np.ndarray:
-    """Luma (H, W) of an image file in 8 bits, as the metrics take it; exact, halves round up."""
-    pixels = _decode(Path(path))
-    if pixels.dtype == np.uint16:
-        return to_uint8(_luma_and_chroma(pixels)[0])
-    if pixels.ndim == 2:
-        return pixels
-    return ((pixels.astype(np.int32) @ [299, 587, 114] + 500) // 1000).astype(np.uint8)
-
-
-def write_png(path: Path, image: np.ndarray) -> None:
-    """Write uint8 (H, W) or (H, W, 3) RGB; beside `path` first, so there is never half a file."""
-    image = image if image.ndim == 2 else image[..., ::-1]
-    data = cv2.imencode(".png", image)[1].tobytes()
-    write_bytes(path, data)
-
-
-def writable_folder(path: Path) -> Path:
-    """Make the folder and prove that a file can be written there; OSError if not.
-
-    Processes that try the same folder at once, as torchrun's do, get a file each.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(prefix=".probe", suffix=".part", dir=path):
-        return path
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write beside `path`, then rename: a stopped run leaves the old file or the new one."""
-    beside = path.with_name(path.name + ".part")
-    try:
-        beside.write_bytes(data)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 # --- pairs -----------------------------------------------------------------------------------
 
 
@@ -162,7 +47,7 @@ def match_pairs(dir1: Path, dir2: Path, skip_unmatched: bool = False) -> list[Pa
     """Pairs of equal file name (without extension) of two folders, sorted by name.
 
     Raises:
-        ValueError: a folder is missing or empty, a name occurs twice in a folder, or one has no
+        UserError: a folder is missing or empty, a name occurs twice in a folder, or one has no
             partner (unless `skip_unmatched`).
     """
     files1, files2 = images_in(Path(dir1)), images_in(Path(dir2))
@@ -171,27 +56,27 @@ def match_pairs(dir1: Path, dir2: Path, skip_unmatched: bool = False) -> list[Pa
         name = unmatched[0]
         here, there = (dir1, dir2) if name in files1 else (dir2, dir1)
         others = f" (and {len(unmatched) - 1} others)" if len(unmatched) > 1 else ""
-        raise ValueError(
+        raise UserError(
             f"{name}{others} is in {here} but not in {there}; --skip-unmatched leaves it out"
         )
     names = sorted(files1.keys() & files2.keys())
     if not names:
-        raise ValueError(f"no file name occurs in both {dir1} and {dir2}")
+        raise UserError(f"no file name occurs in both {dir1} and {dir2}")
     return [Pair(name, files1[name], files2[name]) for name in names]
 
 
 def images_in(folder: Path) -> dict[str, Path]:
-    """The images of a folder by file name without extension; ValueError if none, or two of one."""
+    """The images of a folder by file name without extension; UserError if none, or two of one."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: no such folder")
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in EXTENSIONS:
             if path.stem in files:
-                raise ValueError(f"{folder}: both {files[path.stem].name} and {path.name}")
+                raise UserError(f"{folder}: both {files[path.stem].name} and {path.name}")
             files[path.stem] = path
     if not files:
-        raise ValueError(f"{folder}: no images, expected {' '.join(EXTENSIONS)}")
+        raise UserError(f"{folder}: no images, expected {' '.join(EXTENSIONS)}")
     return files
 
 
@@ -199,7 +84,7 @@ def task_pairs(root: Path, task: str, split: str, skip_unmatched: bool = False) 
     """Pairs of `<root>/<task>/<split>/<CT|PET|SPECT>` and `…/MRI`; split is train or test."""
     folder = Path(root) / task / split
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; `python dataset.py --download` fetches it")
+        raise UserError(f"{folder}: no such folder; `python dataset.py --download` fetches it")
     return match_pairs(folder / TASKS[task], folder / "MRI", skip_unmatched)
 
 
@@ -208,7 +93,7 @@ def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     (luma1, chroma1), (luma2, chroma2) = read_image(pair.path1), read_image(pair.path2)
     if luma1.shape != luma2.shape:
         sides = [f"{h}x{w}" for h, w in (luma1.shape, luma2.shape)]
-        raise ValueError(f"{pair.path1} is {sides[0]}, {pair.path2} is {sides[1]}, expected equal")
+        raise UserError(f"{pair.path1} is {sides[0]}, {pair.path2} is {sides[1]}, expected equal")
     return luma1, luma2, chroma2 if chroma1 is None else chroma1
 
 
@@ -229,7 +114,7 @@ class TrainPairs(torch.utils.data.Dataset):
             lumas = [to_uint8(luma) for luma in read_pair(pair)[:2]]
             if min(lumas[0].shape) < patch:
                 sides = "x".join(map(str, lumas[0].shape))
-                raise ValueError(f"patch_size is {patch}, but {pair.path1} is only {sides}")
+                raise UserError(f"patch_size is {patch}, but {pair.path1} is only {sides}")
             self.images.append(torch.from_numpy(np.stack(lumas)))  # (2, H, W)
         self.augment = augmentation(patch)
         self.seed, self.epoch = seed, 0
@@ -259,15 +144,44 @@ def _seed(*numbers: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big") >> 1
 
 
+def augmentation(patch: int) -> v2.Transform:
+    """One random crop, flip and turn by right angles, the same for both images of a (2, H, W)."""
+    turns = [v2.Lambda(partial(torch.rot90, k=k, dims=(-2, -1))) for k in range(4)]
+    return v2.Compose([v2.RandomCrop(patch), v2.RandomHorizontalFlip(), v2.RandomChoice(turns)])
+
+
+# --- splits by patient -----------------------------------------------------------------------
+
+
 def case_of(pair: Pair) -> str:
     """The patient: a file is named by the atlas case number and a slice number of three digits."""
     return pair.name[:-3]
 
 
+def split_pairs(args: TrainArgs) -> tuple[list[Pair], list[Pair]]:
+    """Training and validation pairs; no patient, by case number, is in both."""
+    tasks = TASKS if args.task == "all" else (args.task,)
+    pairs = {task: task_pairs(args.data_dir, task, "train") for task in tasks}
+    there = {case_of(pair) for members in pairs.values() for pair in members}
+    for name in ("val_cases", "leave_out"):
+        if unknown := set(getattr(args, name)) - there:
+            raise UserError(f"{name} has {sorted(unknown)}, expected some of {sorted(there)}")
+    pairs = {
+        task: [pair for pair in members if case_of(pair) not in args.leave_out]
+        for task, members in pairs.items()
+    }
+    held = set(args.val_cases) or validation_cases(pairs, args.val)
+    every = [pair for members in pairs.values() for pair in members]
+    train = [pair for pair in every if case_of(pair) not in held]
+    if not train:
+        raise UserError("val_cases and leave_out keep no pairs to train on")
+    return train, [pair for pair in every if case_of(pair) in held]
+
+
 def validation_cases(pairs: dict[str, list[Pair]], share: float) -> set[str]:
     """Patients to validate on: of each task the smallest ones, until they have `share` of it.
 
-    Raises ValueError if a task would keep no patient to train on.
+    Raises UserError if a task would keep no patient to train on.
     """
     held: set[str] = set()
     for task, members in pairs.items():
@@ -277,17 +191,11 @@ def validation_cases(pairs: dict[str, list[Pair]], share: float) -> set[str]:
                 break
             held.add(case)
         if sizes and held >= sizes.keys():
-            raise ValueError(
+            raise UserError(
                 f"{task}: val is {share:g}, which leaves none of the {len(sizes)} patients to "
                 "train on; --val 0 trains without validation"
             )
     return held
-
-
-def augmentation(patch: int) -> v2.Transform:
-    """One random crop, flip and turn by right angles, the same for both images of a (2, H, W)."""
-    turns = [v2.Lambda(partial(torch.rot90, k=k, dims=(-2, -1))) for k in range(4)]
-    return v2.Compose([v2.RandomCrop(patch), v2.RandomHorizontalFlip(), v2.RandomChoice(turns)])
 
 
 # --- the HMIF data set -----------------------------------------------------------------------
@@ -305,7 +213,7 @@ def download(root: Path, url: str = HMIF_URL) -> int:
     A file is written only once its hash is right, so a stopped download goes on where it was.
 
     Raises:
-        ValueError: the server cannot be reached, or sends other bytes than the list expects.
+        UserError: the server cannot be reached, or sends other bytes than the list expects.
     """
     sums = hmif_sums()
     wanted = [name for name, digest in sums.items() if _sha256(root / name) != digest]
@@ -315,9 +223,9 @@ def download(root: Path, url: str = HMIF_URL) -> int:
             with urllib.request.urlopen(f"{url}/{name}", timeout=60) as reply:
                 data = reply.read()
         except (OSError, ValueError) as error:
-            raise ValueError(f"{url}/{name}: {error}; run the command again to go on") from None
+            raise UserError(f"{url}/{name}: {error}; run the command again to go on") from None
         if hashlib.sha256(data).hexdigest() != sums[name]:
-            raise ValueError(f"{url}/{name}: not the bytes that {HMIF_SUMS.name} lists")
+            raise UserError(f"{url}/{name}: not the bytes that {HMIF_SUMS.name} lists")
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         write_bytes(root / name, data)
 
@@ -360,7 +268,7 @@ def check(root: Path) -> tuple[list[str], list[str]]:
 
 def main(args: DataArgs) -> None:
     if not args.download and not args.data_dir.is_dir():
-        raise ValueError(f"{args.data_dir}: no such folder; --download fills it")
+        raise UserError(f"{args.data_dir}: no such folder; --download fills it")
     if args.download:
         print(f"{download(args.data_dir)} files fetched into {args.data_dir}")
     if not args.check:
@@ -369,7 +277,7 @@ def main(args: DataArgs) -> None:
     print("\n".join(found))
     if wrong:
         more = f" (and {len(wrong) - 20} more)" if len(wrong) > 20 else ""
-        raise ValueError(
+        raise UserError(
             f"{len(wrong)} things wrong in {args.data_dir}: {'; '.join(wrong[:20])}{more}"
         )
     print(f"{args.data_dir}: all files present and verified")

@@ -1,17 +1,22 @@
 """What several test files share. `shared` is the folder of real data and golden vectors."""
 
 import os
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from networks import settled
 
 import test_asfe
-from args_setting import TestArgs, parse_args, run_script
-from network import ASFEFusion, save_weights
+from args_setting import TestArgs
+from cli import parse_args, run_script
+from network import ASFEFusion
+from weights import load_weights, save_weights
 
 SHARED = Path(os.environ.get("ASFE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -52,12 +57,18 @@ def call(in_process):
     return lambda *argv: in_process(test_asfe, lambda: parse_args(TestArgs), *argv)
 
 
+def stand_in(monkeypatch, network) -> None:
+    """Have test_asfe.py fuse with something else than a network of its weights."""
+    monkeypatch.setattr(test_asfe, "load_model", lambda *_: network)
+    monkeypatch.setattr(test_asfe, "optimise", lambda network: network)
+
+
 @pytest.fixture
 def brighter(monkeypatch):
     """The brighter source in place of the network."""
     from volume_files import Brighter
 
-    monkeypatch.setattr(test_asfe, "load_model", lambda *_: Brighter())
+    stand_in(monkeypatch, Brighter())
 
 
 @pytest.fixture(scope="session")
@@ -75,3 +86,36 @@ def heads(tmp_path_factory) -> dict[str, Path]:
     from volume_files import draw_heads  # only tests of volumes need its packages
 
     return draw_heads(tmp_path_factory.mktemp("heads"))
+
+
+@pytest.fixture(scope="session")
+def published_file(shared, tmp_path_factory) -> Path:
+    """A checkpoint in the published format: their names, unused tensors, DataParallel's prefix."""
+    golden = runpy.run_path(str(shared / "golden" / "weights.py"))
+    row = torch.tensor([1.0, 3.0, 3.0, 1.0])
+    blur = torch.outer(row, row) / 64
+    arrays = golden["state_dict"](shared / "golden" / "authors_keys.json")
+    state = {
+        f"module.{name}": blur.expand(array.shape).clone()
+        if name.endswith("down_anti.filt")
+        else torch.from_numpy(np.asarray(array))
+        for name, array in arrays.items()
+    }
+    path = tmp_path_factory.mktemp("published") / "ASFE.pth"
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def published_model(published_file) -> ASFEFusion:
+    """The published network with the golden weights."""
+    model, metadata = load_weights(published_file)
+    assert metadata["aff"] == model.aff == "published"
+    return model
+
+
+@pytest.fixture(scope="module")
+def compact() -> ASFEFusion:
+    """The compact size with random weights."""
+    torch.manual_seed(1)
+    return settled(ASFEFusion("compact"))

@@ -1,9 +1,8 @@
-"""Reading and writing of images, pairs, augmentation, and the download of the data set."""
+"""Image pairs, the training set, splits by patient, and the download of the data set."""
 
 import hashlib
 import http.server
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -11,164 +10,30 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from task_files import write_task
 
 import dataset
-from args_setting import TASKS, DataArgs
+from args_setting import TASKS, DataArgs, TrainArgs
 from dataset import (
     Pair,
     TrainPairs,
     augmentation,
+    case_of,
     match_pairs,
-    read_image,
-    read_luma8,
     read_pair,
+    split_pairs,
     task_pairs,
-    to_uint8,
-    writable_folder,
-    write_png,
+    validation_cases,
 )
+from images import write_png
 from phantom import phantom_pair
-
-
-def random_image(*shape: int, bits: int = 8) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 2**bits, shape, dtype=f"uint{bits}")
 
 
 def write_folder(folder: Path, names: list[str], side: int = 32) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        cv2.imwrite(str(folder / name), random_image(side, side))
+        cv2.imwrite(str(folder / name), np.zeros((side, side), np.uint8))
     return folder
-
-
-# --- images ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("extension", ["png", "tif", "bmp", "PNG"])
-def test_grey_is_read_as_it_is(tmp_path, extension):
-    image = random_image(20, 30)
-    cv2.imwrite(str(tmp_path / f"a.{extension}"), image)
-    luma, chroma = read_image(tmp_path / f"a.{extension}")
-    assert chroma is None and luma.dtype == np.float32
-    assert np.array_equal(to_uint8(luma), image)
-
-
-def test_jpeg_is_read(tmp_path):
-    image = phantom_pair("CT-MRI", 64)[0]
-    cv2.imwrite(str(tmp_path / "a.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 100])
-    assert np.abs(read_luma8(tmp_path / "a.jpg").astype(int) - image).max() <= 3
-
-
-@pytest.mark.parametrize("extension", ["png", "tif"])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_16_bits_keep_their_levels(tmp_path, extension, channels):
-    image = random_image(20, 30, channels, bits=16).squeeze()
-    cv2.imwrite(str(tmp_path / f"a.{extension}"), image)
-    luma, chroma = read_image(tmp_path / f"a.{extension}")
-    if channels == 1:
-        assert np.array_equal(np.rint(luma * 65535), image)
-    else:
-        rgb = np.rint((luma[..., None] + chroma) * 65535)
-        assert np.abs(rgb - image[..., ::-1]).max() <= 1
-
-
-def test_grey_in_three_channels_is_grey(tmp_path):
-    image = random_image(20, 30)
-    cv2.imwrite(str(tmp_path / "a.png"), np.dstack([image] * 3))
-    luma, chroma = read_image(tmp_path / "a.png")
-    assert chroma is None and np.array_equal(to_uint8(luma), image)
-
-
-def test_luma_is_bt601(tmp_path):
-    image = random_image(20, 30, 3)
-    cv2.imwrite(str(tmp_path / "a.png"), image)
-    expected = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY).astype(int)  # fixed point, so one level off
-    assert np.abs(read_luma8(tmp_path / "a.png").astype(int) - expected).max() <= 1
-
-
-def test_chroma_put_back_with_its_own_luma_is_the_image(tmp_path):
-    image = random_image(20, 30, 3)
-    write_png(tmp_path / "a.png", image)
-    luma, chroma = read_image(tmp_path / "a.png")
-    assert np.array_equal(to_uint8(luma, chroma), image)
-
-
-def test_exchanging_the_luma_keeps_cb_and_cr(tmp_path):
-    image = np.full((16, 16, 3), (140, 100, 90), np.uint8)
-    write_png(tmp_path / "a.png", image)
-    luma, chroma = read_image(tmp_path / "a.png")
-    brighter = to_uint8(luma + 0.2, chroma)
-    before, after = (
-        cv2.cvtColor(i, cv2.COLOR_RGB2YCrCb).astype(int)[0, 0] for i in (image, brighter)
-    )
-    assert after[0] - before[0] == 51
-    assert np.abs(after[1:] - before[1:]).max() <= 1
-
-
-def test_rounding_and_clipping():
-    luma = np.array([[-0.1, 0.0, 0.4999 / 255, 0.5001 / 255, 254.6 / 255, 1.2]])
-    assert to_uint8(luma).tolist() == [[0, 0, 0, 1, 255, 255]]
-
-
-def test_opaque_alpha_is_dropped_and_transparency_refused(tmp_path):
-    image = np.dstack([random_image(20, 30, 3), np.full((20, 30), 255, np.uint8)])
-    cv2.imwrite(str(tmp_path / "a.png"), image)
-    assert read_image(tmp_path / "a.png")[0].shape == (20, 30)
-    image[3, 4, 3] = 100
-    cv2.imwrite(str(tmp_path / "a.png"), image)
-    with pytest.raises(ValueError, match="transparent"):
-        read_image(tmp_path / "a.png")
-
-
-def test_a_decoder_that_comments_is_not_heard(tmp_path, capfd):
-    """A TIFF whose strip is shorter than it says: libtiff and OpenCV would print several lines."""
-    cv2.imwrite(str(tmp_path / "a.tif"), phantom_pair("CT-MRI", 64)[0])
-    data = bytearray((tmp_path / "a.tif").read_bytes())
-    for place in range(len(data) - 40, len(data)):
-        data[place] ^= 0x5A
-    (tmp_path / "a.tif").write_bytes(data)
-    try:
-        read_image(tmp_path / "a.tif")
-    except ValueError as error:
-        assert "\n" not in str(error)
-    assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("extension", ["png", "jpg", "tif", "bmp"])
-def test_damaged_images_are_refused_in_silence(tmp_path, capfd, extension):
-    path = tmp_path / f"a.{extension}"
-    cv2.imwrite(str(path), phantom_pair("CT-MRI", 128)[0])
-    data = path.read_bytes()
-    for wrong in (
-        data[: len(data) // 2],
-        data[:-8] if extension != "tif" else data[:9],
-        b"",
-        b"hi",
-    ):
-        path.write_bytes(wrong)
-        with pytest.raises(ValueError, match="damaged or not an image"):
-            read_image(path)
-    assert capfd.readouterr() == ("", "")
-
-
-def test_float_pixels_are_refused(tmp_path):
-    cv2.imwrite(str(tmp_path / "a.tif"), np.random.rand(20, 30).astype(np.float32))
-    with pytest.raises(ValueError, match="float32, expected 8 or 16 bits"):
-        read_image(tmp_path / "a.tif")
-
-
-def test_a_failed_write_leaves_nothing(tmp_path):
-    (tmp_path / "a.png").mkdir()
-    with pytest.raises(OSError):
-        write_png(tmp_path / "a.png", random_image(8, 8))
-    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
-
-
-def test_a_folder_may_be_tried_by_many_at_once(tmp_path):
-    # the processes of torchrun do; with one name for all, some found their file gone
-    with ThreadPoolExecutor(8) as pool:
-        assert set(pool.map(writable_folder, [tmp_path / "out"] * 2000)) == {tmp_path / "out"}
-    assert list((tmp_path / "out").iterdir()) == []
 
 
 # --- pairs -----------------------------------------------------------------------------------
@@ -258,6 +123,43 @@ def test_training_pairs(tmp_path):
     assert img1.dtype == torch.float32 and 0 <= img1.min() and img1.max() <= 1
     with pytest.raises(ValueError, match="patch_size is 65, but .* only 64x64"):
         TrainPairs(match_pairs(tmp_path / "1", tmp_path / "2"), 65)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Three patients of four slices each."""
+    names = {f"{case}{slice_:03d}": 64 for case in (1, 2, 3) for slice_ in range(4)}
+    return write_task(tmp_path_factory.mktemp("data"), "CT-MRI", "train", names)
+
+
+def test_validation_shares_no_patient_with_training(data):
+    pairs = task_pairs(data, "CT-MRI", "train")
+    assert validation_cases({"CT-MRI": pairs}, 0) == set()
+    assert validation_cases({"CT-MRI": pairs}, 0.1) == {"1"}
+    assert validation_cases({"CT-MRI": pairs}, 0.4) == {"1", "2"}
+    args = TrainArgs(data_dir=data, val=0.1, leave_out=("3",))
+    train, val = split_pairs(args)
+    assert {case_of(p) for p in train} == {"2"} and {case_of(p) for p in val} == {"1"}
+    args = TrainArgs(data_dir=data, val_cases=("2", "3"))
+    train, val = split_pairs(args)
+    assert {case_of(p) for p in train} == {"1"} and len(val) == 8
+
+
+def test_batches_do_not_depend_on_the_number_of_processes(data):
+    pairs = TrainPairs(task_pairs(data, "CT-MRI", "train"), 32, seed=5)
+    whole = pairs.batches(4)
+    assert sorted(i for batch in whole for i in batch) == list(range(12))
+    shards = [pairs.batches(4, rank, 2) for rank in (0, 1)]
+    for batch, *parts in zip(whole, *shards, strict=True):
+        assert sorted(batch) == sorted(parts[0] + parts[1])
+    assert len(pairs.batches(5)) == 2, "what is left over waits for the next epoch"
+    pairs.epoch = 1
+    assert pairs.batches(4) != whole
+    first = pairs[3]
+    torch.rand(1)  # the state of the generator does not matter
+    assert all(map(torch.equal, first[:2], pairs[3][:2])) and first[2] == pairs[3][2]
+    pairs.epoch = 2
+    assert not all(map(torch.equal, first[:2], pairs[3][:2]))
 
 
 # --- the HMIF data set -----------------------------------------------------------------------

@@ -1,0 +1,124 @@
+"""What every command shares: its flags, its one-line errors, and the set-up of the process.
+
+The flags of a command are the fields of its dataclass in args_setting.py. What the user can mend is
+a `UserError` or an `OSError` and ends in one line and exit code 2; any other error is a bug of ours
+and keeps its traceback.
+"""
+
+import argparse
+import ctypes
+import platform
+import sys
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+
+class UserError(ValueError):
+    """What the user can mend; the message says what came, what was expected, and the next step."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, but an error is one line (and, as ever, exit code 2)."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def make_parser(cls: type, description: str = "") -> argparse.ArgumentParser:
+    """The command line of a settings dataclass: one flag for each field, named like the field."""
+    parser = OneLineParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    hints = typing.get_type_hints(cls)
+    for f in fields(cls):
+        extras = dict(f.metadata)
+        source, text = extras.pop("source"), extras.pop("help")
+        extras.pop("minimum", None)
+        shown = f.default.name if isinstance(f.default, Path) else f.default
+        extras["help"] = f"{text} (default {shown}; {source})".replace("%", "%%")
+        if hints[f.name] is bool:
+            extras["action"] = argparse.BooleanOptionalAction
+        else:
+            extras["type"] = plain_type(hints[f.name])
+        spellings = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
+        parser.add_argument(*spellings, default=f.default, **extras)
+    return parser
+
+
+def plain_type(hint):
+    """Path | None -> Path: argparse wants something it can call; None is only ever a default."""
+    if isinstance(hint, types.UnionType):
+        return next(t for t in typing.get_args(hint) if t is not type(None))
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
+
+
+def parse_args(cls: type, argv: list[str] | None = None, description: str = ""):
+    """Parse `argv` (default: the command line) into an instance of `cls`; errors exit with 2."""
+    parser = make_parser(cls, description)
+    args = cls(**vars(parser.parse_args(argv)))
+    for f in fields(cls):  # argparse does not check a default that was edited in args_setting.py
+        value, choices = getattr(args, f.name), f.metadata.get("choices")
+        if choices and value is not None and value not in choices:
+            parser.error(f"{f.name} is {value!r}, expected one of {', '.join(choices)}")
+        if "minimum" in f.metadata and not value >= f.metadata["minimum"]:
+            parser.error(f"{f.name} is {value}, expected at least {f.metadata['minimum']}")
+    return args
+
+
+def run_script(main: Callable, args) -> None:
+    """Run a command's `main(args)`; what the user can mend ends in one line and exit code 2."""
+    try:
+        main(args)
+    except (UserError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def setup_runtime(args) -> torch.device:
+    """What comes before any work: memory, numbers, `args.threads`; the device of `args.DEVICE`."""
+    keep_freed_memory()
+    # Subnormal numbers slow a CPU down and carry no information. First of all, because a thread
+    # inherits this setting from the one that starts it, and those that run do not hear of it.
+    torch.set_flush_denormal(True)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return pick_device(args.DEVICE)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc, where it is the C library, reuse what is freed from here on, not return it.
+
+    Otherwise a pass on a CPU gets its maps of tens of MB from the system anew, page by page, which
+    is about a tenth of its time. See mallopt(3).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: what is larger comes and goes on its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the end that may stay
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `--DEVICE` names; "auto" is CUDA, then MPS, then CPU.
+
+    Raises UserError if the device is unknown or absent.
+    """
+    absent = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next((d for d in ("cuda", "mps") if not absent[d]), "cpu"))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")  # as wrong as any other that follows
+    if device.type not in ("cpu", *absent):
+        raise UserError(f"DEVICE is {name!r}, expected auto, cpu, cuda, cuda:N or mps")
+    if absent.get(device.type) or (device.index or 0) >= max(torch.cuda.device_count(), 1):
+        raise UserError(f"DEVICE is {name!r}, but this machine has no such device; try auto")
+    return device

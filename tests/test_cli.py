@@ -1,0 +1,159 @@
+"""Flags, one-line errors, and the set-up of a process."""
+
+import importlib.util
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+
+import pytest
+import torch
+
+import args_setting
+from args_setting import ROOT, TASKS, CommonArgs, TestArgs, TrainArgs, setting
+from cli import UserError, parse_args, pick_device, run_script
+
+COMMANDS = (TrainArgs, TestArgs, args_setting.DataArgs, args_setting.MetricArgs)
+COMMANDS += (args_setting.ExportArgs, args_setting.AppArgs)
+
+
+# --- settings --------------------------------------------------------------------------------
+
+
+def test_every_default_names_its_source():
+    for cls in COMMANDS:
+        for field in fields(cls):
+            assert field.metadata["source"] in ("paper", "published code", "ours"), field.name
+
+
+def test_published_flags_keep_their_names():
+    argv = "--DEVICE cpu --epoch 3 --lr 0.1 --batch_size 2 --patch_size 64 --task SPECT-MRI"
+    args = parse_args(TrainArgs, argv.split())
+    assert (args.DEVICE, args.epoch, args.lr) == ("cpu", 3, 0.1)
+    assert (args.batch_size, args.patch_size, args.task) == (2, 64, "SPECT-MRI")
+
+
+def test_an_edited_default_counts_and_a_flag_wins(capsys):
+    @dataclass(frozen=True)
+    class Edited(CommonArgs):
+        task: str = setting("PET-MRI", "x", choices=tuple(TASKS))
+        size: str = setting("small", "x", choices=("paper", "compact"))
+
+    args = parse_args(Edited, ["--size", "paper"])
+    assert args.task == "PET-MRI" and args.size == "paper"
+    assert parse_args(Edited, ["--size", "paper", "--task", "CT-MRI"]).task == "CT-MRI"
+    with pytest.raises(SystemExit) as stop:  # an edited default outside of the choices
+        parse_args(Edited, [])
+    assert stop.value.code == 2
+    assert "size is 'small', expected one of paper, compact" in capsys.readouterr().err
+
+
+def test_task_size_and_data_folder_are_edited_once_for_all(tmp_path):
+    text = (ROOT / "args_setting.py").read_text()
+    edits = {'"CT-MRI", "fusion task': '"PET-MRI", "fusion task'}
+    edits |= {'setting("compact"': 'setting("paper"', 'ROOT / "HMIFDatasets"': 'ROOT / "Mine"'}
+    for before, after in edits.items():
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    (tmp_path / "edited.py").write_text(text)
+    spec = importlib.util.spec_from_file_location("edited", tmp_path / "edited.py")
+    edited = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(edited)
+    expected = {"task": "PET-MRI", "size": "paper", "data_dir": tmp_path / "Mine"}
+    seen = set()
+    for cls in COMMANDS:
+        settings = getattr(edited, cls.__name__)()
+        for name in expected.keys() & {f.name for f in fields(settings)}:
+            assert getattr(settings, name) == expected[name], (cls, name)
+            seen.add((cls.__name__, name))
+    assert {("MetricArgs", "task"), ("ExportArgs", "size"), ("DataArgs", "data_dir")} <= seen
+
+
+def test_spelling_with_hyphens_works_too():
+    assert parse_args(TestArgs, ["--skip-unmatched"]).skip_unmatched
+    assert not parse_args(TestArgs, ["--no-skip-unmatched"]).skip_unmatched
+    assert parse_args(TestArgs, ["--contact-rows", "2"]).contact_rows == 2
+
+
+# --- errors ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [UserError("a is 1,\nexpected 2"), OSError("disk is full")])
+def test_what_the_user_can_mend_is_one_line(error, capsys):
+    def main(args):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run_script(main, None)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and " ".join(str(error).split()) in err
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("a bug"), RuntimeError("a bug")])
+def test_a_bug_of_ours_keeps_its_traceback(error):
+    def main(args):
+        raise error
+
+    with pytest.raises(type(error), match="a bug"):
+        run_script(main, None)
+
+
+# --- the process -----------------------------------------------------------------------------
+
+
+def test_pick_device():
+    assert pick_device("cpu").type == "cpu"
+    assert pick_device("auto").type in ("cpu", "cuda", "mps")
+    for name in ("gpu", "meta", "xpu"):
+        with pytest.raises(UserError, match="expected auto, cpu"):
+            pick_device(name)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no such device"):
+            pick_device("cuda")
+
+
+SUBNORMAL = """
+import cli, torch
+from args_setting import TestArgs
+if {setup}:
+    cli.setup_runtime(TestArgs(DEVICE="cpu", threads=2))
+torch.set_num_threads(2)
+a = torch.full((1024, 1024), 1e-20)
+print(int((a @ a).count_nonzero()))
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="about x86")
+@pytest.mark.parametrize("setup", [True, False])
+def test_subnormal_numbers_are_zero_in_every_thread(setup):
+    """After `setup_runtime`; the library's default keeps them."""
+    command = [sys.executable, "-c", SUBNORMAL.format(setup=setup)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == (0 if setup else 2**20)
+
+
+KEPT = """
+import cli, resource, torch
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    maps = [torch.ones(2**22) for _ in range(6)]  # 16 MB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+if {kept}:
+    cli.keep_freed_memory()
+faults()
+print(*sorted(faults() for _ in range(4)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc")
+def test_freed_memory_is_kept():
+    """Maps that were freed come back without page faults; by default they do not."""
+    counts = []
+    for kept in (True, False):
+        command = [sys.executable, "-c", KEPT.format(kept=kept)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        counts.append([int(n) for n in done.stdout.split()])
+    kept, returned = counts
+    # at best, as a small thing in a gap may cost a map its old address once; of up to 24576
+    assert kept[0] < 100
+    assert kept[0] < returned[-1]

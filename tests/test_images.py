@@ -1,0 +1,165 @@
+"""Image files: what is read is what is stored, what is damaged is refused in silence."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+import numpy as np
+import pytest
+
+from images import read_image, read_luma8, to_uint8, writable_folder, write_bytes, write_png
+from phantom import phantom_pair
+
+
+def random_image(*shape: int, bits: int = 8) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 2**bits, shape, dtype=f"uint{bits}")
+
+
+@pytest.mark.parametrize("extension", ["png", "tif", "bmp", "PNG"])
+def test_grey_is_read_as_it_is(tmp_path, extension):
+    image = random_image(20, 30)
+    cv2.imwrite(str(tmp_path / f"a.{extension}"), image)
+    luma, chroma = read_image(tmp_path / f"a.{extension}")
+    assert chroma is None and luma.dtype == np.float32
+    assert np.array_equal(to_uint8(luma), image)
+
+
+def test_jpeg_is_read(tmp_path):
+    image = phantom_pair("CT-MRI", 64)[0]
+    cv2.imwrite(str(tmp_path / "a.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 100])
+    assert np.abs(read_luma8(tmp_path / "a.jpg").astype(int) - image).max() <= 3
+
+
+@pytest.mark.parametrize("extension", ["png", "tif"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_16_bits_keep_their_levels(tmp_path, extension, channels):
+    image = random_image(20, 30, channels, bits=16).squeeze()
+    cv2.imwrite(str(tmp_path / f"a.{extension}"), image)
+    luma, chroma = read_image(tmp_path / f"a.{extension}")
+    if channels == 1:
+        assert np.array_equal(np.rint(luma * 65535), image)
+    else:
+        rgb = np.rint((luma[..., None] + chroma) * 65535)
+        assert np.abs(rgb - image[..., ::-1]).max() <= 1
+
+
+def test_grey_in_three_channels_is_grey(tmp_path):
+    image = random_image(20, 30)
+    cv2.imwrite(str(tmp_path / "a.png"), np.dstack([image] * 3))
+    luma, chroma = read_image(tmp_path / "a.png")
+    assert chroma is None and np.array_equal(to_uint8(luma), image)
+
+
+def test_luma_is_bt601(tmp_path):
+    image = random_image(20, 30, 3)
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    expected = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY).astype(int)  # fixed point, so one level off
+    assert np.abs(read_luma8(tmp_path / "a.png").astype(int) - expected).max() <= 1
+
+
+def test_chroma_put_back_with_its_own_luma_is_the_image(tmp_path):
+    image = random_image(20, 30, 3)
+    write_png(tmp_path / "a.png", image)
+    luma, chroma = read_image(tmp_path / "a.png")
+    assert np.array_equal(to_uint8(luma, chroma), image)
+
+
+def test_exchanging_the_luma_keeps_cb_and_cr(tmp_path):
+    image = np.full((16, 16, 3), (140, 100, 90), np.uint8)
+    write_png(tmp_path / "a.png", image)
+    luma, chroma = read_image(tmp_path / "a.png")
+    brighter = to_uint8(luma + 0.2, chroma)
+    before, after = (
+        cv2.cvtColor(i, cv2.COLOR_RGB2YCrCb).astype(int)[0, 0] for i in (image, brighter)
+    )
+    assert after[0] - before[0] == 51
+    assert np.abs(after[1:] - before[1:]).max() <= 1
+
+
+def test_rounding_and_clipping():
+    luma = np.array([[-0.1, 0.0, 0.4999 / 255, 0.5001 / 255, 254.6 / 255, 1.2]])
+    assert to_uint8(luma).tolist() == [[0, 0, 0, 1, 255, 255]]
+
+
+def test_opaque_alpha_is_dropped_and_transparency_refused(tmp_path):
+    image = np.dstack([random_image(20, 30, 3), np.full((20, 30), 255, np.uint8)])
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    assert read_image(tmp_path / "a.png")[0].shape == (20, 30)
+    image[3, 4, 3] = 100
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    with pytest.raises(ValueError, match="transparent"):
+        read_image(tmp_path / "a.png")
+
+
+def test_a_decoder_that_comments_is_not_heard(tmp_path, capfd):
+    """A TIFF whose strip is shorter than it says: libtiff and OpenCV would print several lines."""
+    cv2.imwrite(str(tmp_path / "a.tif"), phantom_pair("CT-MRI", 64)[0])
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    for place in range(len(data) - 40, len(data)):
+        data[place] ^= 0x5A
+    (tmp_path / "a.tif").write_bytes(data)
+    try:
+        read_image(tmp_path / "a.tif")
+    except ValueError as error:
+        assert "\n" not in str(error)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "tif", "bmp"])
+def test_damaged_images_are_refused_in_silence(tmp_path, capfd, extension):
+    path = tmp_path / f"a.{extension}"
+    cv2.imwrite(str(path), phantom_pair("CT-MRI", 128)[0])
+    data = path.read_bytes()
+    for wrong in (
+        data[: len(data) // 2],
+        data[:-8] if extension != "tif" else data[:9],
+        b"",
+        b"hi",
+    ):
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match="damaged or not an image"):
+            read_image(path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_float_pixels_are_refused(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.tif"), np.random.rand(20, 30).astype(np.float32))
+    with pytest.raises(ValueError, match="float32, expected 8 or 16 bits"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_reading_in_threads_keeps_stderr(tmp_path, capfd):
+    """It used to be turned off for the whole process while a file was read, at times for good."""
+    write_png(tmp_path / "a.png", random_image(64, 64))
+    before = os.fstat(2)
+    with ThreadPoolExecutor(4) as pool:
+        readings = [pool.submit(read_image, tmp_path / "a.png") for _ in range(200)]
+        while not all(reading.done() for reading in readings):
+            assert os.fstat(2).st_ino == before.st_ino
+            os.write(2, b"heard\n")
+    assert os.fstat(2).st_ino == before.st_ino
+    assert set(capfd.readouterr().err.split()) <= {"heard"}
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(OSError):
+        write_png(tmp_path / "a.png", random_image(8, 8))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    write_bytes(tmp_path / "b", b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_bytes(tmp_path / "b", b"new")
+    assert (tmp_path / "b").read_bytes() == b"old"
+    assert {p.name for p in tmp_path.iterdir()} == {"a.png", "b"}
+
+
+def test_a_folder_may_be_tried_by_many_at_once(tmp_path):
+    # the processes of torchrun do; with one name for all, some found their file gone
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(writable_folder, [tmp_path / "out"] * 2000)) == {tmp_path / "out"}
+    assert list((tmp_path / "out").iterdir()) == []
