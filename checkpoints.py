@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -13,7 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from args_setting import TrainArgs
-from dataset import write_bytes
+from cli import UserError
+from images import whole_file, write_bytes
 from network import ASFEFusion
 
 # A resumed run may differ in these, as they do not change what is trained.
@@ -21,8 +21,8 @@ FREE = ("DEVICE", "threads", "data_dir", "save_dir", "workers", "resume", "minut
 FREE += ("save_every",)
 
 
-class Parts(NamedTuple):
-    """What a checkpoint keeps the state of."""
+class TrainState(NamedTuple):
+    """All that training changes; a checkpoint keeps the state of each."""
 
     model: ASFEFusion
     averaged: AveragedModel  # the weights to use: a moving average of the model's
@@ -31,50 +31,52 @@ class Parts(NamedTuple):
     scaler: torch.amp.GradScaler
 
 
-def beside(out: Path, ending: str) -> Path:
+def run_file(out: Path, ending: str) -> Path:
+    """A file of the run whose files begin with `out`, such as modelsave/compact_CT-MRI."""
     return out.with_name(out.name + ending)
 
 
-def save_checkpoint(path: Path, parts: Parts, args: TrainArgs, run: dict) -> None:
+def save_checkpoint(path: Path, state: TrainState, args: TrainArgs, run: dict) -> None:
     """Write all that --resume needs; a kill at any moment leaves the old file or the new one.
 
     No state of random generators is in it: what is random in an epoch follows from its number.
     """
-    state = {name: part.state_dict() for name, part in parts._asdict().items()}
-    part = beside(path, ".part")
-    with part.open("wb") as file:
-        torch.save({"state": state, "settings": plain(args), "run": run}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    states = {name: part.state_dict() for name, part in state._asdict().items()}
+    with whole_file(path) as file:
+        torch.save({"state": states, "settings": plain(args), "run": run}, file)
 
 
-def load_checkpoint(path: Path, parts: Parts, args: TrainArgs) -> dict:
-    """Put the parts into the state that a checkpoint keeps; the run so far.
+def load_checkpoint(path: Path, state: TrainState, args: TrainArgs) -> dict:
+    """Put `state` back to what a checkpoint keeps; returns the run so far.
 
     It is read to the CPU, where AdamW keeps its step counts: on a GPU, each step would wait for
     every one of them. The parts copy the rest to their own device.
 
-    Raises ValueError if there is none, if it is damaged, or if a setting has changed.
+    Raises UserError if there is none, if it is damaged, or if a setting has changed.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file, so there is no run to resume")
+        raise UserError(f"{path}: no such file, so there is no run to resume")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        settings, state, run = saved["settings"], saved["state"], saved["run"]
+        settings, states, run = saved["settings"], saved["state"], saved["run"]
     except Exception:  # a parser of strange bytes may stumble in any way
-        raise ValueError(f"{path}: damaged or not a checkpoint of train_asfe.py") from None
+        raise UserError(f"{path}: damaged or not a checkpoint of train_asfe.py") from None
     now = plain(args)
     changed = [
         f"{name} is {now.get(name)!r} and was {settings.get(name)!r}"
         for name in {**settings, **now}
-        if name not in FREE and now.get(name) != settings.get(name)
+        if name not in FREE and unordered(now.get(name)) != unordered(settings.get(name))
     ]
     if changed:
-        raise ValueError(f"cannot resume {path} with other settings: {'; '.join(changed)}")
-    for name, part in parts._asdict().items():
-        part.load_state_dict(state[name])
+        raise UserError(f"cannot resume {path} with other settings: {'; '.join(changed)}")
+    for name, part in state._asdict().items():
+        part.load_state_dict(states[name])
     return run
+
+
+def unordered(value):
+    """A setting as it is compared: the order of a list, as of --loss_weights, means nothing."""
+    return sorted(value) if isinstance(value, list) else value
 
 
 def plain(args: TrainArgs) -> dict:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cli import UserError
+
 # total = sum of weight * term
 WEIGHTS = {
     "paper": {"content": 0.5, "gradient": 0.5, "structure": 1.0},
@@ -151,17 +153,21 @@ def sobel(img: Tensor) -> Tensor:
 def term_weights(recipe: str, changes: Iterable[str] = ()) -> dict[str, float]:
     """The weight of each term of a recipe, after changes like "gradient=60".
 
-    Raises ValueError for an unknown recipe or term, or a weight that is no number from 0 up.
+    Raises UserError for an unknown recipe or term, a weight that is no number from 0 up, or two
+    for one term.
     """
     if recipe not in WEIGHTS:
-        raise ValueError(f"recipe is {recipe!r}, expected {' or '.join(WEIGHTS)}")
-    weights = dict(WEIGHTS[recipe])
+        raise UserError(f"recipe is {recipe!r}, expected {' or '.join(WEIGHTS)}")
+    weights, changed = dict(WEIGHTS[recipe]), set()
     for change in changes:
         name, _, value = change.partition("=")
         if name not in weights or not value.replace(".", "", 1).isdecimal():
-            known = ", ".join(weights)
-            raise ValueError(f"loss weight {change!r}, expected TERM=NUMBER with one of {known}")
+            terms = ", ".join(weights)
+            raise UserError(f"loss weight {change!r}, expected TERM=NUMBER with one of {terms}")
+        if name in changed:
+            raise UserError(f"loss weight {change!r}: {name} has one already, expected one a term")
         weights[name] = float(value)
+        changed.add(name)
     return weights
 
 
@@ -175,9 +181,10 @@ def fusion_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of a recipe's terms, and the terms by name (unweighted).
 
-    `weights` takes the place of the recipe's own. Raises ValueError for an unknown recipe.
+    `weights` takes the place of the recipe's own. Raises UserError for an unknown recipe.
     """
-    weights = weights or term_weights(recipe)
+    defaults = term_weights(recipe)  # which also refuses an unknown recipe
+    weights = weights or defaults
     images = fused, img1, img2
     if recipe == "paper":
         terms = {

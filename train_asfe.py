@@ -6,7 +6,7 @@ Writes to modelsave/, under the name <size>_<task>:
   .csv, _tensorboard/, _curve.png   losses, metrics, learning rate and throughput by epoch
 
 Several GPUs: `torchrun --nproc_per_node N train_asfe.py …`. batch_size is that of a whole step, so
-the same command trains the same network on any number of processes.
+the same command trains the same network on any number of GPUs.
 
 Legend: B pairs that a process takes at once, p patch side, H W sides of a whole image.
 """
@@ -29,21 +29,23 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from args_setting import TASKS, TrainArgs, parse_args, run_script
+from args_setting import TrainArgs
 from checkpoints import (
-    Parts,
-    beside,
+    TrainState,
     describe,
     draw_curve,
     load_checkpoint,
+    run_file,
     save_checkpoint,
     write_csv,
 )
-from dataset import Pair, TrainPairs, case_of, task_pairs, validation_cases, writable_folder
-from distributed import agreed, join_processes, synchronise_batchnorm
+from cli import UserError, parse_args, run_script, setup_runtime
+from dataset import TrainPairs, split_pairs
+from evaluation.batch import evaluate_batch
+from images import writable_folder
 from losses import fusion_loss, term_weights
-from metrics import evaluate_batch
-from network import ASFEFusion, load_weights, save_weights, start
+from network import ASFEFusion
+from weights import load_sized, save_weights
 
 GRADIENT_CLIP = 1.0  # largest norm of a step's gradient
 METRICS = ("SSIM", "VIF", "Qabf", "SCD")
@@ -55,7 +57,7 @@ def main(args: TrainArgs) -> None:
     # setup: torchrun starts this in several processes, each with a rank of its own
     started = time.time()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = start(args)
+    device = setup_runtime(args)
     if world > 1:
         device = join_processes(device)
     amp = set_precision(args.precision, device)
@@ -72,7 +74,10 @@ def main(args: TrainArgs) -> None:
     averaged = AveragedModel(model, multi_avg_fn=moving_average(args.ema))
     network: nn.Module = model
     if world > 1:
-        synchronise_batchnorm(model)
+        if device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        elif rank == 0:
+            print("several processes on a CPU: BatchNorm sees a process's part of a batch only")
         network = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
     if args.compile:
         network = torch.compile(network)
@@ -83,19 +88,19 @@ def main(args: TrainArgs) -> None:
     schedule = LambdaLR(optimiser, lambda step: learning_rate(step, steps, args.warmup))
     # fp16 has too little range for gradients; for the other types the scaler does nothing
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-    parts = Parts(model, averaged, optimiser, schedule, scaler)
+    state = TrainState(model, averaged, optimiser, schedule, scaler)
 
     # the run so far
     out = writable_folder(args.save_dir) / f"{args.size}_{args.task}"
     run = {"epoch": 0, "best": -math.inf, "waited": 0, "seconds": 0.0, "rows": []}
     if args.resume:
-        run = load_checkpoint(beside(out, "_last.pt"), parts, args)
+        run = load_checkpoint(run_file(out, "_last.pt"), state, args)
     if rank == 0:
-        board = SummaryWriter(beside(out, "_tensorboard"), purge_step=run["epoch"] + 1)
+        board = SummaryWriter(run_file(out, "_tensorboard"), purge_step=run["epoch"] + 1)
 
     # loop
     while run["epoch"] < args.epoch:
-        row = train_epoch(network, parts, pairs, args, amp, run["epoch"], (rank, world), out)
+        row = train_epoch(network, state, pairs, args, amp, run["epoch"], (rank, world), out)
         run["epoch"] += 1
         run["seconds"] += row["seconds"]
         stop = False
@@ -103,21 +108,21 @@ def main(args: TrainArgs) -> None:
             if run["epoch"] % args.val_every == 0 or run["epoch"] == args.epoch:
                 row |= keep_best(averaged.module, pairs, val_images, args, run, row, board, out)
             run["rows"].append(row)
-            write_csv(beside(out, ".csv"), run["rows"])
+            write_csv(run_file(out, ".csv"), run["rows"])
             for name, value in row.items():
                 board.add_scalar(name.replace("_", "/", 1), value, run["epoch"])
             stop = 0 < args.patience <= run["waited"]
             stop |= 0 < args.minutes * 60 <= time.time() - started
             if stop or run["epoch"] % args.save_every == 0 or run["epoch"] == args.epoch:
-                save_checkpoint(beside(out, "_last.pt"), parts, args, run)
+                save_checkpoint(run_file(out, "_last.pt"), state, args, run)
         if agreed(stop, device, world):
             break
 
     if rank == 0:
         board.close()
-        draw_curve(beside(out, "_curve.png"), run["rows"], METRICS)
+        draw_curve(run_file(out, "_curve.png"), run["rows"], METRICS)
         rest = "" if run["epoch"] == args.epoch else f" of {args.epoch} (--resume goes on)"
-        print(f"{run['epoch']} epochs{rest}; weights: {beside(out, '.safetensors')}")
+        print(f"{run['epoch']} epochs{rest}; weights: {run_file(out, '.safetensors')}")
     if world > 1:
         dist.destroy_process_group()
 
@@ -127,22 +132,22 @@ def main(args: TrainArgs) -> None:
 
 def train_epoch(
     network: nn.Module,
-    parts: Parts,
+    state: TrainState,
     pairs: TrainPairs,
     args: TrainArgs,
     amp: torch.dtype | None,
     epoch: int,
-    place: tuple[int, int],
+    ranks: tuple[int, int],
     out: Path,
 ) -> dict[str, float]:
     """Go through the pairs once; the means of loss and terms, learning rate and throughput."""
     started = time.time()
-    rank, world = place
-    device = next(parts.model.parameters()).device
+    rank, world = ranks
+    device = next(state.model.parameters()).device
     pairs.epoch = epoch
-    parts.model.train()
+    state.model.train()
     if args.freeze_batchnorm:
-        for norm in batchnorms(parts.model):
+        for norm in batchnorms(state.model):
             norm.eval()
     batches = pairs.batches(args.batch_size, rank, world)
     loader = DataLoader(pairs, batch_sampler=batches, num_workers=args.workers)
@@ -150,27 +155,27 @@ def train_epoch(
     means: dict[str, float] = {}
     with tqdm(loader, title, unit="step", disable=rank > 0, mininterval=1) as progress:
         for img1, img2, names in progress:  # two (B, 1, p, p)
-            parts.optimiser.zero_grad()
+            state.optimiser.zero_grad()
             with memory_hint(args):
                 images = img1.to(device), img2.to(device)
-                values = forward_backward(network, images, args, amp, parts.scaler, world)
+                values = forward_backward(network, images, args, amp, state.scaler, world)
             if not math.isfinite(values["loss"]):
-                kept = keep_good(parts.averaged.module, out) if rank == 0 else ""
-                raise ValueError(
+                kept = keep_good(state.averaged.module, out) if rank == 0 else ""
+                raise UserError(
                     f"loss is {values['loss']} in epoch {epoch + 1}, pairs {list(names)}{kept}"
                 )
-            parts.scaler.unscale_(parts.optimiser)
-            nn.utils.clip_grad_norm_(parts.model.parameters(), GRADIENT_CLIP)
-            parts.scaler.step(parts.optimiser)
-            parts.scaler.update()
-            parts.schedule.step()
-            parts.averaged.update_parameters(parts.model)
+            state.scaler.unscale_(state.optimiser)
+            nn.utils.clip_grad_norm_(state.model.parameters(), GRADIENT_CLIP)
+            state.scaler.step(state.optimiser)
+            state.scaler.update()
+            state.schedule.step()
+            state.averaged.update_parameters(state.model)
             for name, value in values.items():
                 means[name] = means.get(name, 0.0) + value / len(batches)
             progress.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
     seconds = time.time() - started
     rate = len(batches) * args.batch_size / seconds
-    lr = parts.schedule.get_last_lr()[0]
+    lr = state.schedule.get_last_lr()[0]
     return {"epoch": epoch + 1, **means, "lr": lr, "seconds": seconds, "pairs_per_s": rate}
 
 
@@ -209,7 +214,7 @@ def memory_hint(args: TrainArgs) -> Iterator[None]:
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        raise ValueError(
+        raise UserError(
             f"out of memory with batch_size {args.batch_size} in {args.accumulate} parts and "
             f"patch_size {args.patch_size}: raise --accumulate, or lower --patch_size or "
             "--batch_size"
@@ -218,10 +223,10 @@ def memory_hint(args: TrainArgs) -> Iterator[None]:
 
 def keep_good(model: ASFEFusion, out: Path) -> str:
     """Save the averaged weights of a run that fails, if they are sound; what to tell of it."""
-    path = beside(out, "_stopped.safetensors")
+    path = run_file(out, "_stopped.safetensors")
     try:
         save_weights(model, path, {"stopped": True})
-    except ValueError:  # not finite
+    except UserError:  # not finite
         return ""
     return f"; the averaged weights before this step are in {path}"
 
@@ -249,12 +254,13 @@ def keep_best(
     if better or not val_images:
         run["best"] = score
         metadata = describe(args, run, row["loss"], {kind: measured}, len(val_images))
-        save_weights(model, beside(out, ".safetensors"), metadata)
+        save_weights(model, run_file(out, ".safetensors"), metadata)
     return {f"{kind}_{name}": value for name, value in (measured | {"score": score}).items()}
 
 
-def batchnorms(model: nn.Module) -> list[nn.BatchNorm2d]:
-    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+def batchnorms(model: nn.Module) -> list[nn.BatchNorm2d | nn.SyncBatchNorm]:
+    kinds = nn.BatchNorm2d, nn.SyncBatchNorm
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 @torch.no_grad()
@@ -297,27 +303,28 @@ def measure(
     return means, np.concatenate(rows)
 
 
+# --- several processes -----------------------------------------------------------------------
+
+
+def join_processes(device: torch.device) -> torch.device:
+    """Join the other processes that torchrun started; this one's device."""
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def agreed(stop: bool, device: torch.device, world: int) -> bool:
+    """What the first process decides, in all of them."""
+    if world == 1:
+        return stop
+    flag = torch.tensor(float(stop), device=device)
+    dist.broadcast(flag, 0)
+    return bool(flag)
+
+
 # --- settings --------------------------------------------------------------------------------
-
-
-def split_pairs(args: TrainArgs) -> tuple[list[Pair], list[Pair]]:
-    """Training and validation pairs; no patient, by case number, is in both."""
-    tasks = TASKS if args.task == "all" else (args.task,)
-    pairs = {task: task_pairs(args.data_dir, task, "train") for task in tasks}
-    known = {case_of(pair) for members in pairs.values() for pair in members}
-    for name in ("val_cases", "leave_out"):
-        if unknown := set(getattr(args, name)) - known:
-            raise ValueError(f"{name} has {sorted(unknown)}, expected some of {sorted(known)}")
-    pairs = {
-        task: [pair for pair in members if case_of(pair) not in args.leave_out]
-        for task, members in pairs.items()
-    }
-    held = set(args.val_cases) or validation_cases(pairs, args.val)
-    every = [pair for members in pairs.values() for pair in members]
-    train = [pair for pair in every if case_of(pair) not in held]
-    if not train:
-        raise ValueError("val_cases and leave_out keep no pairs to train on")
-    return train, [pair for pair in every if case_of(pair) in held]
 
 
 def spread(items: list, count: int) -> list:
@@ -326,35 +333,29 @@ def spread(items: list, count: int) -> list:
 
 
 def check_settings(args: TrainArgs, pairs: int, val_pairs: int, world: int) -> None:
-    """ValueError for numbers that do not fit the data, the processes or each other."""
+    """UserError for numbers that do not fit the data, the processes or each other."""
     term_weights(args.recipe, args.loss_weights)
     if args.batch_size > pairs:
-        raise ValueError(f"batch_size is {args.batch_size}, but there are {pairs} pairs")
+        raise UserError(f"batch_size is {args.batch_size}, but there are {pairs} pairs")
     if args.batch_size % (world * args.accumulate):
-        raise ValueError(
+        raise UserError(
             f"batch_size is {args.batch_size}, expected a multiple of {world * args.accumulate} "
             f"({world} processes, {args.accumulate} parts)"
         )
     if args.freeze_batchnorm and not args.init:
-        raise ValueError("freeze_batchnorm needs the statistics of trained weights, give --init")
+        raise UserError("freeze_batchnorm needs the statistics of trained weights, give --init")
     if args.patience and not val_pairs:
-        raise ValueError("patience needs validation, but val is 0 and val_cases is empty")
+        raise UserError("patience needs validation, but val is 0 and val_cases is empty")
     if args.ema >= 1:
-        raise ValueError(f"ema is {args.ema}, expected less than 1")
+        raise UserError(f"ema is {args.ema}, expected less than 1")
 
 
 def make_model(args: TrainArgs, device: torch.device) -> ASFEFusion:
-    """The network with random weights, or those of --init; ValueError if it does not fit."""
-    if args.init:
-        model, metadata = load_weights(args.init, device)
-        if metadata["size"] != args.size:
-            raise ValueError(f"{args.init} is of size {metadata['size']}, --size is {args.size}")
-    else:
-        model = ASFEFusion(args.size).to(device)
+    """The network with random weights, or those of --init; UserError if it does not fit."""
+    model = load_sized(args.init, args.size, device) if args.init else ASFEFusion(args.size)
+    model = model.to(device)
     if args.patch_size % model.multiple:
-        raise ValueError(
-            f"patch_size is {args.patch_size}, expected a multiple of {model.multiple}"
-        )
+        raise UserError(f"patch_size is {args.patch_size}, expected a multiple of {model.multiple}")
     return model
 
 
@@ -376,10 +377,11 @@ def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor
 
 def set_precision(name: str, device: torch.device) -> torch.dtype | None:
     """Set the arithmetic of float32 products; the type of mixed precision, None without."""
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" else "fp32"
+    if name == "auto":  # bf16 only where the hardware has it: emulated, it is slower than fp32
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bf16" if native else "fp32"
     if name == "fp16" and device.type != "cuda":
-        raise ValueError(f"precision is fp16, which needs CUDA, but DEVICE is {device.type}")
+        raise UserError(f"precision is fp16, which needs CUDA, but DEVICE is {device.type}")
     torch.set_float32_matmul_precision("highest" if name == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = name != "fp32"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)

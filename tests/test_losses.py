@@ -18,7 +18,7 @@ from losses import (
     term_weights,
     vif,
 )
-from metrics import evaluate_batch
+from evaluation.batch import evaluate_batch
 from phantom import phantom_pair
 
 
