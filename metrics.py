@@ -1,9 +1,10 @@
-"""Quality metrics for fused images, each defined once, and their command line.
+"""Quality metrics for fused images, each defined once, and the command that compares methods.
 
-A metric is a function `(fused, source1, source2) -> float` of three 8-bit luma images (uint8, or
-floats that are whole numbers in 0..255); source1 is CT or the luma of PET or SPECT, source2 is MRI.
-`evaluate` computes many of them, `evaluate_batch` some of them on batches of tensors. A metric also
-takes `Luma` objects, which keep what several metrics share: histograms, filtered maps, spectra.
+A metric is a function `(fused, source1, source2) -> float` of three 8-bit luma images (H, W), uint8
+or floats that are whole numbers in 0..255. source1 is CT or the luma of PET or SPECT, source2 is
+MRI. `evaluate` computes many of them, `evaluate_batch` some of them on batches of tensors. A metric
+also takes `Luma` objects, which keep the maps that several metrics share. It raises ValueError if
+the images hold other values, differ in size or are too small.
 
 Sources: Wang et al., TIP 2004 (SSIM); Wang, Simoncelli, Bovik, Asilomar 2003 (MS-SSIM); Sheikh,
 Bovik, TIP 2006 (VIF); Han et al., Inf. Fusion 2013 (VIFF); Xydeas, Petrović, Electron. Lett. 2000
@@ -11,59 +12,48 @@ Bovik, TIP 2006 (VIF); Han et al., Inf. Fusion 2013 (VIFF); Xydeas, Petrović, E
 Vis. Comput. 2009 (QCB); Chen, Varshney, Inf. Fusion 2007 (QCV); Hossny et al., Electron. Lett. 2008
 (QMI); Wang, Shen, Jin, in "Image Fusion", Academic Press 2008 (QNCIE); Aslantas, Bendes, AEU 2015
 (SCD); Z. Liu et al., TPAMI 2012 (constants of QCB, QCV, QNCIE).
+
+Legend: F fused, S1 S2 sources, S either; H W pixels, H(X) entropy, I(X;Y) mutual information. An
+arrow points to the better values.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-import cv2
 import numpy as np
-import scipy.fft
 from numpy import ndarray
 
-from metrics_batch import BATCH_METRICS as BATCH_METRICS
-from metrics_batch import evaluate_batch as evaluate_batch
-from metrics_maps import (
+from args_setting import MetricArgs
+from cli import parse_args, run_script
+from dataset import Pair
+from evaluation.batch import BATCH_METRICS, evaluate_batch  # noqa: F401
+from evaluation.compare import Comparison, compare_methods, differences, name_folders, named_pairs
+from evaluation.maps import (
     QABF_ANGLE,
     QABF_STRENGTH,
     SSIM_SIDE,
-    TINY,
     VIF_NOISE,
     VIF_SIDES,
     Luma,
-    Pair,
-    block_sums,
-    csf_qcv,
-    known,
-    sobel_gradient,
-    window_information,
+    LumaPair,
+    Metric,
+    luma_triple,
+    measure,
+    pearson,
+    select,
+    sigmoid,
+    vif_information,
 )
+from evaluation.tables import named_files, report
+from evaluation.windows import TINY, window_information
 
+MS_SSIM_SIDE = 161  # pixels; five scales of windows
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-VIFF_NOISE = 0.005 * 255**2
-VIFF_WEIGHTS = (1.0, 0.0, 0.15, 1.0)
+VIFF_NOISE, VIFF_WEIGHTS = 0.005 * 255**2, (1.0, 0.0, 0.15, 1.0)
 NABF_STRENGTH, NABF_ANGLE = (0.9999, -19.0, 0.5), (0.9995, -22.0, 0.5)
 
 Image = ndarray | Luma
-
-
-def _triple(fused: Image, source1: Image, source2: Image) -> tuple[Luma, Luma, Luma]:
-    named = {"fused": fused, "source1": source1, "source2": source2}
-    triple = [x if isinstance(x, Luma) else Luma(x, name) for name, x in named.items()]
-    for x, name in zip(triple, named, strict=True):
-        if x.shape != triple[0].shape:
-            raise ValueError(f"{name} has shape {x.shape}, expected {triple[0].shape} as fused")
-    return tuple(triple)
-
-
-def _sigmoid(x: ndarray, gain: float, slope: float, centre: float) -> ndarray:
-    return gain / (1 + np.exp(slope * (x - centre)))
-
-
-def _pearson(covariance: float, variance1: float, variance2: float) -> float:
-    spread = variance1 * variance2
-    return covariance / math.sqrt(spread) if spread > 0 else 0.0
 
 
 def en(fused: Image, source1: Image, source2: Image) -> float:
@@ -71,7 +61,7 @@ def en(fused: Image, source1: Image, source2: Image) -> float:
 
     Noise and a grey veil raise it as well as detail does. Variants: natural logarithm, fewer bins.
     """
-    return _triple(fused, source1, source2)[0].entropy
+    return luma_triple(fused, source1, source2)[0].entropy
 
 
 def sd(fused: Image, source1: Image, source2: Image) -> float:
@@ -79,7 +69,7 @@ def sd(fused: Image, source1: Image, source2: Image) -> float:
 
     Variants: divided by HW - 1; the root of the sum left undivided in some published code.
     """
-    f, _, _ = _triple(fused, source1, source2)
+    f, _, _ = luma_triple(fused, source1, source2)
     return math.sqrt(f.variance) / f.values.size
 
 
@@ -88,7 +78,7 @@ def sf(fused: Image, source1: Image, source2: Image) -> float:
 
     Eskicioglu, Fisher 1995. Variants: both sums divided by HW; images in 0..1.
     """
-    f, _, _ = _triple(fused, source1, source2)
+    f, _, _ = luma_triple(fused, source1, source2)
     dx, dy = np.diff(f.values, axis=1), np.diff(f.values, axis=0)
     return math.sqrt(np.mean(dx * dx) + np.mean(dy * dy))
 
@@ -99,7 +89,7 @@ def ag(fused: Image, source1: Image, source2: Image) -> float:
     Cui et al., Opt. Commun. 2015; one-sided at the border, as MATLAB's `gradient`. Variants:
     forward differences; the mean over HW.
     """
-    f, _, _ = _triple(fused, source1, source2)
+    f, _, _ = luma_triple(fused, source1, source2)
     gy, gx = np.gradient(f.values)
     h, w = f.shape
     return float(np.sqrt((gx * gx + gy * gy) / 2).sum()) / ((h - 1) * (w - 1))
@@ -110,9 +100,8 @@ def ei(fused: Image, source1: Image, source2: Image) -> float:
 
     Variants: Sobel divided by 8; zero border, which counts the frame of a bright image as an edge.
     """
-    f, _, _ = _triple(fused, source1, source2)
-    dx, dy = sobel_gradient(f.levels, cv2.BORDER_REPLICATE)
-    return float(np.sqrt(dx * dx + dy * dy).mean())
+    f, _, _ = luma_triple(fused, source1, source2)
+    return float(f.sobel_replicated.mean())
 
 
 def mi(fused: Image, source1: Image, source2: Image) -> float:
@@ -120,8 +109,8 @@ def mi(fused: Image, source1: Image, source2: Image) -> float:
 
     Qu, Zhang, Yan, Electron. Lett. 2002. Variants: the mean of the two; natural logarithm.
     """
-    f, s1, s2 = _triple(fused, source1, source2)
-    return f.beside(s1).information + f.beside(s2).information
+    f, s1, s2 = luma_triple(fused, source1, source2)
+    return f.paired_with(s1).information + f.paired_with(s2).information
 
 
 def qmi(fused: Image, source1: Image, source2: Image) -> float:
@@ -130,9 +119,9 @@ def qmi(fused: Image, source1: Image, source2: Image) -> float:
     Hossny et al. 2008; 0 where both entropies are. The toolbox's stretch only renames the levels,
     so it changes nothing. Variant: Qu's sum without the entropies is MI.
     """
-    f, s1, s2 = _triple(fused, source1, source2)
-    terms = ((f.beside(s).information, s.entropy + f.entropy) for s in (s1, s2))
-    return sum(2 * shared / both if both > 0 else 0.0 for shared, both in terms)
+    f, s1, s2 = luma_triple(fused, source1, source2)
+    terms = ((f.paired_with(s).information, s.entropy + f.entropy) for s in (s1, s2))
+    return sum(2 * i / entropies if entropies > 0 else 0.0 for i, entropies in terms)
 
 
 def ce(fused: Image, source1: Image, source2: Image) -> float:
@@ -141,11 +130,11 @@ def ce(fused: Image, source1: Image, source2: Image) -> float:
     Bulanon et al., Biosyst. Eng. 2009. Levels that one of them lacks are left out, so it is no
     divergence and can be negative. Variants: the sum, or the root mean square, of the two.
     """
-    f, s1, s2 = _triple(fused, source1, source2)
+    f, s1, s2 = luma_triple(fused, source1, source2)
 
     def divergence(s: Luma) -> float:
-        both = (s.counts > 0) & (f.counts > 0)
-        p, q = s.counts[both] / s.values.size, f.counts[both] / f.values.size
+        shared = (s.counts > 0) & (f.counts > 0)
+        p, q = s.counts[shared] / s.values.size, f.counts[shared] / f.values.size
         return float((p * np.log2(p / q)).sum())
 
     return (divergence(s1) + divergence(s2)) / 2
@@ -157,9 +146,8 @@ def cc(fused: Image, source1: Image, source2: Image) -> float:
     A constant image counts 0. The plain mean of the sources nearly maximises it. Variants: the
     sum of the two; r between F and the mean of the sources.
     """
-    f, s1, s2 = _triple(fused, source1, source2)
-    r = [_pearson(f.beside(s).covariance, f.variance, s.variance) for s in (s1, s2)]
-    return (r[0] + r[1]) / 2
+    f, s1, s2 = luma_triple(fused, source1, source2)
+    return (f.paired_with(s1).correlation + f.paired_with(s2).correlation) / 2
 
 
 def scd(fused: Image, source1: Image, source2: Image) -> float:
@@ -168,13 +156,12 @@ def scd(fused: Image, source1: Image, source2: Image) -> float:
     Aslantas, Bendes 2015. A constant difference counts 0. Variant: differences formed in uint8,
     which cuts the negative ones off.
     """
-    f, s1, s2 = _triple(fused, source1, source2)
+    f, s1, s2 = luma_triple(fused, source1, source2)
 
     def term(kept: Luma, removed: Luma) -> float:
-        cross = f.beside(removed).covariance
-        covariance = f.beside(kept).covariance - s1.beside(s2).covariance
-        difference = f.variance + removed.variance - 2 * cross
-        return _pearson(covariance, difference, kept.variance)
+        covariance = f.paired_with(kept).covariance - s1.paired_with(s2).covariance
+        difference = f.variance + removed.variance - 2 * f.paired_with(removed).covariance
+        return pearson(covariance, difference, kept.variance)
 
     return term(s1, s2) + term(s2, s1)
 
@@ -185,8 +172,8 @@ def psnr(fused: Image, source1: Image, source2: Image) -> float:
     Infinite where F equals both sources. Variants: the mean of the two PSNRs; a peak of 255 on
     images in 0..1, which adds 48 dB.
     """
-    f, s1, s2 = _triple(fused, source1, source2)
-    mse = (f.beside(s1).squared_error + f.beside(s2).squared_error) / 2
+    f, s1, s2 = luma_triple(fused, source1, source2)
+    mse = (f.paired_with(s1).squared_error + f.paired_with(s2).squared_error) / 2
     return 10 * math.log10(255**2 / mse) if mse > 0 else math.inf
 
 
@@ -197,9 +184,8 @@ def ssim(fused: Image, source1: Image, source2: Image) -> float:
     downsampling; scikit-image's with gaussian_weights, written out because MS_SSIM shares its
     maps. Variants: the sum of the two; 7x7 mean windows; zero padding; L = 1 on 0..255.
     """
-    f, s1, s2 = _triple(fused, source1, source2)
-    _at_least(f, "SSIM")
-    return (f.beside(s1).similarity()[0] + f.beside(s2).similarity()[0]) / 2
+    f, s1, s2 = luma_triple(fused, source1, source2, SSIM_SIDE)
+    return (f.paired_with(s1).similarity()[0] + f.paired_with(s2).similarity()[0]) / 2
 
 
 def ms_ssim(fused: Image, source1: Image, source2: Image) -> float:
@@ -208,16 +194,15 @@ def ms_ssim(fused: Image, source1: Image, source2: Image) -> float:
     Wang et al. 2003: 2x2 means between the five scales; a scale's mean is cut at 0. An odd side
     gets a line of zeros first, as in pytorch-msssim. Variant: luminance at every scale.
     """
-    f, s1, s2 = _triple(fused, source1, source2)
-    _at_least(f, "MS_SSIM")
+    f, s1, s2 = luma_triple(fused, source1, source2, MS_SSIM_SIDE)
 
-    def product(pair: Pair) -> float:
+    def product(pair: LumaPair) -> float:
         last = len(MS_SSIM_WEIGHTS) - 1
         means = [pair.similarity(k)[0 if k == last else 1] for k in range(last + 1)]
         powers = (max(m, 0.0) ** w for m, w in zip(means, MS_SSIM_WEIGHTS, strict=True))
         return math.prod(powers)
 
-    return (product(f.beside(s1)) + product(f.beside(s2))) / 2
+    return (product(f.paired_with(s1)) + product(f.paired_with(s2))) / 2
 
 
 def vif(fused: Image, source1: Image, source2: Image) -> float:
@@ -227,31 +212,29 @@ def vif(fused: Image, source1: Image, source2: Image) -> float:
     counts 1; below 41 pixels the scales without a window are left out. Variants: the mean of the
     two; F as the reference; the wavelet-domain VIF.
     """
-    f, s1, s2 = _triple(fused, source1, source2)
-    _at_least(f, "VIF")
-    total = 0.0
+    f, s1, s2 = luma_triple(fused, source1, source2, VIF_SIDES[0])
+    fidelity = 0.0
     for s in (s1, s2):
-        maps = [_vif_logs(*m, VIF_NOISE) for m in f.beside(s).fidelity]
-        seen, there = (sum(float(m[i].sum()) for m in maps) for i in (0, 1))
-        total += seen / there if there > 0 else 1.0
-    return total
+        maps = [vif_information(*m, VIF_NOISE) for m in f.paired_with(s).fidelity]
+        carried, total = (sum(float(m[i].sum()) for m in maps) for i in (0, 1))
+        fidelity += carried / total if total > 0 else 1.0
+    return fidelity
 
 
 def viff(fused: Image, source1: Image, source2: Image) -> float:
     """Visual information fidelity for fusion ↑: Σ_k w_k Σ(num + 1e-7) / Σ(den + 1e-7), >= 0.
 
-    Han et al. 2013: noise variance 0.005·255²; at each place the source with the smaller gain is
+    Han et al. 2013: noise variance 0.005·255²; at each pixel the source with the smaller gain is
     kept; weights (1, 0, 0.15, 1)/2.15, over the scales that have a window. Variant: VIF with the
     same name.
     """
-    f, s1, s2 = _triple(fused, source1, source2)
-    _at_least(f, "VIFF")
+    f, s1, s2 = luma_triple(fused, source1, source2, VIF_SIDES[0])
     ratios = []
-    for maps1, maps2 in zip(f.beside(s1).fidelity, f.beside(s2).fidelity, strict=True):
+    for maps1, maps2 in zip(f.paired_with(s1).fidelity, f.paired_with(s2).fidelity, strict=True):
         first = maps1[0] < maps2[0]
         kept = (np.where(first, m1, m2) for m1, m2 in zip(maps1, maps2, strict=True))
-        seen, there = _vif_logs(*kept, VIFF_NOISE)
-        ratios.append(float((seen + 1e-7).sum()) / float((there + 1e-7).sum()))
+        carried, total = vif_information(*kept, VIFF_NOISE)
+        ratios.append(float((carried + 1e-7).sum()) / float((total + 1e-7).sum()))
     weights = VIFF_WEIGHTS[: len(ratios)]
     return sum(w * r for w, r in zip(weights, ratios, strict=True)) / sum(weights)
 
@@ -262,17 +245,17 @@ def qabf(fused: Image, source1: Image, source2: Image) -> float:
     Xydeas, Petrović 2000, L = 1; zero-padded Sobel. Where both strengths are equal G is that
     strength, as in the public code, not the paper's 1. Variants: reflected border; other constants.
     """
-    f, s1, s2 = _triple(fused, source1, source2)
-    kept, there = 0.0, 0.0
+    f, s1, s2 = luma_triple(fused, source1, source2)
+    preserved, total = 0.0, 0.0
     g_f, a_f = f.sobel
     for g_s, a_s in (s1.sobel, s2.sobel):
         low, high = np.minimum(g_f, g_s), np.maximum(g_f, g_s)
         strength = np.divide(low, high, out=g_f.copy(), where=low != high)
         angle = 1 - np.abs(a_s - a_f) / (math.pi / 2)
-        quality = _sigmoid(strength, *QABF_STRENGTH) * _sigmoid(angle, *QABF_ANGLE)
-        kept += float((quality * g_s).sum())
-        there += float(g_s.sum())
-    return kept / there if there > 0 else 0.0
+        quality = sigmoid(strength, *QABF_STRENGTH) * sigmoid(angle, *QABF_ANGLE)
+        preserved += float((quality * g_s).sum())
+        total += float(g_s.sum())
+    return preserved / total if total > 0 else 0.0
 
 
 def nabf(fused: Image, source1: Image, source2: Image) -> float:
@@ -281,7 +264,7 @@ def nabf(fused: Image, source1: Image, source2: Image) -> float:
     Shreyamsha Kumar's 2013 form of Petrović, Xydeas 2005: Sobel/8 on 0..255, Td = 2, Lg = 1.5.
     Variants: the original, without the exclusion; images in 0..1, where Td cuts everything off.
     """
-    f, s1, s2 = _triple(fused, source1, source2)
+    f, s1, s2 = luma_triple(fused, source1, source2)
     g_f, a_f = f.sobel_reflected
     added = (g_f > s1.sobel_reflected[0]) & (g_f > s2.sobel_reflected[0])
     artefacts, weights = 0.0, 0.0
@@ -289,7 +272,7 @@ def nabf(fused: Image, source1: Image, source2: Image) -> float:
         low, high = np.minimum(g_f, g_s), np.maximum(g_f, g_s)
         strength = np.divide(low, high, out=np.zeros(f.shape), where=high > 0)
         angle = np.abs(np.abs(a_s - a_f) - math.pi / 2) * 2 / math.pi
-        quality = np.sqrt(_sigmoid(strength, *NABF_STRENGTH) * _sigmoid(angle, *NABF_ANGLE))
+        quality = np.sqrt(sigmoid(strength, *NABF_STRENGTH) * sigmoid(angle, *NABF_ANGLE))
         weight = np.where(g_s >= 2, g_s * np.sqrt(g_s), 0.001)
         artefacts += float(((1 - quality) * weight)[added].sum())
         weights += float(weight.sum())
@@ -303,10 +286,8 @@ def fmi_pixel(fused: Image, source1: Image, source2: Image) -> float:
     independent product with the coupling of greatest (or least) correlation. Equal windows, and
     windows flat in both, count 1. Variants: the 2011 FMI; gradient, wavelet or DCT features.
     """
-    f, s1, s2 = _triple(fused, source1, source2)
-    return (
-        window_information(f.windows, s1.windows) + window_information(f.windows, s2.windows)
-    ) / 2
+    f, s1, s2 = luma_triple(fused, source1, source2)
+    return sum(window_information(f.windows, s.windows) for s in (s1, s2)) / 2
 
 
 def qcb(fused: Image, source1: Image, source2: Image) -> float:
@@ -316,7 +297,7 @@ def qcb(fused: Image, source1: Image, source2: Image) -> float:
     masked local contrast. On a black background rounding in the FFT decides, and programs in
     float64 differ by up to 2 %; hence the extended precision. Variants: other CSFs; no masking.
     """
-    f, s1, s2 = _triple(fused, source1, source2)
+    f, s1, s2 = luma_triple(fused, source1, source2)
     preserved = []
     for s in (s1, s2):
         low, high = np.minimum(s.contrast, f.contrast), np.maximum(s.contrast, f.contrast)
@@ -333,11 +314,10 @@ def qcv(fused: Image, source1: Image, source2: Image) -> float:
     difference, saliency the sum of its Sobel magnitudes to the 5th; 0 where no source has any
     edge. Variants: unfiltered difference; other block sizes.
     """
-    f, s1, s2 = _triple(fused, source1, source2)
+    f, s1, s2 = luma_triple(fused, source1, source2)
     error, weight = 0.0, 0.0
     for s in (s1, s2):
-        difference = scipy.fft.irfft2((s.spectrum - f.spectrum) * csf_qcv(f.shape), f.shape)
-        error += float((s.saliency * block_sums(difference * difference)).sum()) / 16**2
+        error += float((s.saliency * f.paired_with(s).filtered_error).sum()) / 16**2
         weight += float(s.saliency.sum())
     return error / weight if weight > 0 else 0.0
 
@@ -348,36 +328,11 @@ def qncie(fused: Image, source1: Image, source2: Image) -> float:
     Wang, Shen, Jin 2008: λ are the eigenvalues of the matrix of I/8 of the three image pairs with
     ones on its diagonal. Moves in the third decimal. Variants: rank-based bins; base 2.
     """
-    f, s1, s2 = _triple(fused, source1, source2)
-    a, b, c = (p.information / 8 for p in (s1.beside(s2), f.beside(s1), f.beside(s2)))
+    f, s1, s2 = luma_triple(fused, source1, source2)
+    pairs = s1.paired_with(s2), f.paired_with(s1), f.paired_with(s2)
+    a, b, c = (pair.information / 8 for pair in pairs)
     share = np.linalg.eigvalsh([[1, a, b], [a, 1, c], [b, c, 1]]) / 3
     return 1 + float(share @ np.log2(np.maximum(share, TINY))) / 8
-
-
-def _at_least(image: Luma, name: str) -> None:
-    side = METRICS[name].min_side
-    if min(image.shape) < side:
-        raise ValueError(f"{name}: image of shape {image.shape}, expected sides of {side} or more")
-
-
-def _vif_logs(
-    gain: ndarray, distortion: ndarray, variance: ndarray, noise: float
-) -> tuple[ndarray, ndarray]:
-    """Information that the fused image carries of the source, and that the source has."""
-    seen = np.log10(1 + gain * gain * variance / (distortion + noise))
-    return seen, np.log10(1 + variance / noise)
-
-
-class Metric(NamedTuple):
-    """An entry of METRICS."""
-
-    function: Callable[[Image, Image, Image], float]
-    higher_is_better: bool
-    min_side: int = 3  # smallest image side, in pixels
-
-    @property
-    def arrow(self) -> str:
-        return "↑" if self.higher_is_better else "↓"
 
 
 METRICS = {
@@ -393,7 +348,7 @@ METRICS = {
     "SCD": Metric(scd, True),
     "PSNR": Metric(psnr, True),
     "SSIM": Metric(ssim, True, SSIM_SIDE),
-    "MS_SSIM": Metric(ms_ssim, True, 161),
+    "MS_SSIM": Metric(ms_ssim, True, MS_SSIM_SIDE),
     "VIF": Metric(vif, True, VIF_SIDES[0]),
     "VIFF": Metric(viff, True, VIF_SIDES[0]),
     "Qabf": Metric(qabf, True),
@@ -412,15 +367,32 @@ def evaluate(
     """The named metrics of one fused image, in the order asked for.
 
     A metric that needs a larger image (MS_SSIM: sides of 161 pixels) is left out of the result.
+    Raises UserError if a name is unknown, ValueError for the images as the metrics do.
     """
-    names = known(names, METRICS)
-    triple = _triple(fused, source1, source2)
-    side = min(triple[0].shape)
-    return {n: METRICS[n].function(*triple) for n in names if side >= METRICS[n].min_side}
+    return measure(select(names, METRICS), *luma_triple(fused, source1, source2))
+
+
+def compare(
+    files: dict[str, Path | dict[str, Path]],
+    pairs: Sequence[Pair],
+    jobs: int = 0,
+    metrics: Sequence[str] = PANEL,
+    title: str = "",
+    skip_unmatched: bool = False,
+) -> Comparison:
+    """What `compare_methods` says of the named metrics; UserError also if a name is unknown."""
+    return compare_methods(select(metrics, METRICS), files, pairs, jobs, title, skip_unmatched)
+
+
+def main(args: MetricArgs) -> None:
+    """Compare what the command line names, print it, and write the files it asks for."""
+    folders = name_folders(args.fused)
+    pairs, title = named_pairs(args)
+    files = named_files(args)
+    result = compare(folders, pairs, args.jobs, args.metrics or PANEL, title, args.skip_unmatched)
+    rows = differences(result, *args.between, args.seed) if args.between else []
+    report(result, rows, args, files)
 
 
 if __name__ == "__main__":
-    from args_setting import MetricArgs, parse_args, run_script
-    from metrics_report import report
-
-    run_script(report, parse_args(MetricArgs, description="Compare folders of fused images."))
+    run_script(main, parse_args(MetricArgs, description="Compare folders of fused images."))

@@ -1,4 +1,8 @@
-"""Metrics of metrics.py on batches of tensors, on their own device: for validation in training."""
+"""Metrics of metrics.py on batches of tensors, on their own device: for validation in training.
+
+Legend: B batch, H W pixels, F fused image, S source. Images are (B, 1, H, W) of grey levels, whole
+numbers in 0..255 as floats. A metric makes (B,) of them.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -6,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from metrics_maps import (
+from evaluation.maps import (
     C1,
     C2,
     QABF_ANGLE,
@@ -15,21 +19,21 @@ from metrics_maps import (
     VIF_NOISE,
     VIF_SIDES,
     gaussian,
-    known,
+    select,
 )
 
 
 def _pearson(x: Tensor, y: Tensor) -> Tensor:
     x, y = (t - t.mean(dim=(2, 3), keepdim=True) for t in (x, y))
-    spread = (x * x).sum(dim=(1, 2, 3)) * (y * y).sum(dim=(1, 2, 3))
-    return (x * y).sum(dim=(1, 2, 3)) / torch.where(spread > 0, spread, 1).sqrt()
+    product = (x * x).sum(dim=(1, 2, 3)) * (y * y).sum(dim=(1, 2, 3))
+    return (x * y).sum(dim=(1, 2, 3)) / torch.where(product > 0, product, 1).sqrt()
 
 
-def _entropy(codes: Tensor, levels: int) -> Tensor:
+def _entropy(codes: Tensor, bins: int) -> Tensor:
     n = len(codes)
-    offset = torch.arange(n, device=codes.device).view(-1, 1, 1, 1) * levels
-    counts = torch.bincount((codes.long() + offset).flatten(), minlength=n * levels)
-    p = counts.view(n, levels).to(codes.dtype) / codes[0].numel()
+    offset = torch.arange(n, device=codes.device).view(-1, 1, 1, 1) * bins
+    counts = torch.bincount((codes.long() + offset).flatten(), minlength=n * bins)
+    p = counts.view(n, bins).to(codes.dtype) / codes[0].numel()
     return -torch.special.xlogy(p, p).sum(dim=1) / math.log(2)
 
 
@@ -62,7 +66,7 @@ def _ssim(f: Tensor, s: Tensor) -> Tensor:
 
 def _vif(f: Tensor, s: Tensor) -> Tensor:
     f, s = (x - x.amin(dim=(2, 3), keepdim=True) for x in (f, s))
-    seen = there = 0
+    carried = total = 0
     for k, side in enumerate(VIF_SIDES):
         if k:
             f, s = (_blur(x, side, side / 5)[..., ::2, ::2] for x in (f, s))
@@ -72,13 +76,14 @@ def _vif(f: Tensor, s: Tensor) -> Tensor:
         gain = torch.where((vs >= 1e-10) & (vf >= 1e-10), cov / (vs + 1e-10), 0).clamp_min(0)
         distortion = torch.where(vf >= 1e-10, vf - gain * cov, 0).clamp_min(1e-10)
         vs = torch.where(vs >= 1e-10, vs, 0)
-        carried = gain * gain * vs / (distortion + VIF_NOISE)
-        seen = seen + torch.log10(1 + carried).sum(dim=(1, 2, 3))
-        there = there + torch.log10(1 + vs / VIF_NOISE).sum(dim=(1, 2, 3))
-    return torch.where(there > 0, seen / torch.where(there > 0, there, 1), 1.0)
+        ratio = gain * gain * vs / (distortion + VIF_NOISE)
+        carried = carried + torch.log10(1 + ratio).sum(dim=(1, 2, 3))
+        total = total + torch.log10(1 + vs / VIF_NOISE).sum(dim=(1, 2, 3))
+    return torch.where(total > 0, carried / torch.where(total > 0, total, 1), 1.0)
 
 
-def sobel_gradient(x: Tensor) -> tuple[Tensor, Tensor]:
+def _sobel(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Magnitude and angle of the zero-padded Sobel gradient."""
     kernel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]]).to(x)
     kernels = torch.stack([kernel, kernel.T])[:, None]
     dx, dy = nn.functional.conv2d(x, kernels, padding=1).split(1, dim=1)
@@ -87,8 +92,8 @@ def sobel_gradient(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _qabf(f: Tensor, s1: Tensor, s2: Tensor) -> Tensor:
-    (gf, af), kept, there = sobel_gradient(f), 0, 0
-    for gs, angle in (sobel_gradient(s1), sobel_gradient(s2)):
+    (gf, af), preserved, total = _sobel(f), 0, 0
+    for gs, angle in (_sobel(s1), _sobel(s2)):
         low, high = torch.minimum(gf, gs), torch.maximum(gf, gs)
         strength = torch.where(low == high, gf, low / torch.where(high > 0, high, 1))
         quality = 1.0
@@ -97,9 +102,9 @@ def _qabf(f: Tensor, s1: Tensor, s2: Tensor) -> Tensor:
             (1 - (angle - af).abs() / (math.pi / 2), QABF_ANGLE),
         ):
             quality = quality * gain * torch.sigmoid(-slope * (x - centre))
-        kept = kept + (quality * gs).sum(dim=(1, 2, 3))
-        there = there + gs.sum(dim=(1, 2, 3))
-    return kept / torch.where(there > 0, there, 1)
+        preserved = preserved + (quality * gs).sum(dim=(1, 2, 3))
+        total = total + gs.sum(dim=(1, 2, 3))
+    return preserved / torch.where(total > 0, total, 1)
 
 
 def _sf(f: Tensor) -> Tensor:
@@ -140,13 +145,17 @@ def evaluate_batch(
     """The named metrics of a batch on its own device: (B, 1, H, W) in [0, 1] to one (B,) each.
 
     Images are rounded to the 8 bits that a stored file would have, then as in metrics.evaluate.
+
+    Raises:
+        ValueError: a tensor has another shape; as UserError, a name is not in BATCH_METRICS.
     """
     named = {"fused": fused, "img1": img1, "img2": img2}
-    batch = [_levels(x, fused.shape, name) for name, x in named.items()]
-    return {name: BATCH_METRICS[name](*batch) for name in known(names, BATCH_METRICS)}
+    batch = [_grey_levels(x, fused.shape, name) for name, x in named.items()]
+    selected = select(names, BATCH_METRICS)
+    return {name: metric(*batch) for name, metric in selected.items()}
 
 
-def _levels(x: Tensor, shape: torch.Size, name: str) -> Tensor:
+def _grey_levels(x: Tensor, shape: torch.Size, name: str) -> Tensor:
     if x.ndim != 4 or x.shape[1] != 1 or x.shape != shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (B, 1, H, W) as fused")
     dtype = torch.float32 if x.device.type == "mps" else torch.float64  # MPS knows no float64

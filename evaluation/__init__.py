@@ -1,0 +1,1 @@
+"""How fused images are judged: shared maps, metrics on tensors, comparison of methods, tables."""
