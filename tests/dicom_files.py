@@ -86,17 +86,17 @@ def write_enhanced(
     ds.SeriesInstanceUID, ds.FrameOfReferenceUID = "1.2.5", "1.2.3"
     order = list(range(data.shape[2]) if order is None else order)
     ds.NumberOfFrames = len(order)
-    measures, turn = Dataset(), Dataset()
-    measures.PixelSpacing, turn.ImageOrientationPatient = spacing, orientation
+    measures, orient = Dataset(), Dataset()
+    measures.PixelSpacing, orient.ImageOrientationPatient = spacing, orientation
     shared = Dataset()
-    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [turn]
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [orient]
     ds.SharedFunctionalGroupsSequence = [shared]
     ds.PerFrameFunctionalGroupsSequence = []
     for k in order:
-        place, rescale, own = Dataset(), Dataset(), Dataset()
-        place.ImagePositionPatient = decimal((lps @ [0, 0, k, 1])[:3])
+        position, rescale, own = Dataset(), Dataset(), Dataset()
+        position.ImagePositionPatient = decimal((lps @ [0, 0, k, 1])[:3])
         rescale.RescaleSlope, rescale.RescaleIntercept = k + 1, 0
-        own.PlanePositionSequence, own.PixelValueTransformationSequence = [place], [rescale]
+        own.PlanePositionSequence, own.PixelValueTransformationSequence = [position], [rescale]
         ds.PerFrameFunctionalGroupsSequence.append(own)
     frames = np.stack([data[:, :, k].T for k in order]).astype("<i2")
     ds.PixelData = frames.tobytes()

@@ -1,11 +1,13 @@
 """Runs on volumes: intensities, and the files that are written."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import cv2
 import nibabel as nib
@@ -16,11 +18,20 @@ import torch
 from dicom_files import injected, write_series
 from volume_files import SHAPE, Brighter, affine_of
 
-import test_asfe
-import volumes
-from args_setting import ROOT
-from volumes_io import Volume, write_nifti
-from volumes_levels import WINDOWS, ct_levels, head, levels, mri_levels
+from args_setting import ROOT, TestArgs
+from cli import UserError
+from volumes import fuse_volumes
+from volumes.grid import Volume, slices
+from volumes.intensity import (
+    STORED_ONE,
+    WINDOWS,
+    ct_scaling,
+    head,
+    mri_scaling,
+    scaling_of,
+)
+from volumes.io import write_nifti
+from volumes.pictures import CELL, GAP, mosaic
 
 
 def test_axis_reaches_the_run(call, brighter, heads, tmp_path):
@@ -34,39 +45,57 @@ def test_axis_reaches_the_run(call, brighter, heads, tmp_path):
     assert json.loads((tmp_path / "f.json").read_text())["slices"] == "sagittal"
 
 
-def test_the_first_source_is_the_first_of_the_network(call, heads, tmp_path, monkeypatch):
+def test_the_first_source_is_the_first_of_the_network(heads, tmp_path):
     class First(Brighter):
         def fuse(self, img1, img2):
             return torch.from_numpy(img1)
 
-    monkeypatch.setattr(test_asfe, "load_model", lambda *_: First())
-    argv = ["--img1", heads["ct"], "--img2", heads["mri"], "--out", tmp_path / "f.nii"]
     ct = np.clip((nib.load(heads["ct"]).get_fdata() + 100) / 1100, 0, 1)
-    for more in ([], ["--tile", "32", "--overlap", "16"]):
-        code, _, err = call(*argv, *more)
-        assert code == 0, err
+    for tile in (0, 32):
+        settings = TestArgs(
+            img1=heads["ct"], img2=heads["mri"], out=tmp_path / "f.nii", tile=tile, overlap=16
+        )
+        fuse_volumes(settings, First())
         assert np.allclose(nib.load(tmp_path / "f.nii").get_fdata(), ct, atol=1e-4)
 
 
+def test_the_function_returns_what_it_writes_and_says_what_it_does(heads, tmp_path):
+    said = []
+    out = tmp_path / "f.nii.gz"
+    settings = TestArgs(img1=heads["ct"], img2=heads["mri"], out=out)
+    fused = fuse_volumes(settings, Brighter(), said.append)
+    written = nib.load(out)
+    assert fused.luma.dtype == np.int16 and fused.luma.shape == written.shape
+    assert np.allclose(fused.luma * fused.scale, written.get_fdata(), atol=1e-6)
+    assert np.array_equal(fused.affine, written.affine)
+    assert fused.code == written.header["sform_code"]
+    assert np.array_equal(fused.stack, slices(fused.luma, fused.affine, "axial"))
+    assert fused.outputs.grey == out and fused.outputs.sidecar == tmp_path / "f.json"
+    assert said == [*fused.report, f"grey: {out}", f"sidecar: {tmp_path / 'f.json'}"]
+    assert json.loads((tmp_path / "f.json").read_text())["report"] == fused.report
+    with pytest.raises(UserError, match="need img1, img2 and out"):
+        fuse_volumes(TestArgs(img1=heads["ct"], out=out), Brighter())
+
+
 def test_windows():
-    scale = ct_levels("40,80")
+    scale = ct_scaling("40,80")
     assert scale.apply(np.array([-50.0, 0, 20, 40, 80, 900])).tolist() == [0, 0, 0.25, 0.5, 1, 1]
-    assert ct_levels("brain")[:2] == scale[:2] == (0, 80)
-    wide = ct_levels("wide").apply(np.array([-1000.0, 0, 25, 40, 700, 950]))
+    assert ct_scaling("brain")[:2] == scale[:2] == (0, 80)
+    wide = ct_scaling("wide").apply(np.array([-1000.0, 0, 25, 40, 700, 950]))
     assert (np.diff(wide) > 0.01).all() and wide[0] == 0, "brain and bone are both kept"
     for window in ("40", "40,0", "40,-5", "nan,80", "lung", "1,2,3", ""):
-        with pytest.raises(ValueError, match="expected LEVEL,WIDTH"):
-            ct_levels(window)
+        with pytest.raises(UserError, match="expected LEVEL,WIDTH"):
+            ct_scaling(window)
     assert set(WINDOWS) == {"wide", "brain", "bone", "subdural"}
 
 
 def test_mri_percentiles_are_those_of_the_head(heads):
     data = nib.load(heads["mri"]).get_fdata(dtype=np.float32)
     inside = data > 0
-    scale = mri_levels(data)
+    scale = mri_scaling(data)
     assert scale.high == pytest.approx(np.percentile(data[inside], 99.5), rel=0.02)
     wide = np.pad(data, 20)  # more air does not change it
-    assert mri_levels(wide)[:2] == pytest.approx(scale[:2], rel=0.02)
+    assert mri_scaling(wide)[:2] == pytest.approx(scale[:2], rel=0.02)
     assert np.percentile(wide, 99.5) < 0.97 * scale.high
     ball = np.zeros((40, 40, 40), np.float32)
     ball[8:32, 8:32, 8:32] = 10
@@ -74,10 +103,10 @@ def test_mri_percentiles_are_those_of_the_head(heads):
     ball[1, 1, 1] = 50  # noise
     found = head(ball)
     assert found[20, 20, 20] and found.sum() == 24**3
-    with pytest.raises(ValueError, match="all voxels are 3"):
-        mri_levels(np.full((20, 20, 20), 3, np.float32))
-    with pytest.raises(ValueError, match="no voxel is above 0"):
-        levels(Volume(-ball, np.eye(4)), "SPECT", "wide", 15)
+    with pytest.raises(UserError, match="all voxels are 3"):
+        mri_scaling(np.full((20, 20, 20), 3, np.float32))
+    with pytest.raises(UserError, match="no voxel is above 0"):
+        scaling_of(Volume(-ball, np.eye(4)), "SPECT", "wide", 15)
 
 
 def test_pet_is_scaled_by_suv_or_maximum(call, brighter, tmp_path):
@@ -121,7 +150,7 @@ def test_colour_png_and_mosaic(call, brighter, heads, tmp_path):
     assert (np.ptp(rgb[inside].astype(int), -1) > 60).any(), "it has colour"
     pet = nib.load(heads["pet"]).get_fdata()
     assert (rgb[pet == 0].max(-1) == rgb[pet == 0].min(-1)).all(), "no uptake has no colour"
-    # ITK sees RGB at the same places
+    # ITK sees RGB at the same positions
     image = sitk.ReadImage(str(tmp_path / "f_colour.nii.gz"))
     assert image.GetNumberOfComponentsPerPixel() == 3
     assert image.GetPixel(20, 25, 22) == tuple(int(v) for v in rgb[20, 25, 22])
@@ -137,14 +166,14 @@ def test_colour_png_and_mosaic(call, brighter, heads, tmp_path):
 
 def test_a_mosaic_shows_slices_in_proportion():
     stack = np.zeros((40, 30, 60), np.int16)
-    stack[10:30] = volumes.TOP
-    sheet = volumes.mosaic(stack, [f"S {n}" for n in range(40)], "axial", (2.0, 1.0))
-    cell = volumes.CELL  # 60 mm by 60 mm
-    assert sheet.shape == (4 * (cell + 2) - 2, 6 * (cell + 2) - 2, 3)
+    stack[10:30] = STORED_ONE
+    sheet = mosaic(stack, [f"S {n}" for n in range(40)], "axial", (2.0, 1.0))
+    # cells of 60 mm by 60 mm
+    assert sheet.shape == (4 * (CELL + GAP) - GAP, 6 * (CELL + GAP) - GAP, 3)
     assert sheet[20, 20].min() > 250 and sheet[-20, -20].max() == 0, "20 of 24 cells"
-    tall = volumes.mosaic(stack, ["S"] * 40, "axial", (4.0, 1.0))
-    assert tall.shape == (4 * (cell + 2) - 2, 6 * (cell // 2 + 2) - 2, 3)
-    assert volumes.mosaic(stack * 0, ["S"] * 40, "axial", (1, 1)).max() > 0  # only its text
+    tall = mosaic(stack, ["S"] * 40, "axial", (4.0, 1.0))
+    assert tall.shape == (4 * (CELL + GAP) - GAP, 6 * (CELL // 2 + GAP) - GAP, 3)
+    assert mosaic(stack * 0, ["S"] * 40, "axial", (1, 1)).max() > 0  # only its text
 
 
 def test_the_sidecar_says_what_was_done(call, brighter, heads, tmp_path):
@@ -191,6 +220,86 @@ def test_a_stopped_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["f.nii.gz"]
 
 
+@pytest.mark.parametrize("name", ("f.nii", "f.nii.gz"))
+@pytest.mark.parametrize("older", (False, True), ids=("new", "over an older run"))
+def test_a_full_disk_leaves_no_volume_without_its_sidecar(
+    heads, tmp_path, monkeypatch, name, older
+):
+    """Nor the reverse, nor a part of a file, whichever write is the first to fail."""
+    settings = TestArgs(
+        task="PET-MRI", img1=heads["pet"], img2=heads["mri"], out=tmp_path / name, colour="hot"
+    )
+    if older:
+        fuse_volumes(replace(settings, axis="sagittal"), Brighter())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    sync = os.fsync
+    for good in range(3):  # files that still fit
+        synced = []
+
+        def full(file, synced=synced, good=good):
+            if len(synced) == good:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            synced.append(file)
+            sync(file)
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            fuse_volumes(settings, Brighter())
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    monkeypatch.setattr(os, "fsync", sync)
+    fuse_volumes(settings, Brighter())
+    suffix = name[1:]
+    assert {p.name for p in tmp_path.iterdir()} == {name, f"f_colour{suffix}", "f.json"}
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "hit"),
+    [
+        ("ct.nii.gz", "ct.nii", "ct.json is the sidecar of"),
+        ("ct.nii", "ct.nii.gz", "ct.json is the sidecar of"),
+        ("ct.nii.gz", "ct.nii.gz", "ct.nii.gz is a source"),
+        ("ct_colour.nii", "ct.nii", "ct_colour.nii is a source"),
+        ("link/ct.nii.gz", "link/ct.nii", "ct.json is the sidecar of"),
+        ("link/ct.nii.gz", "key.nii", "key.json is the sidecar of"),  # of the link's target
+        ("hard.nii", "other/ct.nii", "ct.nii is a source"),
+    ],
+)
+@pytest.mark.parametrize("described", (True, False))
+def test_sources_and_their_sidecars_stay(
+    call, brighter, heads, tmp_path, source, out, hit, described
+):
+    for folder in ("link", "other"):
+        (tmp_path / folder).mkdir()
+    source = tmp_path / source
+    image = nib.load(heads["pet"])
+    if source.parent == tmp_path:
+        image.to_filename(source)
+    else:
+        image.to_filename(tmp_path / "key.nii.gz")
+        source.symlink_to(tmp_path / "key.nii.gz")
+    if source.name == "hard.nii":
+        (tmp_path / out).hardlink_to(source)
+    if described:
+        for path in (source, tmp_path / "key"):
+            path.with_name(f"{path.name.split('.')[0]}.json").write_text("{}")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    argv = ["--task", "PET-MRI", "--img1", source, "--img2", heads["mri"], "--colour", "hot"]
+    code, _, err = call(*argv, "--out", tmp_path / out)
+    assert code == 2 and err.count("\n") == 1, err
+    assert hit in err and "choose another --out" in err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+    argv[argv.index("--img1")], argv[argv.index("--img2")] = "--img2", "--img1"
+    assert hit in call(*argv, "--out", tmp_path / out)[2], "source 2 stays as well"
+
+
+def test_a_folder_in_the_way_is_named_before_the_run(call, brighter, heads, tmp_path):
+    (tmp_path / "f.json").mkdir()
+    argv = ["--img1", heads["ct"], "--img2", heads["mri"], "--out", tmp_path / "f.nii"]
+    code, _, err = call(*argv)
+    assert code == 2 and "f.json is a folder, choose another --out" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["f.json"]
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_a_killed_run_leaves_no_volume(heads, weights, tmp_path):
     out = tmp_path / "f.nii.gz"
@@ -212,8 +321,8 @@ def test_without_its_packages_a_volume_names_the_file_that_installs_them(tmp_pat
     """And test_asfe.py itself needs none of them."""
     program = (
         "import sys; sys.modules.update(dict.fromkeys(['nibabel', 'pydicom', 'SimpleITK']));"
-        "import test_asfe as t; from args_setting import *; sys.argv[0] = 'test_asfe.py';"
-        "run_script(t.main, parse_args(TestArgs))"
+        "import test_asfe as t, args_setting, cli; sys.argv[0] = 'test_asfe.py';"
+        "cli.run_script(t.main, cli.parse_args(args_setting.TestArgs))"
     )
     argv = ["--img1", "a.nii", "--img2", "a.nii", "--out", "f.nii"]
     done = subprocess.run(

@@ -1,5 +1,6 @@
 """Volumes: one line with exit code 2 for what cannot be trusted."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -10,198 +11,255 @@ import pytest
 from dicom_files import SECRET, sample, write_series
 from volume_files import SHAPE, SPACING, affine_of, numbered, write
 
-from volumes_io import RAS_LPS
+from volumes.grid import RAS_LPS
+
+AFFINE, DATA = affine_of("identity"), numbered()
 
 
-def spoilt(tmp_path: Path, heads: dict[str, Path], kind: str) -> tuple[list, str]:
-    """Arguments that must fail, and what the message must say."""
-    affine, data = affine_of("identity"), numbered()
-    ct, mri = heads["ct"], heads["mri"]
-    folder, out = tmp_path / "dicom", tmp_path / "out" / "f.nii.gz"
+class Inputs:
+    """Makes the files of one test in its folder, and the arguments that name them."""
 
-    def both(img1=ct, img2=mri, *more):
-        return ["--img1", img1, "--img2", img2, "--out", out, *more]
+    def __init__(self, folder: Path, heads: dict[str, Path]):
+        self.path, self.ct, self.mri = folder, heads["ct"], heads["mri"]
+        self.dicom, self.out = folder / "dicom", folder / "out" / "f.nii.gz"
 
-    def series(**how) -> Path:
-        write_series(folder, data, affine, **how)
-        return folder
+    def args(self, *more, img1=None, img2=None) -> list:
+        """The arguments of a run, on a good pair but for what is given."""
+        return ["--img1", img1 or self.ct, "--img2", img2 or self.mri, "--out", self.out, *more]
 
-    def changed(name, value, slices=(3,)):
+    def series(self, **how) -> Path:
+        """A DICOM folder, an MRI unless `how` says otherwise."""
+        write_series(self.dicom, DATA, AFFINE, **how)
+        return self.dicom
+
+    def changed(self, name: str, value, slices=(3,)) -> list:
+        """Arguments with an MRI series in which some slices have another value of a field."""
+
         def change(ds, k):
             if k in slices:
                 setattr(ds, name, value)
 
-        return series(change=change)
+        return self.args(img2=self.series(change=change))
 
-    def nifti(data, affine=affine, code=1, change=None):
+    def nifti(self, data=DATA, affine=AFFINE, code=1, change=None) -> Path:
+        """A NIfTI file; `change` edits its header."""
         image = nib.Nifti1Image(data, affine)
         image.set_sform(affine, code)
         image.set_qform(affine, code)
         if change:
             change(image.header)
-        image.to_filename(tmp_path / "v.nii")
-        return tmp_path / "v.nii"
+        image.to_filename(self.path / "v.nii")
+        return self.path / "v.nii"
 
-    def cut(path: Path, size: int) -> Path:
-        short = tmp_path / path.name
+    def good(self, form="nii") -> Path:
+        """A volume on the grid of `nifti`'s."""
+        return write(self.path / "c", DATA, AFFINE, form)
+
+    def shifted(self, mm, axis) -> list:
+        """Arguments with an MRI that lies so far from the CT along x, y or z."""
+        away = AFFINE.copy()
+        away[axis, 3] += mm
+        return self.args(img1=self.good(), img2=self.nifti(affine=away))
+
+    def cut(self, path: Path, size: int) -> list:
+        """Arguments with an MRI file that has only its first bytes."""
+        short = self.path / path.name
         short.write_bytes(path.read_bytes()[:size])
-        return short
+        return self.args(img2=short)
 
-    if kind == "two series":
-        series()
-        for path in folder.iterdir():
-            path.rename(path.with_suffix(".a"))
-        return both(img2=series(series="9.8")), "choose by --series2 one of 2 series"
-    if kind == "missing slice":
-        paths = write_series(folder, data, affine)
-        paths[4].unlink()
-        paths[5].unlink()
-        return both(img2=folder), "2 slices missing in 1 gaps: 9.00 mm from IM0003 to IM0006"
-    if kind == "duplicate slice":
-        paths = write_series(folder, data, affine)
-        (folder / "copy").write_bytes(paths[7].read_bytes())
-        return both(img2=folder), "duplicate slices, 1 positions occur twice"
-    if kind == "uneven":
-        lps = RAS_LPS @ affine @ [0, 0, 4.6, 1]
-        return both(img2=changed("ImagePositionPatient", list(lps[:3]), (4,))), "unevenly spaced"
-    if kind == "mixed orientations":
-        turned = [1, 0, 0, 0, 0, -1]
-        return both(img2=changed("ImageOrientationPatient", turned)), "mixed orientations"
-    if kind == "mixed sizes":
-        return both(img2=changed("Rows", 27)), "mixed sizes"
-    if kind == "no position":
-        return both(img2=changed("ImagePositionPatient", None)), "does not say where"
-    if kind == "value table":
-        return both(img2=changed("ModalityLUTSequence", [pydicom.Dataset()])), "table of values"
-    if kind == "rgb dicom":
-        return both(img2=sample("SC_rgb_rle.dcm")), "colours are RGB, expected grey"
-    if kind == "truncated dicom":
-        return both(img2=sample("MR_truncated.dcm")), "truncated, damaged"
-    if kind == "dicom cut in its header":
-        path = write_series(folder, data, affine)[6]
-        path.write_bytes(path.read_bytes()[:500])
-        return both(img2=folder), "IM0006: damaged"
-    if kind == "plugin":
-        return both(img2=sample("MR_small_jpeg_ls_lossless.dcm")), "pip install pylibjpeg"
-    if kind == "not dicom":
-        folder.mkdir()
-        (folder / "a.dcm").write_text("hello")
-        return both(img2=folder), "no DICOM image among its 1 files"
-    if kind == "not a dicom file":
-        (tmp_path / "a.dcm").write_text("hello")
-        return both(img2=tmp_path / "a.dcm"), "not a DICOM image"
-    if kind == "no image":
-        return both(img2=sample("rtplan.dcm")), "not a DICOM image"
-    if kind == "empty folder":
-        folder.mkdir()
-        return both(img2=folder), "no DICOM image among its 0 files"
-    if kind == "wrong modality":
-        return both(img1=series()), "its modality is MR, CT-MRI expects CT as img1"
-    if kind == "frames":
-        write_series(tmp_path / "ct", data, affine, "CT", frame="1.2.99")
-        return both(tmp_path / "ct", series()), "different DICOM frames of reference"
-    if kind == "apart":
-        away = affine.copy()
-        away[0, 3] += 500
-        return both(img2=nifti(data, away), img1=write(tmp_path / "c", data, affine, "nii")), (
-            "covers only 0% of img1's field"
-        )
-    if kind == "under half":
-        away = affine.copy()
-        away[2, 3] += 0.55 * SHAPE[2] * SPACING[2]
-        return both(img2=nifti(data, away), img1=write(tmp_path / "c", data, affine, "nii")), (
-            "covers only 4"
-        )
-    if kind == "other space":
-        return both(img2=nifti(data, code=4), img1=write(tmp_path / "c", data, affine, "nii")), (
-            "in the scanner's space, img2 in MNI152 space"
-        )
-    if kind == "no place":
-        return both(img2=nifti(data, code=0)), "img2 does not say where it is"
-    if kind == "4-D":
-        return both(img2=nifti(np.zeros((*SHAPE, 5), np.int16))), "is 4-D (5 volumes)"
-    if kind == "2-D":
-        return both(img2=nifti(np.zeros(SHAPE[:2], np.int16))), "is 2-D"
-    if kind == "rgb nifti":
-        rgb = np.zeros(SHAPE, [(c, "u1") for c in "RGB"])
-        return both(img2=nifti(rgb)), "RGB or complex"
-    if kind == "microns":
-        return both(img2=nifti(data, change=lambda h: h.set_xyzt_units("micron"))), "in micron"
-    if kind == "no affine":
-        path = nifti(data)
-        content = bytearray(path.read_bytes())
-        content[280:328] = bytes(48)  # the sform's rows
-        path.write_bytes(content)
-        return both(img2=path), "singular"
-    if kind == "truncated nii.gz":
-        return both(img2=cut(mri, 20000)), "damaged or not NIfTI"
-    if kind == "truncated nii":
-        return both(img2=cut(write(tmp_path / "w", data, affine, "nii"), 5000)), "damaged"
-    if kind == "truncated mha":
-        return both(img2=cut(write(tmp_path / "w", data, affine, "mha"), 5000)), "damaged or not"
-    if kind == "text nrrd":
-        (tmp_path / "a.nrrd").write_text("hello")
-        return both(img2=tmp_path / "a.nrrd"), "damaged or not .nrrd"
-    if kind == "empty nii":
-        return both(img2=cut(mri, 0)), "damaged or not NIfTI"
-    if kind == "nan":
-        holes = np.ones(SHAPE, np.float32)
-        holes[3, 4, 5], holes[6, 7, 8] = np.nan, np.inf
-        return both(img2=nifti(holes)), "2 voxels are NaN or infinite, the first at (3, 4, 5)"
-    if kind == "constant":
-        return both(img2=nifti(np.ones(SHAPE, np.int16)), img1=write(tmp_path / "c", data,
-            affine, "nii")), "nothing to fuse"  # fmt: skip
-    if kind == "thin":
-        return both(ct, mri, "--axis", "coronal", "--img1", nifti(data[..., :12])), "--axis"
-    if kind == "image":
-        cv2.imwrite(str(tmp_path / "a.png"), np.zeros((20, 20), np.uint8))
-        return both(img2=tmp_path / "a.png"), "not a DICOM image"
-    if kind == "missing file":
-        return both(img2=tmp_path / "no.nii"), "no such file"
-    if kind == "out png":
-        return ["--img1", ct, "--img2", mri, "--out", tmp_path / "f.png"], "ends in .nii.gz"
-    if kind == "out is a source":
-        return [*both(), "--out", ct], "is a source"
-    if kind == "png in a source":
-        return both(ct, series(), "--png", folder / "png"), "inside of one"
-    if kind == "series of nifti":
-        return both(ct, mri, "--series1", "1"), "--series1 is for DICOM"
-    if kind == "window":
-        return both(ct, mri, "--window", "lung"), "window is 'lung'"
-    if kind == "colour of ct":
-        return both(ct, mri, "--colour", "hot"), "--colour is for PET"
-    if kind == "tile":
-        return both(ct, mri, "--tile", "40"), "tile is 40"
-    if kind == "overlap":
-        return both(ct, mri, "--tile", "32", "--overlap", "20"), "overlap 20"
-    if kind == "mosaic":
-        return both(ct, mri, "--mosaic", tmp_path / "m.jpg"), "ends in .png"
-    if kind == "stretch":
-        return both(ct, mri, "--stretch"), "are for images"
-    if kind == "all":
-        return both(ct, mri, "--task", "all"), "need to know what img1 is"
-    if kind == "flag of volumes":
-        for name in "ab":
-            cv2.imwrite(str(tmp_path / f"{name}.png"), np.zeros((20, 20), np.uint8))
-        pair = ["--img1", tmp_path / "a.png", "--img2", tmp_path / "b.png"]
-        return [*pair, "--out", tmp_path / "f.png", "--tile", "64"], "--tile is for volumes"
-    raise AssertionError(kind)
+    def text(self, name: str) -> Path:
+        """A text file."""
+        path = self.path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("hello")
+        return path
 
 
-SPOILT = (
-    "two series;missing slice;duplicate slice;uneven;mixed orientations;mixed sizes;no position;"
-    "value table;rgb dicom;truncated dicom;dicom cut in its header;plugin;not dicom;"
-    "not a dicom file;no image;empty folder;wrong modality;frames;apart;under half;other space;"
-    "no place;4-D;2-D;rgb nifti;microns;no affine;truncated nii.gz;truncated nii;truncated mha;"
-    "text nrrd;empty nii;nan;constant;thin;image;missing file;out png;out is a source;"
-    "png in a source;series of nifti;window;colour of ct;tile;overlap;mosaic;stretch;all;"
-    "flag of volumes"
-).split(";")
+def two_series(on: Inputs) -> list:
+    for path in on.series().iterdir():
+        path.rename(path.with_suffix(".a"))
+    return on.args(img2=on.series(series="9.8"))
+
+
+def missing_slice(on: Inputs) -> list:
+    for path in write_series(on.dicom, DATA, AFFINE)[4:6]:
+        path.unlink()
+    return on.args(img2=on.dicom)
+
+
+def duplicate_slice(on: Inputs) -> list:
+    paths = write_series(on.dicom, DATA, AFFINE)
+    (on.dicom / "copy").write_bytes(paths[7].read_bytes())
+    return on.args(img2=on.dicom)
+
+
+def uneven(on: Inputs) -> list:
+    lps = RAS_LPS @ AFFINE @ [0, 0, 4.6, 1]
+    return on.changed("ImagePositionPatient", list(lps[:3]), (4,))
+
+
+def cut_in_the_header(on: Inputs) -> list:
+    path = write_series(on.dicom, DATA, AFFINE)[6]
+    path.write_bytes(path.read_bytes()[:500])
+    return on.args(img2=on.dicom)
+
+
+def broken_field(on: Inputs) -> list:
+    """pydicom meets it only when the field is asked for."""
+    path = write_series(on.dicom, DATA, AFFINE)[6]
+    name, spoilt = b"\x20\x00\x0e\x00UI", b"\x20\x00\x0e\x00QQ"  # SeriesInstanceUID
+    assert name in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(name, spoilt))
+    return on.args(img2=on.dicom)
+
+
+def empty_folder(on: Inputs) -> list:
+    on.dicom.mkdir()
+    return on.args(img2=on.dicom)
+
+
+def two_frames_of_reference(on: Inputs) -> list:
+    write_series(on.path / "ct", DATA, AFFINE, "CT", frame="1.2.99")
+    return on.args(img1=on.path / "ct", img2=on.series())
+
+
+def rows_of_zeros(on: Inputs) -> list:
+    path = on.nifti()
+    content = bytearray(path.read_bytes())
+    content[280:328] = bytes(48)  # the sform's rows
+    path.write_bytes(content)
+    return on.args(img2=path)
+
+
+def unknown_unit(on: Inputs) -> list:
+    def change(header):
+        header["xyzt_units"] = 7
+
+    return on.args(img2=on.nifti(change=change))
+
+
+def not_finite(on: Inputs) -> list:
+    holes = np.ones(SHAPE, np.float32)
+    holes[3, 4, 5], holes[6, 7, 8] = np.nan, np.inf
+    return on.args(img2=on.nifti(holes))
+
+
+def png_source(on: Inputs) -> list:
+    cv2.imwrite(str(on.path / "a.png"), np.zeros((20, 20), np.uint8))
+    return on.args(img2=on.path / "a.png")
+
+
+def png_sources(on: Inputs) -> list:
+    for name in ("a.png", "b.png"):
+        cv2.imwrite(str(on.path / name), np.zeros((20, 20), np.uint8))
+    pair = ["--img1", on.path / "a.png", "--img2", on.path / "b.png"]
+    return [*pair, "--out", on.path / "f.png", "--tile", "64"]
+
+
+# name -> what the message must say, and how to make the arguments
+SPOILT: dict[str, tuple[str, Callable[[Inputs], list]]] = {
+    # DICOM
+    "two series": ("choose by --series2 one of 2 series", two_series),
+    "missing slice": ("2 slices missing in 1 gaps: 9.00 mm from IM0003 to IM0006", missing_slice),
+    "duplicate slice": ("duplicate slices, 1 positions occur twice", duplicate_slice),
+    "uneven": ("unevenly spaced", uneven),
+    "mixed orientations": (
+        "mixed orientations",
+        lambda on: on.changed("ImageOrientationPatient", [1, 0, 0, 0, 0, -1]),
+    ),
+    "mixed sizes": ("mixed sizes", lambda on: on.changed("Rows", 27)),
+    "no position": ("does not say where", lambda on: on.changed("ImagePositionPatient", None)),
+    "value table": (
+        "table of values",
+        lambda on: on.changed("ModalityLUTSequence", [pydicom.Dataset()]),
+    ),
+    "rgb dicom": (
+        "colours are RGB, expected grey",
+        lambda on: on.args(img2=sample("SC_rgb_rle.dcm")),
+    ),
+    "truncated dicom": ("truncated, damaged", lambda on: on.args(img2=sample("MR_truncated.dcm"))),
+    "dicom cut in its header": ("IM0006: damaged", cut_in_the_header),
+    "dicom with a broken field": ("IM0006: damaged", broken_field),
+    "no frames": ("IM0000: damaged", lambda on: on.changed("NumberOfFrames", "-1", (0,))),
+    "plugin": (
+        "pip install pylibjpeg",
+        lambda on: on.args(img2=sample("MR_small_jpeg_ls_lossless.dcm")),
+    ),
+    "not dicom": (
+        "no DICOM image among its 1 files",
+        lambda on: on.args(img2=on.text("dicom/a.dcm").parent),
+    ),
+    "not a dicom file": ("not a DICOM image", lambda on: on.args(img2=on.text("a.dcm"))),
+    "no image": ("not a DICOM image", lambda on: on.args(img2=sample("rtplan.dcm"))),
+    "empty folder": ("no DICOM image among its 0 files", empty_folder),
+    # patient space
+    "wrong modality": (
+        "its modality is MR, CT-MRI expects CT as img1",
+        lambda on: on.args(img1=on.series()),
+    ),
+    "frames": ("different DICOM frames of reference", two_frames_of_reference),
+    "apart": ("covers only 0% of img1's field", lambda on: on.shifted(500, 0)),
+    "under half": ("covers only 4", lambda on: on.shifted(0.55 * SHAPE[2] * SPACING[2], 2)),
+    "other space": (
+        "in the scanner's space, img2 in MNI152 space",
+        lambda on: on.args(img1=on.good(), img2=on.nifti(code=4)),
+    ),
+    "no place": ("img2 does not say where it is", lambda on: on.args(img2=on.nifti(code=0))),
+    # NIfTI, MetaImage, NRRD
+    "4-D": (
+        "is 4-D (5 volumes)",
+        lambda on: on.args(img2=on.nifti(np.zeros((*SHAPE, 5), np.int16))),
+    ),
+    "2-D": ("is 2-D", lambda on: on.args(img2=on.nifti(np.zeros(SHAPE[:2], np.int16)))),
+    "rgb nifti": (
+        "RGB or complex",
+        lambda on: on.args(img2=on.nifti(np.zeros(SHAPE, [(c, "u1") for c in "RGB"]))),
+    ),
+    "microns": (
+        "in micron",
+        lambda on: on.args(img2=on.nifti(change=lambda h: h.set_xyzt_units("micron"))),
+    ),
+    "unknown unit": ("damaged or not NIfTI", unknown_unit),
+    "no affine": ("singular", rows_of_zeros),
+    "truncated nii.gz": ("damaged or not NIfTI", lambda on: on.cut(on.mri, 20000)),
+    "truncated nii": ("damaged", lambda on: on.cut(on.good(), 5000)),
+    "truncated mha": ("damaged or not", lambda on: on.cut(on.good("mha"), 5000)),
+    "text nrrd": ("damaged or not .nrrd", lambda on: on.args(img2=on.text("a.nrrd"))),
+    "empty nii": ("damaged or not NIfTI", lambda on: on.cut(on.mri, 0)),
+    "nan": ("2 voxels are NaN or infinite, the first at (3, 4, 5)", not_finite),
+    "constant": (
+        "nothing to fuse",
+        lambda on: on.args(img1=on.good(), img2=on.nifti(np.ones(SHAPE, np.int16))),
+    ),
+    "thin": (
+        "--axis",
+        lambda on: on.args("--axis", "coronal", img1=on.nifti(DATA[..., :12])),
+    ),
+    "image": ("not a DICOM image", png_source),
+    "missing file": ("no such file", lambda on: on.args(img2=on.path / "no.nii")),
+    # settings
+    "out png": ("ends in .nii.gz", lambda on: on.args("--out", on.path / "f.png")),
+    "out is a source": ("is a source", lambda on: on.args("--out", on.ct)),
+    "png in a source": (
+        "inside of one, choose another --png",
+        lambda on: on.args("--png", on.dicom / "png", img2=on.series()),
+    ),
+    "series of nifti": ("--series1 is for DICOM", lambda on: on.args("--series1", "1")),
+    "window": ("window is 'lung'", lambda on: on.args("--window", "lung")),
+    "colour of ct": ("--colour is for PET", lambda on: on.args("--colour", "hot")),
+    "tile": ("tile is 40", lambda on: on.args("--tile", "40")),
+    "overlap": ("overlap 20", lambda on: on.args("--tile", "32", "--overlap", "20")),
+    "mosaic": ("ends in .png", lambda on: on.args("--mosaic", on.path / "m.jpg")),
+    "stretch": ("are for images", lambda on: on.args("--stretch")),
+    "all": ("need to know what img1 is", lambda on: on.args("--task", "all")),
+    "flag of volumes": ("--tile is for volumes", png_sources),
+}
 
 
 @pytest.mark.parametrize("kind", SPOILT)
 def test_bad_input_is_one_line_and_writes_nothing(call, brighter, heads, tmp_path, kind):
-    argv, message = spoilt(tmp_path, heads, kind)
+    message, make = SPOILT[kind]
+    argv = make(Inputs(tmp_path, heads))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     code, _, err = call(*argv)
     lines = [line for line in err.splitlines() if "slice/s" not in line]
@@ -221,13 +279,13 @@ def test_bad_input_is_one_line_and_writes_nothing(call, brighter, heads, tmp_pat
     ],
 )
 def test_force_goes_on_and_says_so(call, brighter, heads, tmp_path, kind, words):
-    argv, _ = spoilt(tmp_path, heads, kind)
+    argv = SPOILT[kind][1](Inputs(tmp_path, heads))
     code, stdout, err = call(*argv, "--force")
     assert code == 0 and words in stdout, err
     assert (tmp_path / "out" / "f.nii.gz").exists()
 
 
 def test_nan_to_zero_goes_on_and_says_so(call, brighter, heads, tmp_path):
-    argv, _ = spoilt(tmp_path, heads, "nan")
+    argv = not_finite(Inputs(tmp_path, heads))
     code, stdout, err = call(*argv, "--nan-to-zero", "--force")
     assert code == 0 and "2 voxels are NaN or infinite" in stdout and "taken as 0" in stdout, err

@@ -7,8 +7,10 @@ import SimpleITK as sitk  # noqa: N813
 from dicom_files import SECRET, injected, new_dataset, sample, write_enhanced, write_series
 from volume_files import SHAPE, SPACING, affine_of, numbered
 
-from volumes_dicom import read_dicom, suv_factor
-from volumes_io import RAS_LPS
+from cli import UserError
+from volumes.dicom import read_dicom
+from volumes.grid import RAS_LPS
+from volumes.suv import suv_factor
 
 
 def test_slices_shuffled_on_disk_give_the_same_volume(tmp_path):
@@ -80,7 +82,7 @@ def test_monochrome1_and_2_are_mixed_only_where_values_are_a_measure(tmp_path):
     write_series(tmp_path / "ct", data, affine_of("identity"), "CT", change=mixed)
     assert np.array_equal(read_dicom(tmp_path / "ct").data, data)
     write_series(tmp_path / "mr", data, affine_of("identity"), "MR", change=mixed)
-    with pytest.raises(ValueError, match="mixed MONOCHROME1 and MONOCHROME2"):
+    with pytest.raises(UserError, match="mixed MONOCHROME1 and MONOCHROME2"):
         read_dicom(tmp_path / "mr")
 
 
@@ -101,17 +103,17 @@ def test_nuclear_medicine_frames_are_slices_only_in_a_reconstruction(tmp_path):
     ds.NumberOfFrames, ds.SpacingBetweenSlices = SHAPE[2], str(SPACING[2])
     ds.PixelData = np.ascontiguousarray(data.T).tobytes()
     ds.ImageType = ["ORIGINAL", "PRIMARY", "RECON TOMO", "EMISSION"]
-    place = pydicom.Dataset()
-    place.ImagePositionPatient = ds.ImagePositionPatient
-    place.ImageOrientationPatient = ds.ImageOrientationPatient
+    detector = pydicom.Dataset()
+    detector.ImagePositionPatient = ds.ImagePositionPatient
+    detector.ImageOrientationPatient = ds.ImageOrientationPatient
     del ds.ImagePositionPatient, ds.ImageOrientationPatient
-    ds.DetectorInformationSequence = [place]
+    ds.DetectorInformationSequence = [detector]
     ds.save_as(path)
     volume = read_dicom(path)
     assert np.array_equal(volume.data, data) and np.allclose(volume.affine, affine, atol=1e-6)
     ds.ImageType[2] = "DYNAMIC"
     ds.save_as(path)
-    with pytest.raises(ValueError, match="does not say where"):
+    with pytest.raises(UserError, match="does not say where"):
         read_dicom(path)
 
 
@@ -124,13 +126,13 @@ def test_samples_of_pydicom():
     assert (ct.data.min(), ct.data.max()) == (-896, 1167) and ct.modality == "CT"
     ds = pydicom.dcmread(sample("CT_small.dcm"))
     row, column = 3, 5  # column first in our index, and LPS against RAS
-    place = np.array(ds.ImagePositionPatient) + 0.661468 * np.array([column, row, 0])
-    assert np.allclose((ct.affine @ [column, row, 0, 1])[:3], place * [-1, -1, 1])
+    position = np.array(ds.ImagePositionPatient) + 0.661468 * np.array([column, row, 0])
+    assert np.allclose((ct.affine @ [column, row, 0, 1])[:3], position * [-1, -1, 1])
     assert ct.data[column, row, 0] == ds.pixel_array[row, column] - 1024
     series = read_dicom(sample("dicomdirtests/98892001/CT5N"))
     assert series.data.shape == (16, 16, 5) and series.spacing == pytest.approx([0.488, 0.488, 2.5],
         abs=1e-3)  # fmt: skip
-    # ITK reads the same series on its own: same voxels at the same places
+    # ITK reads the same series on its own: same voxels at the same positions
     reader = sitk.ImageSeriesReader()
     folder = str(sample("dicomdirtests/98892001/CT5N"))
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(folder))
@@ -146,15 +148,15 @@ def test_a_series_is_chosen_by_number_or_uid(call, brighter, tmp_path):
     for path in (tmp_path / "d").iterdir():
         path.rename(path.with_name(f"ct{path.name}"))
     write_series(tmp_path / "d", numbered() + 1, affine, "MR", series="1.2.11")
-    both = ["--img1", tmp_path / "d", "--img2", tmp_path / "d", "--out", tmp_path / "f.nii.gz"]
-    code, _, err = call(*both)
+    pair = ["--img1", tmp_path / "d", "--img2", tmp_path / "d", "--out", tmp_path / "f.nii.gz"]
+    code, _, err = call(*pair)
     assert code == 2 and "--series1" in err and "1: CT, 20 images of 28x24; 2: MR" in err
     assert SECRET not in err and "1.2.11" not in err
-    code, _, err = call(*both, "--series1", 1)
+    code, _, err = call(*pair, "--series1", 1)
     assert code == 2 and "--series2" in err
-    assert call(*both, "--series1", "1", "--series2", "2")[0] == 0
-    assert call(*both, "--series1", "1.2.10", "--series2", "1.2.11")[0] == 0
-    code, _, err = call(*both, "--series1", "3", "--series2", "2")
+    assert call(*pair, "--series1", "1", "--series2", "2")[0] == 0
+    assert call(*pair, "--series1", "1.2.10", "--series2", "1.2.11")[0] == 0
+    code, _, err = call(*pair, "--series1", "3", "--series2", "2")
     assert code == 2 and "no series '3'" in err
 
 
@@ -182,7 +184,7 @@ def test_any_cut_of_a_dicom_file_is_one_line(call, brighter, heads, tmp_path):
         path.write_bytes(data[:size])
         try:
             read_dicom(path)
-        except ValueError as error:
+        except UserError as error:
             assert SECRET not in str(error)
         else:
             raise AssertionError(f"{size} of {len(data)} bytes were taken as a whole file")

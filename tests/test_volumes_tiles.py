@@ -11,12 +11,11 @@ import torch
 from scipy import ndimage
 from volume_files import Brighter
 
-import volumes
-import volumes_tiles
 from args_setting import ROOT, TestArgs
-from network import load_weights
-from volumes_levels import ct_levels
-from volumes_tiles import reduction, tile_starts
+from volumes.grid import slices
+from volumes.intensity import STORED_ONE, ct_scaling
+from volumes.tiles import fuse_slices, fuse_tiled, reduction, tile_starts
+from weights import load_weights
 
 
 @pytest.mark.parametrize("length", (16, 50, 64, 100, 128, 200, 237, 512))
@@ -64,21 +63,21 @@ def test_tiles_of_a_local_network_give_the_whole():
     rng = np.random.default_rng(4)
     img1, img2 = ndimage.gaussian_filter(rng.random((2, 2, 1, 150, 237)), (0, 0, 0, 2, 2))
     img1, img2 = np.float32(img1), np.float32(img2)
-    whole = volumes_tiles.fuse_tiled(Local(), img1, img2, 0, 32)
+    whole = fuse_tiled(Local(), img1, img2, 0, 32)
     local = Local()
-    tiled = volumes_tiles.fuse_tiled(local, img1, img2, 128, 64)
+    tiled = fuse_tiled(local, img1, img2, 128, 64)
     assert tiled.shape == whole.shape and np.ptp(whole) > 0.1
     assert np.abs(tiled - whole).max() < 1 / 255
     # the slice of 160 x 240 with its padding, reduced; 6 tiles, each reduced and as it is
     assert local.shapes == [(80, 120), *[(64, 64), (128, 128)] * 6]
     one = Local()
-    volumes_tiles.fuse_tiled(one, img1, img2, 256, 32)
+    fuse_tiled(one, img1, img2, 256, 32)
     assert one.shapes == [(150, 237)], "a tile as large as the image is the image"
 
 
 def test_tiles_that_differ_meet_in_a_ramp():
     flat = np.full((1, 1, 150, 237), 0.5, np.float32)
-    uneven = volumes_tiles.fuse_tiled(Local(0.01, 64), flat, flat, 64, 32)
+    uneven = fuse_tiled(Local(0.01, 64), flat, flat, 64, 32)
     assert np.ptp(uneven) > 0.05
     most = 0.01 * len(tile_starts(237, 64, 32, 16))  # between a tile and the one below it
     for axis in (2, 3):
@@ -89,8 +88,8 @@ def test_tiles_know_of_the_rest_of_their_slice():
     img1 = np.random.default_rng(5).uniform(0.6, 1, (2, 1, 192, 330)).astype(np.float32)
     img2 = np.zeros_like(img1)
     img2[0, 0, 40:150, 30:90] = img2[1, 0, 100:, 200:] = 1
-    whole = volumes_tiles.fuse_tiled(Overall(), img1, img2, 0, 64)
-    tiled = volumes_tiles.fuse_tiled(Overall(), img1, img2, 128, 64)
+    whole = fuse_tiled(Overall(), img1, img2, 0, 64)
+    tiled = fuse_tiled(Overall(), img1, img2, 128, 64)
     assert np.abs(tiled - whole).max() < 0.01
 
 
@@ -100,8 +99,8 @@ def test_tiles_of_the_network_agree_with_the_whole(heads, weights):
     model, _ = load_weights(ROOT / "model_pre" / f"compact_{weights}.safetensors")
     names = ("ct" if weights == "CT-MRI" else "pet"), "mri"
     pair = [_enlarged(heads[name], 384) for name in names]
-    whole = volumes_tiles.fuse_tiled(model, *pair, 0, 64)
-    apart = (volumes_tiles.fuse_tiled(model, *pair, 256, 64) - whole)[0, 0]
+    whole = fuse_tiled(model, *pair, 0, 64)
+    apart = (fuse_tiled(model, *pair, 256, 64) - whole)[0, 0]
     # no seam: across the ends of a tile the difference changes no faster than beside them
     ends = {end for start in tile_starts(384, 256, 64, 16) for end in (start, start + 256)}
     seam = 0.0
@@ -119,7 +118,7 @@ def _enlarged(path: Path, side: int) -> np.ndarray:
     """(1, 1, side, side) in [0, 1]: the axial slice 26 of a drawn head."""
     volume = nib.load(path)
     high, low = {"ct": (1000, -100), "pet": (20000, 0), "mri": (800, 0)}[path.name.split(".")[0]]
-    image = volumes.slices(volume.get_fdata(dtype=np.float32), volume.affine, "axial")[26]
+    image = slices(volume.get_fdata(dtype=np.float32), volume.affine, "axial")[26]
     image = cv2.resize(np.ascontiguousarray(image), (side, side), interpolation=cv2.INTER_LINEAR)
     return np.clip((image - low) / (high - low), 0, 1)[None, None]
 
@@ -132,7 +131,7 @@ def test_batches_are_smaller_for_large_slices(monkeypatch):
             seen.append(img1.shape)
             return super().fuse(img1, img2)
 
-    scale = ct_levels("0,2")
+    scale = ct_scaling("0,2")
     for side, tile, expected in (
         (64, 0, [4, 2]),
         (512, 0, [1] * 6),
@@ -141,6 +140,6 @@ def test_batches_are_smaller_for_large_slices(monkeypatch):
         seen.clear()
         stack, out = np.zeros((6, side, side), np.float32), np.empty((6, side, side), np.int16)
         args = TestArgs(batch_size=4, tile=tile)
-        volumes.fuse_slices(Watched(), (stack, stack), (scale, scale), out, args)
+        fuse_slices(Watched(), (stack, stack), (scale, scale), out, args)
         assert [shape[0] for shape in seen] == expected
-        assert (out == round(volumes.TOP / 2)).all()
+        assert (out == round(STORED_ONE / 2)).all()

@@ -11,7 +11,7 @@ from nilearn.datasets import load_mni152_gm_template, load_mni152_template
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from volumes_io import RAS_LPS
+from volumes.grid import RAS_LPS
 
 SHAPE = (24, 28, 20)
 SPACING = np.array([1.5, 1.25, 3.0])
@@ -60,20 +60,21 @@ def write(path: Path, data: np.ndarray, affine: np.ndarray, form: str, modality=
 
 
 def numbered(shape=SHAPE) -> np.ndarray:
+    """(I, J, K) int16, values that differ between neighbours."""
     return (np.arange(np.prod(shape)).reshape(shape) % 4000).astype(np.int16)
 
 
-def blob(affine: np.ndarray, places, shape=SHAPE) -> np.ndarray:
-    """A volume (I, J, K) with a soft mark, 4 mm wide and 1000 high, at each place (mm, RAS)."""
+def blob(affine: np.ndarray, positions, shape=SHAPE) -> np.ndarray:
+    """A volume (I, J, K) with a soft mark, 4 mm wide and 1000 high, at each position (mm, RAS)."""
     index = np.stack([*np.meshgrid(*map(np.arange, shape), indexing="ij"), np.ones(shape)], -1)
     xyz = (index @ affine.T)[..., :3]
-    return sum(1000 * np.exp(-(((xyz - p) ** 2).sum(-1)) / 2 / 4**2) for p in places)
+    return sum(1000 * np.exp(-(((xyz - p) ** 2).sum(-1)) / 2 / 4**2) for p in positions)
 
 
-def value_at(path: Path, place) -> float:
-    """What ITK, which counts in LPS, finds at a place (mm, RAS) of a file."""
+def value_at(path: Path, position) -> float:
+    """What ITK, which counts in LPS, finds at a position (mm, RAS) of a file."""
     image = sitk.ReadImage(str(path))
-    lps = (RAS_LPS[:3, :3] @ place).tolist()
+    lps = (RAS_LPS[:3, :3] @ position).tolist()
     return float(image.EvaluateAtPhysicalPoint(lps, sitk.sitkLinear))
 
 

@@ -1,29 +1,31 @@
-"""From measured values to [0, 1], and from uptake to colour.
+"""From measured values to [0, 1].
 
 CT by a window in HU, MRI by percentiles inside the head, PET by SUV and SPECT by its maximum.
+Sources: soft tissue windows as in general use in head CT; Otsu's threshold (IEEE Trans. SMC 9,
+1979) through scikit-image.
+
+Legend: I J K voxels as stored, see volumes/grid.py.
 """
 
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
-from dataset import BT601
-from volumes_io import Volume
+from cli import UserError
+from volumes.grid import Volume
 
-# level and width in HU. Soft tissue windows as in general use in head CT; `wide` is ours: air is
-# black, and brain (20 to 45 HU) and dense bone (1000 HU) are both inside.
+# Level and width in HU. `wide` is ours: air is black, and brain (20 to 45 HU) and dense bone
+# (1000 HU) are both inside.
 WINDOWS = {"wide": (450, 1100), "brain": (40, 80), "bone": (600, 2800), "subdural": (75, 215)}
 PERCENTILES = (0.5, 99.5)
 SAMPLES = 2_000_000  # voxels that decide on percentiles, at most about
-MODALITIES = {"CT": "CT", "PET": "PT", "SPECT": "NM", "MRI": "MR"}  # ours -> DICOM's
-COLOURS = {"hot": "hot", "rainbow": "nipy_spectral", "jet": "jet", "inferno": "inferno"}
-FADE = 16  # of 256 steps: below, a colour table fades to black, so that no uptake has no colour
+DICOM_MODALITY = {"CT": "CT", "PET": "PT", "SPECT": "NM", "MRI": "MR"}  # from our names
+STORED_ONE = 32767  # a fused luma of 1, as the int16 that is stored
 
 
-class Levels(NamedTuple):
+class Scaling(NamedTuple):
     """The values that become 0 and 1, in the volume's unit, and how they were chosen."""
 
     low: float
@@ -32,58 +34,66 @@ class Levels(NamedTuple):
     method: dict  # for the sidecar
 
     def apply(self, values: np.ndarray) -> np.ndarray:
-        """Float32 in [0, 1], what lies beyond is clipped."""
+        """Values as float32 in [0, 1], of the same shape; what lies beyond is clipped."""
         scaled = (values - np.float32(self.low)) / np.float32(self.high - self.low)
         return np.clip(scaled, 0, 1).astype(np.float32, copy=False)
 
 
-def levels(volume: Volume, kind: str, window: str, suv: float) -> Levels:
-    """The levels of a volume of `kind` CT, PET, SPECT or MRI.
+def scaling_of(volume: Volume, kind: str, window: str, suv: float) -> Scaling:
+    """The scaling of a volume of `kind` CT, PET, SPECT or MRI.
+
+    Args:
+        window: for CT, see `ct_scaling`.
+        suv: for PET, the SUV in g/ml that becomes 1; 0 takes the maximum.
 
     Raises:
-        ValueError: `window` is neither LEVEL,WIDTH nor a name, or the volume has no contrast.
+        UserError: `window` is neither LEVEL,WIDTH nor a name, or the volume has no contrast.
     """
     if kind == "CT":
-        return ct_levels(window)
+        return ct_scaling(window)
     if kind == "MRI":
-        return mri_levels(volume.data)
-    return uptake_levels(volume, kind, suv)
+        return mri_scaling(volume.data)
+    return uptake_scaling(volume, kind, suv)
 
 
-def ct_levels(window: str) -> Levels:
-    """A window in HU: "LEVEL,WIDTH", or a name of WINDOWS."""
+def ct_scaling(window: str) -> Scaling:
+    """A window in HU: "LEVEL,WIDTH", or a name of WINDOWS; UserError for anything else."""
     try:
         level, width = WINDOWS.get(window) or map(float, window.split(","))
     except ValueError:
         level = width = 0.0
     if not (np.isfinite(level) and np.isfinite(width) and width > 0):
-        raise ValueError(
+        raise UserError(
             f"window is {window!r}, expected LEVEL,WIDTH in HU, or one of {', '.join(WINDOWS)}"
         )
     low, high = level - width / 2, level + width / 2
     method = {"method": "window", "level": level, "width": width, "unit": "HU"}
-    return Levels(low, high, f"CT {low:g}..{high:g} HU", method)
+    return Scaling(low, high, f"CT {low:g}..{high:g} HU", method)
 
 
-def mri_levels(data: np.ndarray) -> Levels:
-    """The percentiles of PERCENTILES among the voxels of the head, (I, J, K)."""
+def mri_scaling(data: np.ndarray) -> Scaling:
+    """The percentiles of PERCENTILES among the voxels of the head, (I, J, K).
+
+    Raises UserError if all voxels are equal.
+    """
     step = max(1, int(np.ceil((data.size / SAMPLES) ** (1 / 3))))
     sample = data[tuple(slice(None, None, step if n > 4 * step else 1) for n in data.shape)]
     if sample.min() == sample.max():
-        raise ValueError(f"MRI: all voxels are {sample.flat[0]:g}, there is nothing to fuse")
+        raise UserError(f"MRI: all voxels are {sample.flat[0]:g}, there is nothing to fuse")
     low, high = np.percentile(sample[head(sample)], PERCENTILES)
     if not low < high:
         low, high = sample.min(), sample.max()
     method = {"method": "percentiles inside the head", "percentiles": list(PERCENTILES)}
     method |= {"low": float(low), "high": float(high)}
-    return Levels(float(low), float(high), f"MRI 0.5-99.5 % {low:.4g}..{high:.4g}", method)
+    return Scaling(float(low), float(high), f"MRI 0.5-99.5 % {low:.4g}..{high:.4g}", method)
 
 
 def head(data: np.ndarray) -> np.ndarray:
-    """The voxels of the head: the largest part above half of Otsu's threshold, its holes filled.
+    """The voxels of the head, (I, J, K) bool of (I, J, K) values.
 
-    Half, because the threshold itself also cuts fluid off. The holes are filled slice by slice
-    along each axis, since the nose and the neck open the head.
+    That is the largest part above half of Otsu's threshold, its holes filled. Half, because the
+    threshold itself also cuts fluid off. The holes are filled slice by slice along each axis, since
+    the nose and the neck open the head.
     """
     mask = data > (data.min() + threshold_otsu(data)) / 2
     parts, count = ndimage.label(mask)
@@ -97,23 +107,19 @@ def head(data: np.ndarray) -> np.ndarray:
     return filled
 
 
-def uptake_levels(volume: Volume, kind: str, suv: float) -> Levels:
-    """PET and SPECT from 0 to an SUV of `suv` (PET with the fields for it), else to the maximum."""
+def uptake_scaling(volume: Volume, kind: str, suv: float) -> Scaling:
+    """PET and SPECT from 0 to an SUV of `suv` (PET with the fields for it), else to the maximum.
+
+    Raises UserError if no voxel is above 0.
+    """
     peak = float(volume.data.max())
     if not peak > 0:
-        raise ValueError(f"{kind}: no voxel is above 0, there is nothing to fuse")
+        raise UserError(f"{kind}: no voxel is above 0, there is nothing to fuse")
     if kind == "PET" and suv and volume.suv:
         above = float((volume.data > suv / volume.suv).mean())
         method = {"method": "SUV (body weight)", "high": suv, "unit": "g/ml", "share_above": above}
-        return Levels(0.0, suv / volume.suv, f"PET 0..{suv:g} SUV", method)
+        return Scaling(0.0, suv / volume.suv, f"PET 0..{suv:g} SUV", method)
     method = {"method": "maximum", "high": peak}
     if kind == "PET":
         method["no_suv"] = volume.no_suv if suv else "not asked for"
-    return Levels(0.0, peak, f"{kind} 0..max {peak:.4g}", method)
-
-
-def colour_table(name: str) -> np.ndarray:
-    """Chroma (256, 3) of 256 steps of uptake: what the table's colour adds to its luma."""
-    rgb = matplotlib.colormaps[COLOURS[name]](np.linspace(0, 1, 256))[:, :3]
-    rgb = rgb * np.minimum(np.arange(256) / FADE, 1)[:, None]
-    return (rgb - (rgb @ BT601)[:, None]).astype(np.float32)
+    return Scaling(0.0, peak, f"{kind} 0..max {peak:.4g}", method)

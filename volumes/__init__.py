@@ -1,0 +1,144 @@
+"""Fuse two volumes of one patient, slice by slice: DICOM, NIfTI, MetaImage or NRRD in, NIfTI out.
+
+    python test_asfe.py --task CT-MRI --img1 ct.nii.gz --img2 dicom_folder/ --out fused.nii.gz
+
+The fused volume lies on source 1's grid; source 2 is resampled onto it where its own differs.
+Files are in io.py and dicom.py (with planes.py and suv.py), geometry in grid.py, intensities in
+intensity.py, the network in tiles.py, and what is written in outputs.py and pictures.py. The
+packages for them are an extra, requirements-volumes.txt.
+
+Legend: I J K voxels as stored; N slices of (H, W) pixels, see grid.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk  # noqa: N813
+
+from args_setting import TASKS, TestArgs
+from cli import UserError
+from network import MIN_SIDE, ASFEFusion
+from volumes.grid import Volume, check_space, onto_grid, pick_axis, slices, straightened
+from volumes.intensity import DICOM_MODALITY, STORED_ONE, Scaling, scaling_of
+from volumes.io import read_volume
+from volumes.outputs import FusedVolume, make_folders, plan_outputs, write_outputs
+from volumes.tiles import check_tiles, fuse_slices
+
+__all__ = ["FusedVolume", "fuse_volumes"]
+
+
+def fuse_volumes(
+    settings: TestArgs, model: ASFEFusion, say: Callable[[str], None] = print
+) -> FusedVolume:
+    """Fuse the volumes `img1` and `img2` into `out` and what else the settings ask for.
+
+    Args:
+        say: gets each line of the report as soon as it is known, and at the end the files.
+
+    Raises:
+        UserError: input or settings that cannot be trusted; nothing is written then.
+        OSError: a file that cannot be read or written.
+    """
+    if not (settings.img1 and settings.img2 and settings.out):
+        raise UserError("volumes need img1, img2 and out")
+    report: list[str] = []
+
+    def tell(*lines: str) -> None:
+        for line in lines:
+            report.append(line)
+            say(line)
+
+    outputs = plan_outputs(settings)
+    check_tiles(settings.tile, settings.overlap, model.multiple)
+    if settings.threads:
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(settings.threads)
+    fixed, moved = read_pair(settings, tell)
+    scalings = scale_pair(fixed, moved, settings, tell)
+    axis = pick_axis(fixed.affine, settings.axis)
+    luma = np.empty(fixed.data.shape, np.int16, order="F")  # as NIfTI stores it
+    scale = 1 / STORED_ONE
+    fused = FusedVolume(luma, scale, fixed.affine, fixed.code, axis, scalings, report, outputs)
+    check_sides(fused.stack, axis)
+    count, height, width = fused.stack.shape
+    tell(f"{count} {axis} slices of {height}x{width}")
+    make_folders(outputs)
+    stacks = tuple(slices(data, fixed.affine, axis) for data in (fixed.data, moved.data))
+    fuse_slices(model, stacks, scalings, fused.stack, settings)
+    write_outputs(settings, fused, fixed.data)
+    for what, path in outputs._asdict().items():
+        if path:
+            say(f"{what}: {path}")
+    return fused
+
+
+def read_pair(settings: TestArgs, tell: Callable[..., None]) -> tuple[Volume, Volume]:
+    """Source 1, and source 2 on the grid of source 1; `tell` gets what was done to them."""
+    fixed = read_source(settings, 1, tell)
+    moving = read_source(settings, 2, tell)
+    tell(*check_space(fixed, moving, settings.force))
+    data, line = onto_grid(moving, fixed)
+    tell(line)
+    return fixed, replace(moving, data=data, affine=fixed.affine)
+
+
+def read_source(settings: TestArgs, i: int, tell: Callable[..., None]) -> Volume:
+    """Source `i`, 1 or 2, with finite values; source 1 with orthogonal axes.
+
+    Raises UserError for a modality that the task does not expect, unless it is forced.
+    """
+    kind = TASKS[settings.task] if i == 1 else "MRI"
+    path, series = (getattr(settings, f"{name}{i}") for name in ("img", "series"))
+    volume = read_volume(path, series, f"--series{i}")
+    make_finite(volume, path, settings.nan_to_zero)
+    expected = DICOM_MODALITY[kind]
+    if volume.modality not in (None, expected):
+        doubt = f"its modality is {volume.modality}, {settings.task} expects {expected}"
+        if not settings.force:
+            raise UserError(f"{path}: {doubt} as img{i}; --force fuses all the same")
+        volume.notes.append(f"forced: {doubt}")
+    if kind == "CT" and volume.data.min() >= 0:
+        volume.notes.append("no value below 0: is it in HU? --window can take another scale")
+    if i == 1:
+        volume = straightened(volume)
+    tell(f"img{i}: {kind}, {volume.describe()}", *(f"img{i}: {note}" for note in volume.notes))
+    return volume
+
+
+def make_finite(volume: Volume, path: Path, nan_to_zero: bool) -> None:
+    """Name voxels that are not finite in a UserError, or make them 0 where that was asked for."""
+    wrong = ~np.isfinite(volume.data)
+    count = int(wrong.sum())
+    if not count:
+        return
+    first = np.unravel_index(int(wrong.argmax()), wrong.shape)
+    where = ", ".join(str(int(i)) for i in first)
+    line = f"{count} voxels are NaN or infinite, the first at ({where})"
+    if not nan_to_zero:
+        raise UserError(f"{path}: {line}; --nan-to-zero takes them as 0")
+    volume.data[wrong] = 0
+    volume.notes.append(f"{line}: taken as 0")
+
+
+def scale_pair(
+    fixed: Volume, moved: Volume, settings: TestArgs, tell: Callable[..., None]
+) -> tuple[Scaling, Scaling]:
+    """The scalings of source 1 and source 2; `tell` gets them and, for PET, why SUV is missing."""
+    kind = TASKS[settings.task]
+    scaling1 = scaling_of(fixed, kind, settings.window, settings.suv)
+    scaling2 = scaling_of(moved, "MRI", settings.window, settings.suv)
+    tell(scaling1.text, scaling2.text)
+    if reason := scaling1.method.get("no_suv"):
+        tell(f"no SUV ({reason}): {kind} scaled to its maximum")
+    return scaling1, scaling2
+
+
+def check_sides(stack: np.ndarray, axis: str) -> None:
+    """UserError if (N, H, W) slices are smaller than the network takes."""
+    height, width = stack.shape[1:]
+    if min(height, width) < MIN_SIDE:
+        raise UserError(
+            f"{axis} slices are {height}x{width} pixels, expected at least {MIN_SIDE}x{MIN_SIDE}; "
+            "--axis chooses others"
+        )

@@ -1,0 +1,241 @@
+"""A volume and its grid: where voxels lie in the patient, resampling, and slices to look at.
+
+Sources: affines and space codes as in the NIfTI-1 header (nifti1.h: sform, qform); axis orders
+through nibabel's orientations; linear resampling through SimpleITK.
+
+Legend: I J K voxels of a volume as stored. An affine is (4, 4), from a voxel index (i, j, k, 1) to
+millimetres in RAS+: x grows to the patient's right, y to anterior, z to superior, as in NIfTI.
+DICOM and ITK count in LPS+, where x and y change their sign. An array of SimpleITK is (K, J, I).
+N slices of (H, W) pixels are as a reader looks at them: the patient's left is on the right,
+anterior or superior on top.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import SimpleITK as sitk  # noqa: N813
+from nibabel import orientations
+
+from cli import UserError
+
+RAS_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # its own inverse
+SCANNER = 1  # NIfTI code: coordinates of the scanner
+SPACES = {1: "the scanner's", 2: "another scan's", 3: "Talairach", 4: "MNI152", 5: "a template's"}
+STANDARD = (3, 4, 5)  # spaces of a template, never a patient's own
+REGISTER = "register them first (ANTs, elastix, FSL FLIRT or 3D Slicer do)"
+NEAR = 0.01  # of a voxel: positions closer than this are the same
+SHEAR = 0.1  # of a voxel: how far a voxel may lie from where orthogonal axes would put it
+AXES = ("sagittal", "coronal", "axial")  # the axes L, P, S of a patient
+
+
+@dataclass
+class Volume:
+    """A volume and where it is. `notes` are lines for the user, without anything of the patient."""
+
+    data: np.ndarray  # (I, J, K) float32
+    affine: np.ndarray  # (4, 4), RAS mm
+    code: int = SCANNER  # NIfTI code of its space
+    placed: bool = True  # False: the file does not say where it is
+    frame: str | None = None  # DICOM's frame of reference
+    modality: str | None = None  # DICOM's: CT, MR, PT or NM
+    suv: float | None = None  # body-weight SUV of a value of 1
+    no_suv: str = "the file has no DICOM fields"  # why `suv` is None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def spacing(self) -> np.ndarray:
+        """Distance of neighbouring voxels along I, J and K, in mm: (3,)."""
+        return np.linalg.norm(self.affine[:3, :3], axis=0)
+
+    def describe(self) -> str:
+        """Size in voxels and mm."""
+        sides = "x".join(map(str, self.data.shape))
+        return f"{sides} voxels of {'x'.join(f'{s:.3g}' for s in self.spacing)} mm"
+
+
+# --- two grids -------------------------------------------------------------------------------
+
+
+def displacement(shape: tuple[int, ...], affine1: np.ndarray, affine2: np.ndarray) -> float:
+    """The largest distance, in mm, between where two affines put one voxel of a grid."""
+    corners = np.array([(*c, 1) for c in np.ndindex(2, 2, 2)]) * (*(np.array(shape) - 1), 1)
+    return float(np.linalg.norm((corners @ (affine1 - affine2).T)[:, :3], axis=1).max())
+
+
+def same_grid(a: Volume, b: Volume) -> bool:
+    """Whether two volumes have their voxels at the same positions, in the same order."""
+    if a.data.shape != b.data.shape:
+        return False
+    return displacement(a.data.shape, a.affine, b.affine) < NEAR * a.spacing.min()
+
+
+def reordered(volume: Volume, affine: np.ndarray) -> Volume:
+    """The same voxels, axes permuted and flipped to run as nearly as they can along `affine`'s."""
+    ornt = orientations.ornt_transform(
+        orientations.io_orientation(volume.affine), orientations.io_orientation(affine)
+    )
+    data = orientations.apply_orientation(volume.data, ornt)
+    turned = volume.affine @ orientations.inv_ornt_aff(ornt, volume.data.shape)
+    return replace(volume, data=data, affine=turned)
+
+
+def coverage(fixed: Volume, moving: Volume) -> float:
+    """The share of `fixed`'s field that `moving`'s field covers, on about 40 points an axis."""
+    shape = np.array(fixed.data.shape)
+    counts = np.minimum(shape, 40)
+    points = [(np.arange(n) + 0.5) * m / n - 0.5 for n, m in zip(counts, shape, strict=True)]
+    grid = np.stack([*np.meshgrid(*points, indexing="ij"), np.ones(counts)])
+    to_moving = np.linalg.inv(moving.affine) @ fixed.affine
+    index = np.tensordot(to_moving[:3], grid, 1)  # (3, …) in moving's voxels
+    last = np.array(moving.data.shape)[:, None, None, None] - 0.5
+    return float(((index >= -0.5 - NEAR) & (index <= last + NEAR)).all(0).mean())
+
+
+def resample(moving: Volume, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    """`moving` on another grid, (I, J, K) float32: linear; its minimum where it has no voxel."""
+    source = sitk.GetImageFromArray(moving.data.T)
+    grid = sitk.Image([int(n) for n in shape], sitk.sitkUInt8)
+    for image, ras in ((source, moving.affine), (grid, affine)):
+        lps = RAS_LPS @ ras
+        spacing = np.linalg.norm(lps[:3, :3], axis=0)
+        image.SetSpacing(spacing.tolist())
+        image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+        image.SetOrigin(lps[:3, 3].tolist())
+    fill = float(moving.data.min())
+    moved = sitk.Resample(source, grid, sitk.Transform(), sitk.sitkLinear, fill, sitk.sitkFloat32)
+    return sitk.GetArrayFromImage(moved).T
+
+
+def straightened(volume: Volume) -> Volume:
+    """The volume itself, or resampled to right angles if its axes are sheared, as by a gantry tilt.
+
+    A sheared grid has no qform, and ITK's viewers would show it elsewhere.
+    """
+    columns, spacing = volume.affine[:3, :3], volume.spacing
+    if displacement(volume.data.shape, volume.affine, _orthogonal(volume)) <= SHEAR * spacing.min():
+        return volume
+    axes, r = np.linalg.qr(columns)  # the in-plane axes stay, the third becomes their normal
+    axes, r = axes * np.sign(np.diag(r)), r * np.sign(np.diag(r))[:, None]
+    step = np.abs(np.diag(r))  # mm, (3,)
+    edges = np.array(list(np.ndindex(2, 2, 2))) * volume.data.shape - 0.5
+    along = edges @ columns.T @ axes  # mm along each new axis, from voxel 0
+    low = np.round(along.min(0) / step, 6) + 0.5
+    size = np.ceil(np.round(along.max(0) / step - low + 0.5, 6)).astype(int)
+    affine = np.eye(4)
+    affine[:3, :3] = axes * step
+    affine[:3, 3] = volume.affine[:3, 3] + axes @ (low * step)
+    tilt = np.degrees(np.arccos(np.clip(step[2] / spacing[2], -1, 1)))
+    note = f"sheared axes (tilt {tilt:.1f} degrees), resampled to right angles"
+    data = resample(volume, tuple(size), affine)
+    return replace(volume, data=data, affine=affine, notes=[*volume.notes, note])
+
+
+def _orthogonal(volume: Volume) -> np.ndarray:
+    """The affine of the nearest orthogonal axes with the volume's spacing, about its middle."""
+    u, _, v = np.linalg.svd(volume.affine[:3, :3] / volume.spacing)
+    affine = volume.affine.copy()
+    affine[:3, :3] = u @ v * volume.spacing
+    middle = np.append((np.array(volume.data.shape) - 1) / 2, 1)
+    affine[:3, 3] += ((volume.affine - affine) @ middle)[:3]
+    return affine
+
+
+def check_space(fixed: Volume, moving: Volume, force: bool) -> list[str]:
+    """Lines on what is in doubt about two volumes being in one patient space.
+
+    Raises UserError for what must not be passed over without `force`.
+    """
+    doubts, notes = [], []
+    for name, volume in (("img1", fixed), ("img2", moving)):
+        if not volume.placed:
+            doubts.append(
+                f"{name} does not say where it is in the patient (no sform, qform, space)"
+            )
+    spaces = {v.code for v in (fixed, moving)}
+    if len(spaces) == 2 and spaces & set(STANDARD):
+        first, second = (SPACES.get(v.code, "unknown") for v in (fixed, moving))
+        doubts.append(f"img1 is in {first} space, img2 in {second} space, {REGISTER}")
+    frames = fixed.frame, moving.frame
+    if all(frames) and frames[0] != frames[1]:
+        doubts.append(f"img1 and img2 have different DICOM frames of reference, {REGISTER}")
+    elif not all(frames):
+        notes.append(
+            "not both files name a DICOM frame of reference: taken as one patient space, unchecked"
+        )
+    share = coverage(fixed, moving)
+    if share < 0.5:
+        doubts.append(f"img2 covers only {share:.0%} of img1's field, expected half, {REGISTER}")
+    if doubts and not force:
+        raise UserError(f"{'; '.join(doubts)}; --force fuses all the same")
+    return [*(f"forced: {doubt}" for doubt in doubts), *notes]
+
+
+def onto_grid(moving: Volume, fixed: Volume) -> tuple[np.ndarray, str]:
+    """`moving` on `fixed`'s voxels, (I, J, K) float32, and a line that says what was done to it."""
+    if same_grid(fixed, moving):
+        return moving.data, "img1 and img2 are on one grid, nothing was resampled"
+    turned = reordered(moving, fixed.affine)
+    if same_grid(fixed, turned):
+        return turned.data, "img2 is on img1's voxels in another order: reordered, not resampled"
+    share = coverage(fixed, moving)
+    data = resample(moving, fixed.data.shape, fixed.affine)
+    return data, (
+        f"img2 was resampled onto img1's grid (linear); it covers {share:.0%} of it. Nothing was "
+        f"registered: if they do not lie on each other, {REGISTER}"
+    )
+
+
+# --- slices ----------------------------------------------------------------------------------
+
+
+def slices(data: np.ndarray, affine: np.ndarray, axis: str) -> np.ndarray:
+    """(I, J, K) or (I, J, K, 3) as its (N, H, W) or (N, H, W, 3) slices; a view, nothing is copied.
+
+    Slices run to the left, to posterior or to superior, along the stored axis nearest to it.
+    """
+    ornt, _ = _to_lps(affine, data.shape[:3])
+    view = orientations.apply_orientation(data, ornt)  # L P S
+    if axis == "axial":
+        return np.swapaxes(np.moveaxis(view, 2, 0), 1, 2)
+    view = view[:, :, ::-1]  # L P I
+    if axis == "coronal":
+        view = np.swapaxes(view, 0, 1)  # P L I
+    return np.swapaxes(view, 1, 2)
+
+
+def _to_lps(affine: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """nibabel's orientation from I, J, K to the nearest of L, P, S, and the affine after it."""
+    lps = orientations.axcodes2ornt(("L", "P", "S"))
+    ornt = orientations.ornt_transform(orientations.io_orientation(affine), lps)
+    return ornt, affine @ orientations.inv_ornt_aff(ornt, shape)
+
+
+def _lps_spacing(affine: np.ndarray) -> np.ndarray:
+    """Distance of neighbouring voxels along the axes nearest to L, P and S, in mm: (3,)."""
+    return np.linalg.norm(_to_lps(affine, (2, 2, 2))[1][:3, :3], axis=0)
+
+
+def pick_axis(affine: np.ndarray, axis: str) -> str:
+    """`axis`, or for "auto" the slices with the finest pixels; of nearly equal ones the axial."""
+    if axis != "auto":
+        return axis
+    spacing = _lps_spacing(affine)
+    coarsest = spacing >= 0.99 * spacing.max()  # that step lies between the finest slices
+    return AXES[int(np.flatnonzero(coarsest).max())]
+
+
+def pixel_sides(affine: np.ndarray, axis: str) -> tuple[float, float]:
+    """Height and width of a pixel of `slices`, in mm."""
+    left, back, up = _lps_spacing(affine)
+    return {"axial": (back, left), "coronal": (up, left), "sagittal": (up, back)}[axis]
+
+
+def slice_positions(shape: tuple[int, ...], affine: np.ndarray, axis: str) -> list[str]:
+    """Where the middle of each slice lies, such as "S 12" for 12 mm superior of the origin."""
+    ornt, affine = _to_lps(affine, shape)
+    size = np.array(shape)[np.argsort(ornt[:, 0])]
+    along = AXES.index(axis)
+    index = np.tile(np.append((size - 1) / 2, 1), (size[along], 1))  # (N, 4)
+    index[:, along] = np.arange(size[along])
+    names = ("RL", "AP", "SI")[along]
+    return [f"{names[0] if c >= 0 else names[1]} {abs(c):.0f}" for c in index @ affine[along]]

@@ -1,0 +1,99 @@
+"""Pictures of fused slices: eight bits, colour of the uptake, and a mosaic.
+
+Legend: N slices of (H, W) pixels as a reader looks at them, see volumes/grid.py. Stored luma is
+int16, a luma of 1 being STORED_ONE; RGB is uint8.
+"""
+
+import cv2
+import matplotlib
+import numpy as np
+
+from images import BT601, to_uint8
+from volumes.intensity import STORED_ONE
+
+CELL, COLUMNS, ROWS = 180, 6, 4  # of the mosaic: longest side of a cell in pixels, cells
+GAP = 2  # pixels between cells
+LETTERS = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}  # left, right, top, bottom
+COLOURS = {"hot": "hot", "rainbow": "nipy_spectral", "jet": "jet", "inferno": "inferno"}
+FADE = 16  # of 256 steps: below, a colour table fades to black, so that no uptake has no colour
+
+
+def colour_table(name: str) -> np.ndarray:
+    """Chroma (256, 3) of 256 steps of uptake: what the table's colour adds to its luma."""
+    rgb = matplotlib.colormaps[COLOURS[name]](np.linspace(0, 1, 256))[:, :3]
+    rgb = rgb * np.minimum(np.arange(256) / FADE, 1)[:, None]
+    return (rgb - (rgb @ BT601)[:, None]).astype(np.float32)
+
+
+def colour_slice(luma: np.ndarray, uptake: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """RGB (H, W, 3): the fused luma with the chroma that the table (256, 3) has for the uptake.
+
+    Luma and uptake are (H, W) in [0, 1].
+    """
+    return to_uint8(luma, table[np.rint(uptake * 255).astype(np.uint8)])
+
+
+def eight_bit(image: np.ndarray) -> np.ndarray:
+    """A slice of stored luma (H, W) as 8-bit grey; RGB as it is."""
+    grey = image.dtype != np.uint8
+    return to_uint8(image / np.float32(STORED_ONE)) if grey else np.ascontiguousarray(image)
+
+
+def mosaic(
+    stack: np.ndarray, labels: list[str], axis: str, pixel: tuple[float, float]
+) -> np.ndarray:
+    """A lightbox (RGB) of up to 24 slices that show something, in true proportion.
+
+    Each has its label; the first has the patient's directions at its edges.
+
+    Args:
+        stack: (N, H, W) stored luma, or (N, H, W, 3) RGB.
+        labels: one for each slice.
+        axis: axial, coronal or sagittal.
+        pixel: height and width of a pixel in mm.
+    """
+    size = np.array(stack.shape[1:3]) * pixel  # mm
+    height, width = (max(1, round(n)) for n in size * (CELL / max(size)))
+    shown = mosaic_choice(stack)
+    rows = -(-len(shown) // COLUMNS)
+    sheet = np.zeros((rows * (height + GAP) - GAP, COLUMNS * (width + GAP) - GAP, 3), np.uint8)
+    for i, n in enumerate(shown):
+        cell = _cell(stack[n], height, width)
+        _write_text(cell, labels[n], (3, height - 5))
+        if i == 0:
+            _write_directions(cell, axis)
+        top, left = i // COLUMNS * (height + GAP), i % COLUMNS * (width + GAP)
+        sheet[top : top + height, left : left + width] = cell
+    return sheet
+
+
+def mosaic_choice(stack: np.ndarray) -> np.ndarray:
+    """The indices of the slices in a mosaic: evenly between the first and last bright ones."""
+    bright = np.array([float(image.mean()) for image in stack])
+    shown = np.flatnonzero(bright > 0.1 * bright.max()) if bright.max() else np.array([0])
+    first, last = shown[0], shown[-1]
+    count = min(COLUMNS * ROWS, last - first + 1)
+    return np.unique(np.linspace(first, last, count).round().astype(int))
+
+
+def _cell(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A slice as (height, width, 3) RGB."""
+    how = cv2.INTER_AREA if image.shape[0] > height else cv2.INTER_LINEAR
+    cell = cv2.resize(eight_bit(image), (width, height), interpolation=how)
+    return cell if cell.ndim == 3 else cv2.cvtColor(cell, cv2.COLOR_GRAY2RGB)
+
+
+def _write_directions(cell: np.ndarray, axis: str) -> None:
+    """The patient's directions at the four edges of a cell."""
+    height, width = cell.shape[:2]
+    row, column = height // 2 + 4, width // 2 - 4
+    origins = (2, row), (width - 11, row), (column, 12), (column, height - 4)
+    for letter, origin in zip(LETTERS[axis], origins, strict=True):
+        _write_text(cell, letter, origin)
+
+
+def _write_text(image: np.ndarray, text: str, origin: tuple[int, int]) -> None:
+    """Draw a line of text, its lower left corner at `origin` (x, y), legible on any grey."""
+    font = cv2.FONT_HERSHEY_SIMPLEX
+    for colour, thick in (((0, 0, 0), 3), ((235, 235, 120), 1)):
+        cv2.putText(image, text, origin, font, 0.38, colour, thick, cv2.LINE_AA)

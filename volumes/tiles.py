@@ -1,0 +1,119 @@
+"""Fuse the slices of two volumes in batches, large ones in tiles that blend.
+
+The network looks at an image as a whole: AFF at its spectrum, CASF at all tokens, SFEF at a softmax
+over all pixels. So a tile is fused otherwise than the same pixels in their slice, most of all one
+without air, and mostly by a smooth change of brightness. That change is seen at a reduced size,
+too, where the slice fits into one tile. Fused there once as a whole and once as the tile, it is the
+difference of the two, and added to the tile.
+
+Legend: N slices of (H, W) pixels, B of them in a batch.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from args_setting import TestArgs
+from cli import UserError
+from network import MIN_SIDE, ASFEFusion, pad_to_multiple
+from volumes.intensity import STORED_ONE, Scaling
+
+BATCH_PIXELS = 256**2  # batch_size counts pairs of this size, so that large slices fit, too
+
+
+def check_tiles(tile: int, overlap: int, multiple: int) -> None:
+    """UserError if `fuse_tiled` cannot take the settings for a network of this `multiple`."""
+    if tile and (tile % multiple or overlap > tile - multiple):
+        raise UserError(
+            f"tile is {tile} and overlap {overlap}, expected a multiple of {multiple} and at least "
+            f"{multiple} less"
+        )
+
+
+def fuse_slices(
+    model: ASFEFusion,
+    stacks: tuple[np.ndarray, np.ndarray],
+    scalings: tuple[Scaling, Scaling],
+    out: np.ndarray,
+    settings: TestArgs,
+) -> None:
+    """Fuse the slices of two (N, H, W) stacks into `out`, (N, H, W) int16: luma times STORED_ONE.
+
+    Of `settings` it reads the batch size, the tiles and the names for the progress bar.
+    """
+    count, height, width = out.shape
+    tile = settings.tile or max(height, width)
+    pixels = min(tile, height) * min(tile, width)
+    batch = max(1, min(settings.batch_size, settings.batch_size * BATCH_PIXELS // pixels))
+    with tqdm(total=count, unit="slice", desc=f"{settings.size} {settings.task}") as progress:
+        for start in range(0, count, batch):
+            part = slice(start, start + batch)
+            pair = [s.apply(v[part])[:, None] for s, v in zip(scalings, stacks, strict=True)]
+            luma = fuse_tiled(model, *pair, settings.tile, settings.overlap)
+            out[part] = np.rint(luma[:, 0] * STORED_ONE)
+            progress.update(len(luma))
+
+
+def fuse_tiled(
+    model: ASFEFusion, img1: np.ndarray, img2: np.ndarray, tile: int, overlap: int
+) -> np.ndarray:
+    """Fuse (B, 1, H, W) images in [0, 1] in tiles that blend, into the same shape.
+
+    Tiles start on multiples of the network's padding, so their tokens are those of the whole image.
+
+    Args:
+        tile: side in pixels, a multiple of `model.multiple`; 0 takes images whole.
+        overlap: pixels over which tiles blend, at least one multiple less.
+    """
+    height, width = img1.shape[-2:]
+    if not tile or tile >= max(height, width):
+        return model.fuse(img1, img2).cpu().numpy()
+
+    def fuse(pair: list[Tensor], window: tuple = np.s_[...]) -> Tensor:
+        return model.fuse(*(img[window].numpy() for img in pair)).cpu()
+
+    pair = [pad_to_multiple(torch.from_numpy(img), model.multiple) for img in (img1, img2)]
+    factor = reduction(*pair[0].shape[2:], tile)
+    small = [F.avg_pool2d(img, factor) for img in pair]
+    overview = fuse(small)
+    total, weights = torch.zeros_like(pair[0]), torch.zeros(pair[0].shape[2:])
+    for top in tile_starts(height, tile, overlap, model.multiple):
+        for left in tile_starts(width, tile, overlap, model.multiple):
+            window = np.s_[..., top : top + tile, left : left + tile]
+            bottom, right = (top + tile) // factor, (left + tile) // factor
+            reduced = np.s_[..., top // factor : bottom, left // factor : right]
+            change = overview[reduced] - fuse(small, reduced)
+            fused = fuse(pair, window)
+            fused += F.interpolate(change, fused.shape[2:], mode="bilinear")
+            weight = torch.outer(*(ramp(side, overlap) for side in fused.shape[2:]))
+            total[window] += fused * weight
+            weights[window[1:]] += weight
+    return (total / weights).clamp(0, 1)[..., :height, :width].numpy()
+
+
+def tile_starts(length: int, tile: int, overlap: int, multiple: int) -> list[int]:
+    """Where tiles begin along a side: on multiples, with at least `overlap` pixels in common."""
+    padded = -(-length // multiple) * multiple
+    if tile >= padded:
+        return [0]
+    step = (tile - overlap) // multiple * multiple
+    return [*range(0, padded - tile, step), padded - tile]
+
+
+def reduction(height: int, width: int, tile: int) -> int:
+    """By how much a slice shrinks to fit into a tile: a power of 2, so that pixels stay aligned.
+
+    Less where a tile would become smaller than the network takes.
+    """
+    factor = 1
+    while max(height, width) > factor * tile and min(height, width, tile) >= 2 * factor * MIN_SIDE:
+        factor *= 2
+    return factor
+
+
+def ramp(side: int, overlap: int) -> Tensor:
+    """The weight of a tile's pixels along a side: it falls to 0 over `overlap` at both ends."""
+    ends = torch.minimum(torch.arange(side) + 0.5, torch.arange(side).flip(0) + 0.5) / overlap
+    return torch.sin(torch.pi / 2 * ends.clamp(max=1)) ** 2
