@@ -22,12 +22,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from args_setting import TASKS, AppArgs, parse_args, run_script
-from dataset import EXTENSIONS, Pair, read_pair, to_uint8, write_png
-from metrics_report import compare, table
-from network import MIN_SIDE, ASFEFusion, load_weights, start
+from args_setting import TASKS, AppArgs
+from cli import UserError, parse_args, run_script, setup_runtime
+from dataset import Pair, read_pair
+from evaluation.tables import table
+from images import EXTENSIONS, read_uint8, to_uint8, write_png
+from inference import optimise
+from metrics import compare
+from network import MIN_SIDE, ASFEFusion
 from phantom import phantom_pair
-from test_asfe import as_stored, fuse_pairs
+from weights import load_weights
 
 MISSING = "app.py needs gradio: pip install -r requirements-app.txt"
 INTRODUCTION = """# Two scans of one head, fused into one image
@@ -69,31 +73,31 @@ def check_side(file: str, longest: int) -> None:
     except Exception:  # whatever stumbles here is described by `read_image`
         return
     if not MIN_SIDE <= min(width, height) <= max(width, height) <= longest:
-        raise ValueError(
+        raise UserError(
             f"{file} is {width} x {height} pixels, expected sides from {MIN_SIDE} to {longest} "
             "(test_asfe.py takes larger ones)"
         )
 
 
-def both(file1: str | None, file2: str | None, args: AppArgs) -> Pair:
-    """The uploads as a pair; ValueError if one is absent, swept away or too large."""
+def uploaded_pair(file1: str | None, file2: str | None, args: AppArgs) -> Pair:
+    """The uploads as a pair; UserError if one is absent, swept away or too large."""
     if not (file1 and file2):
-        raise ValueError("two images are needed: drop one into each box, or take an example")
+        raise UserError("two images are needed: drop one into each box, or take an example")
     for file in (file1, file2):
         if not Path(file).is_file():
             kept = f"{args.keep_minutes:g} minutes"
-            raise ValueError(f"{file} is gone, as files are kept for {kept}; choose it again")
+            raise UserError(f"{file} is gone, as files are kept for {kept}; choose it again")
         check_side(file, args.max_side)
     return Pair("image", Path(file1), Path(file2))
 
 
 def load_all(args: AppArgs) -> dict[str, ASFEFusion]:
     """Every network of the weights folder by the name of its file, ready for the first click."""
-    device = start(args)
+    device = setup_runtime(args)
     paths = sorted(args.weights_dir.glob("*.safetensors"))
     if not paths:
-        raise ValueError(f"{args.weights_dir}: no weights, expected *.safetensors")
-    models = {path.stem: load_weights(path, device)[0] for path in paths}
+        raise UserError(f"{args.weights_dir}: no weights, expected *.safetensors")
+    models = {path.stem: optimise(load_weights(path, device)[0]) for path in paths}
     black = np.zeros((256, 256), np.uint8)
     next(iter(models.values())).fuse(black, black)  # the first pass prepares the library
     return models
@@ -139,8 +143,8 @@ class Page:
             return None, *blank
         try:
             check_side(file, self.args.max_side)
-            return as_stored(Path(file)), *blank
-        except (ValueError, OSError) as error:
+            return read_uint8(Path(file)), *blank
+        except (UserError, OSError) as error:
             self.gr.Warning(sentence(error, file), duration=None)
             return None, *blank
 
@@ -160,11 +164,12 @@ class Page:
     def fuse(self, file1: str | None, file2: str | None, weights: str):
         """The fused image, and as the last what `measure` takes."""
         try:
-            pair = both(file1, file2, self.args)
-            ((_, image),) = fuse_pairs(self.models[weights], [pair], 1, stretch=False)
-            fused = self.picture("fused", image)
-            source = self.picture("source", as_stored(pair.path1))
-        except (ValueError, OSError) as error:
+            pair = uploaded_pair(file1, file2, self.args)
+            luma1, luma2, chroma = read_pair(pair)
+            luma = self.models[weights].fuse(luma1, luma2).cpu().numpy()
+            fused = self.picture("fused", to_uint8(luma, chroma))
+            source = self.picture("source", read_uint8(pair.path1))
+        except (UserError, OSError) as error:
             raise self.error(error, *filter(None, (file1, file2))) from None
         return fused, (source, fused), "Measuring …", "image 1 | fused", (pair, fused)
 
@@ -175,7 +180,7 @@ class Page:
         pair, fused = made
         try:
             result = compare({"fused": {pair.name: Path(fused)}}, [pair], jobs=1)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             files = (fused, str(pair.path1), str(pair.path2))
             return f"No figures: {sentence(error, *files)}"
         return table(result, "markdown", methods=("fused", "max", "mean"))
@@ -189,10 +194,10 @@ class Page:
     def blend(self, percent: float, file1: str | None, file2: str | None):
         """The sources laid over each other, `percent` of source 2; nothing if one is absent."""
         try:
-            pair = both(file1, file2, self.args)
+            pair = uploaded_pair(file1, file2, self.args)
             read_pair(pair)  # equal sizes
-            images = [as_stored(path) for path in (pair.path1, pair.path2)]
-        except (ValueError, OSError):
+            images = [read_uint8(path) for path in (pair.path1, pair.path2)]
+        except (UserError, OSError):
             return None  # `show` and `fuse` have said why
         images = [i if i.ndim == 3 else np.repeat(i[..., None], 3, 2) for i in images]
         share = percent / 100
@@ -275,7 +280,7 @@ def build(page: Page, examples: dict[str, tuple[str, str]]):
 
         made = gr.State()  # of this visitor: the last pair and its fused image, as paths
         results = [fused, wipe, numbers, under, made]
-        # One at a time: the network uses every core, and reading an image turns stderr off and on.
+        # One at a time: the network uses every core.
         turn = {"concurrency_id": "turn", "concurrency_limit": 1, "api_visibility": "private"}
         quiet = turn | {"show_progress": "hidden"}
         for file, image in zip(files, shown, strict=True):
@@ -296,13 +301,13 @@ def build(page: Page, examples: dict[str, tuple[str, str]]):
 
 
 def free_port(host: str, port: int) -> int:
-    """The port if it can be listened on, any free one for 0; ValueError if it cannot."""
+    """The port if it can be listened on, any free one for 0; UserError if it cannot."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
-            raise ValueError(f"cannot listen on {host}, port {port}: {error}") from None
+            raise UserError(f"cannot listen on {host}, port {port}: {error}") from None
         return probe.getsockname()[1]
 
 
@@ -317,7 +322,7 @@ def serve(args: AppArgs, folder: Path) -> None:
     try:
         import gradio  # noqa: F401
     except ImportError:
-        raise ValueError(MISSING) from None
+        raise UserError(MISSING) from None
     port = free_port(args.host, args.port)
     models = load_all(args)
     uploads = folder / "uploads"

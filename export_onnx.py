@@ -16,9 +16,9 @@ Legend: as in network.py; K = W/2+1 frequencies along W.
 """
 
 import copy
+import io
 import json
 import math
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -27,10 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from args_setting import ROOT, ExportArgs, parse_args, run_script
-from dataset import writable_folder
-from network import AFF, MIN_SIDE, SFEF, ASFEFusion, start
-from test_asfe import load_model
+from args_setting import ROOT, ExportArgs
+from cli import UserError, parse_args, run_script, setup_runtime
+from images import writable_folder, write_bytes
+from network import AFF, MIN_SIDE, SFEF, ASFEFusion
+from weights import load_model
 
 TOLERANCE = 1e-4  # largest difference from PyTorch, of values in [0, 1]
 CHECKED = ((1, 64, 64), (2, 100, 75), (1, 256, 192))  # batch, height, width
@@ -70,33 +71,30 @@ def irfft2(re: Tensor, im: Tensor, h: int, w: int) -> Tensor:
 class PortableAFF(AFF):
     """AFF with its transforms as matrix products."""
 
-    def spectrum(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 2C, H, K)
+    def transform(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 2C, H, K)
         z = torch.stack(rfft2(x), 2).flatten(1, 2)  # c0.re, c0.im, c1.re, …
-        z = F.relu(self.bn(self.conv(z / self.divisor(*x.shape[2:]))))
-        pooled = torch.cat([z.mean(1, keepdim=True), z.amax(1, keepdim=True)], 1)
-        return z * torch.sigmoid(self.mask(pooled))
+        return z / self.divisor(*x.shape[2:])
 
-    def inverse(self, z: Tensor, sides: tuple[int, int]) -> Tensor:  # (B, 2C, H, K) -> (B, C, H, W)
+    def inverse(self, z: Tensor, height: int, width: int) -> Tensor:  # -> (B, C, H, W)
         z = z.unflatten(1, (-1, 2))  # (B, C, 2, H, K)
         if self.aff == "published":  # rows 0 and 1 become the parts of a K x 2 map, see AFF
             re, im = z[..., 0, :].transpose(2, 3), z[..., 1, :].transpose(2, 3)
         else:
             re, im = z[:, :, 0], z[:, :, 1]
-        return irfft2(re, im, *sides) * self.divisor(*sides)
+        return irfft2(re, im, height, width) * self.divisor(height, width)
 
-    def divisor(self, h: int, w: int) -> float:
-        return 1.0 if self.fft_norm == "backward" else (h * w) ** 0.5
+    def divisor(self, height: int, width: int) -> float:
+        return 1.0 if self.fft_norm == "backward" else (height * width) ** 0.5
 
 
 class PortableSFEF(SFEF):
     """SFEF with its logits as one matrix, which both softmaxes share."""
 
-    def forward(self, x: Tensor, weight: None = None) -> Tensor:  # (B, d, H, W) -> the same
-        unit = F.normalize(x.flatten(2).transpose(1, 2), dim=-1)  # (B, N, d)
-        scale = self.norm.scale  # (d,)
-        slots = self.slot_norm(self.slot_embeds).flatten(0, 1) * scale  # (E*S, d)
-        logits = unit @ slots.T  # (B, N, E*S)
-        slot_in = logits.transpose(1, 2).softmax(-1) @ unit * scale  # (B, E*S, d)
+    def forward(self, x: Tensor) -> Tensor:  # (B, d, H, W) -> (B, d, H, W)
+        tokens = self.norm(x.flatten(2).transpose(1, 2))  # (B, N, d)
+        slots = self.slot_norm(self.slot_embeds).flatten(0, 1)  # (E*S, d)
+        logits = tokens @ slots.T  # (B, N, E*S)
+        slot_in = logits.transpose(1, 2).softmax(-1) @ tokens  # (B, E*S, d)
         per_expert = slot_in.split(self.slot_embeds.shape[1], 1)  # E of (B, S, d)
         slot_out = torch.cat([f(t) for f, t in zip(self.experts, per_expert, strict=True)], 1)
         out = logits.softmax(-1) @ slot_out  # (B, N, d)
@@ -119,8 +117,9 @@ class PortableFusion(nn.Module):
     def forward(self, img1: Tensor, img2: Tensor) -> Tensor:  # two (B, 1, H, W) -> (B, 1, H, W)
         model, (height, width) = self.model, img1.shape[-2:]
         a, b = (mirror(mirror(t, 2, model.multiple), 3, model.multiple) for t in (img1, img2))
-        fused = model.decoder(model.fuse_scales([a, b]))
-        return model.head(fused, a, b)[..., :height, :width].clamp(0, 1)
+        scales = zip(model.encoder(a), model.encoder(b), strict=True)  # x and y, (B, C, H, W)
+        fused = [fusion(x, y) for fusion, (x, y) in zip(model.fusion, scales, strict=True)]
+        return model.head(model.decoder(*fused), a, b)[..., :height, :width].clamp(0, 1)
 
 
 def mirror(x: Tensor, axis: int, multiple: int) -> Tensor:
@@ -130,33 +129,32 @@ def mirror(x: Tensor, axis: int, multiple: int) -> Tensor:
     return x.index_select(axis, torch.minimum(i, 2 * n - 1 - i))
 
 
-def export(model: ASFEFusion, path: Path, metadata: dict) -> None:
-    """Write the network to `path`, with JSON-able metadata; unchecked, see `differences`."""
+def export(model: ASFEFusion, metadata: dict) -> bytes:
+    """The network as an ONNX file, with JSON-able metadata; unchecked, see `differences`."""
     onnx, _ = libraries()
     pair = tuple(torch.rand(2, 2, 1, 3 * MIN_SIDE, 4 * MIN_SIDE))
-    # With gradients on, BatchNorm stays a layer of its own (the runtime folds it) and nothing is
-    # done in place; parameters that need none keep the graph free of them.
-    with warnings.catch_warnings(), torch.enable_grad():
+    file = io.BytesIO()
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # on Python integers that are constants: they are
         # by tracing: torch.export takes minutes to reason about these shapes, for the same numbers
         torch.onnx.export(
             PortableFusion(model),
             pair,
-            path,
+            file,
             dynamo=False,
             opset_version=OPSET,
             input_names=["img1", "img2"],
             output_names=["fused"],
             dynamic_axes={name: AXES for name in ("img1", "img2", "fused")},
         )
-    proto = onnx.load(path)
+    proto = onnx.load_from_string(file.getvalue())
     onnx.helper.set_model_props(proto, {"asfe": json.dumps(metadata)})
-    onnx.save(proto, path)
+    return proto.SerializeToString()
 
 
-def differences(model: ASFEFusion, path: Path, threads: int = 0) -> list[float]:
+def differences(model: ASFEFusion, file: bytes, threads: int = 0) -> list[float]:
     """Largest absolute difference of the file from `model.fuse`, for each size of `CHECKED`."""
-    session = open_session(path, threads)
+    session = open_session(file, threads)
     rng, found = np.random.default_rng(0), []
     for batch, height, width in CHECKED:
         # noise, the hardest case for the transforms, which grows from dark to bright
@@ -169,43 +167,40 @@ def differences(model: ASFEFusion, path: Path, threads: int = 0) -> list[float]:
     return found
 
 
-def open_session(path: Path, threads: int = 0):
+def open_session(file: Path | bytes, threads: int = 0):
     """An ONNX Runtime session on the CPU; 0 threads leave the choice to the runtime."""
     _, onnxruntime = libraries()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors only
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
 def libraries():
-    """The modules onnx and onnxruntime; ValueError says how to get them."""
+    """The modules onnx and onnxruntime; UserError says how to get them."""
     try:
         import onnx
         import onnxruntime
     except ImportError:
-        raise ValueError(MISSING) from None
+        raise UserError(MISSING) from None
     return onnx, onnxruntime
 
 
 def main(args: ExportArgs) -> None:
     libraries()
-    device = start(args)
+    device = setup_runtime(args)
     out = args.out or ROOT / "result" / f"{args.size}_{args.task}.onnx"
     if out.suffix.lower() != ".onnx" or out.is_dir():
-        raise ValueError(f"--out is {out}, expected a file name that ends in .onnx")
+        raise UserError(f"--out is {out}, expected a file name that ends in .onnx")
     model = load_model(args, args.task, device)
-    folder = writable_folder(out.resolve().parent)
-    metadata = {"size": args.size, "task": args.task, "aff": model.aff}
-    with tempfile.TemporaryDirectory(dir=folder, suffix=".part") as beside:
-        path = Path(beside) / out.name
-        export(model, path, metadata)
-        found = differences(model, path, args.threads)
-        for (batch, height, width), difference in zip(CHECKED, found, strict=True):
-            print(f"{batch} x {height} x {width}: differs from PyTorch by {difference:.1e} at most")
-        if max(found) > TOLERANCE:
-            raise ValueError(f"the file differs by {max(found):.1e}, allowed is {TOLERANCE:.0e}")
-        path.replace(out)
+    writable_folder(out.resolve().parent)
+    file = export(model, {"size": args.size, "task": args.task, "aff": model.aff})
+    found = differences(model, file, args.threads)
+    for (batch, height, width), difference in zip(CHECKED, found, strict=True):
+        print(f"{batch} x {height} x {width}: differs from PyTorch by {difference:.1e} at most")
+    if max(found) > TOLERANCE:
+        raise RuntimeError(f"the file differs by {max(found):.1e}, allowed is {TOLERANCE:.0e}")
+    write_bytes(out, file)
     print(f"{out}: {out.stat().st_size / 1e6:.0f} MB, any batch, any size from {MIN_SIDE} up")
 
 

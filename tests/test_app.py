@@ -13,8 +13,9 @@ import cv2
 import numpy as np
 import pytest
 
-from args_setting import ROOT, TASKS, AppArgs, parse_args
-from dataset import write_png
+from args_setting import ROOT, TASKS, AppArgs
+from cli import UserError, parse_args
+from images import write_png
 from phantom import phantom_pair
 
 gradio = pytest.importorskip("gradio", reason="needs requirements-app.txt")
@@ -106,7 +107,7 @@ def test_bad_uploads_get_a_sentence(page, tmp_path, kind, message):
 
 
 def test_names_of_uploads_are_text_not_html():
-    shown = app.sentence(ValueError("/tmp/x/<img src=x>.png: damaged"), "/tmp/x/<img src=x>.png")
+    shown = app.sentence(UserError("/tmp/x/<img src=x>.png: damaged"), "/tmp/x/<img src=x>.png")
     assert shown == "&lt;img src=x&gt;.png: damaged"
 
 

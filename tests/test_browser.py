@@ -12,9 +12,9 @@ import pytest
 from browser import PATIENCE, Browser, missing, served
 
 from args_setting import ROOT, TASKS
-from dataset import read_image, to_uint8, write_png
-from network import load_weights
+from images import read_image, to_uint8, write_png
 from phantom import phantom_pair
+from weights import load_weights
 
 
 @pytest.fixture(scope="module")

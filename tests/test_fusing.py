@@ -1,4 +1,4 @@
-"""The command lines: what they write, and one line with exit code 2 for bad input."""
+"""test_asfe.py on images: what it writes, and one line with exit code 2 for bad input."""
 
 import hashlib
 import os
@@ -11,58 +11,23 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from task_files import files, write_task
 
-import args_setting
+import images
 import test_asfe
-import train_asfe
-from args_setting import (
-    ALL_TASKS,
-    ROOT,
-    TASKS,
-    CommonArgs,
-    TestArgs,
-    TrainArgs,
-    parse_args,
-)
-from dataset import match_pairs, read_luma8, read_pair, task_pairs, to_uint8, write_png
+from args_setting import ALL_TASKS, ROOT, TASKS
+from dataset import match_pairs, read_pair, task_pairs
+from images import read_luma8, to_uint8, write_png
 from losses import fusion_loss
-from network import load_weights
 from phantom import phantom_pair
-
-KINDS = {test_asfe: TestArgs, train_asfe: TrainArgs}
-
-
-@pytest.fixture
-def call(in_process):
-    """Run a script in this process: exit code, stdout, stderr."""
-    return lambda script, *argv: in_process(script, lambda: parse_args(KINDS[script]), *argv)
-
-
-def write_task(root: Path, task: str, split: str, sides: dict[str, int]) -> Path:
-    """A data folder of phantoms: `sides` gives the image side for each name."""
-    for name, side in sides.items():
-        for folder, image in zip((TASKS[task], "MRI"), phantom_pair(task, side), strict=True):
-            path = root / task / split / folder / f"{name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_png(path, image)
-    return root
-
-
-def files(folder: Path) -> set[str]:
-    """Everything below a folder; an empty folder counts, too."""
-    return {
-        str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() or not any(p.iterdir())
-    }
-
-
-# --- test_asfe.py ----------------------------------------------------------------------------
+from weights import load_weights
 
 
 def test_fuses_a_test_split(call, weights, tmp_path):
     data = write_task(tmp_path / "data", "PET-MRI", "test", {"b": 64, "a": 64, "c": 80, "d": 64})
     argv = ["--task", "PET-MRI", "--data_dir", data, "--weights", weights, "--batch_size", 2]
     out = tmp_path / "out"
-    code, stdout, _ = call(test_asfe, *argv, "--out", out)
+    code, stdout, _ = call(*argv, "--out", out)
     assert code == 0 and "4 pairs" in stdout
     names = {"a.png", "b.png", "c.png", "d.png"}
     assert files(tmp_path) - files(data.parent / "data") >= {f"out/{n}" for n in names}
@@ -82,9 +47,9 @@ def test_fuses_a_test_split(call, weights, tmp_path):
 def test_only_some_cases_of_the_test_split(call, weights, tmp_path):
     data = write_task(tmp_path / "data", "CT-MRI", "test", {"2001": 32, "2002": 32, "16001": 32})
     argv = ["--data_dir", data, "--weights", weights, "--out", tmp_path / "out"]
-    assert call(test_asfe, *argv, "--cases", 2)[0] == 0
+    assert call(*argv, "--cases", 2)[0] == 0
     assert files(tmp_path / "out") == {"2001.png", "2002.png"}
-    code, _, err = call(test_asfe, *argv, "--cases", 2, 3)
+    code, _, err = call(*argv, "--cases", 2, 3)
     assert code == 2 and "cases has ['3'], which the test split of CT-MRI lacks" in err
 
 
@@ -107,24 +72,24 @@ def test_batches_keep_to_their_size_and_to_one_image_size(tmp_path):
 def test_contact_sheet_shows_sources_and_result(call, weights, tmp_path):
     data = write_task(tmp_path / "data", "CT-MRI", "test", {"a": 64, "b": 48, "c": 64})
     argv = ["--data_dir", data, "--weights", weights, "--out", tmp_path / "out"]
-    assert call(test_asfe, *argv, "--contact_rows", 2)[0] == 0
+    assert call(*argv, "--contact_rows", 2)[0] == 0
     sheet = cv2.imread(str(tmp_path / "out_contact_sheet.png"))
-    cell, gap, header = test_asfe.CELL, test_asfe.GAP, test_asfe.HEADER
+    cell, gap, header = images.CELL, images.GAP, images.HEADER
     assert sheet.shape == (header + 2 * (cell + gap), 3 * (cell + gap) + gap, 3)
     ct = cv2.resize(phantom_pair("CT-MRI", 64)[0], (cell, cell), interpolation=cv2.INTER_NEAREST)
     shown = sheet[header : header + cell - 30, gap : gap + cell, 0]  # above the name
     assert np.array_equal(shown, ct[:-30])
     os.remove(tmp_path / "out_contact_sheet.png")
-    assert call(test_asfe, *argv, "--contact_rows", 0)[0] == 0
+    assert call(*argv, "--contact_rows", 0)[0] == 0
     assert not (tmp_path / "out_contact_sheet.png").exists()
 
 
 def test_fuses_one_pair_and_two_folders(call, weights, tmp_path):
     data = write_task(tmp_path, "CT-MRI", "test", {"a": 50}) / "CT-MRI" / "test"
     pair = ["--img1", data / "CT/a.png", "--img2", data / "MRI/a.png", "--weights", weights]
-    assert call(test_asfe, *pair, "--out", tmp_path / "new" / "one.png")[0] == 0
+    assert call(*pair, "--out", tmp_path / "new" / "one.png")[0] == 0
     folders = ["--dir1", data / "CT", "--dir2", data / "MRI", "--weights", weights]
-    assert call(test_asfe, *folders, "--out", tmp_path / "many")[0] == 0
+    assert call(*folders, "--out", tmp_path / "many")[0] == 0
     one = cv2.imread(str(tmp_path / "new" / "one.png"), cv2.IMREAD_UNCHANGED)
     assert one.shape == (50, 50)
     assert np.array_equal(one, cv2.imread(str(tmp_path / "many" / "a.png"), cv2.IMREAD_UNCHANGED))
@@ -139,7 +104,7 @@ def test_stretch_and_aff_reach_the_network(call, weights, tmp_path):
         "stretch": ["--stretch"],
         "aff": ["--aff", "published"],
     }.items():
-        assert call(test_asfe, *pair, *extra, "--out", tmp_path / f"{name}.png")[0] == 0
+        assert call(*pair, *extra, "--out", tmp_path / f"{name}.png")[0] == 0
         results[name] = read_luma8(tmp_path / f"{name}.png")
     assert results["stretch"].min() == 0 and results["stretch"].max() == 255
     assert not np.array_equal(results["plain"], results["aff"])
@@ -148,17 +113,17 @@ def test_stretch_and_aff_reach_the_network(call, weights, tmp_path):
 def test_metrics_of_what_was_written(call, weights, tmp_path):
     data = write_task(tmp_path / "data", "PET-MRI", "test", {"a": 64, "b": 64})
     argv = ["--task", "PET-MRI", "--data_dir", data, "--weights", weights]
-    code, out, _ = call(test_asfe, *argv, "--out", tmp_path / "out", "--metrics")
+    code, out, _ = call(*argv, "--out", tmp_path / "out", "--metrics")
     assert code == 0
     table = out[out.index("contact sheet") :]
     assert "ASFE-Fusion" in table and "max" in table and "mean" in table and "Qabf" in table
     # also when the folder holds another image of that name, and for a single pair
     cv2.imwrite(str(tmp_path / "out" / "a.jpg"), np.zeros((64, 64), np.uint8))
-    again = call(test_asfe, *argv, "--out", tmp_path / "out", "--metrics")[1]
+    again = call(*argv, "--out", tmp_path / "out", "--metrics")[1]
     assert again[again.index("ASFE-Fusion") :] == out[out.index("ASFE-Fusion") :]
     source = data / "PET-MRI" / "test"
     pair = ["--img1", source / "PET/a.png", "--img2", source / "MRI/a.png", "--weights", weights]
-    assert "Qabf" in call(test_asfe, *pair, "--out", tmp_path / "a.png", "--metrics")[1]
+    assert "Qabf" in call(*pair, "--out", tmp_path / "a.png", "--metrics")[1]
 
 
 def test_a_source_is_never_overwritten(call, weights, tmp_path):
@@ -167,7 +132,7 @@ def test_a_source_is_never_overwritten(call, weights, tmp_path):
     folders = ["--dir1", data / "CT", "--dir2", data / "MRI", "--weights", weights]
     pair = ["--img1", data / "CT/a.png", "--img2", data / "MRI/a.png", "--weights", weights]
     for argv in ([*folders, "--out", data / "MRI/../CT"], [*pair, "--out", data / "MRI/a.png"]):
-        code, _, err = call(test_asfe, *argv)
+        code, _, err = call(*argv)
         assert code == 2 and "would be overwritten" in err and err.count("\n") == 1
     assert before == ((data / "CT/a.png").read_bytes(), (data / "MRI/a.png").read_bytes())
 
@@ -176,10 +141,10 @@ def test_a_stray_file_can_be_skipped(call, weights, tmp_path):
     data = write_task(tmp_path / "data", "CT-MRI", "test", {"a": 64, "b": 64})
     (data / "CT-MRI" / "test" / "MRI" / "b.png").unlink()
     argv = ["--data_dir", data, "--weights", weights, "--out", tmp_path / "out"]
-    code, _, err = call(test_asfe, *argv)
+    code, _, err = call(*argv)
     assert code == 2 and err.count("\n") == 1
     assert "b is in" in err and "--skip-unmatched" in err and not (tmp_path / "out").exists()
-    assert call(test_asfe, *argv, "--skip-unmatched")[0] == 0
+    assert call(*argv, "--skip-unmatched")[0] == 0
     assert files(tmp_path / "out") == {"a.png"}
 
 
@@ -189,7 +154,7 @@ def test_a_constant_image_works(call, weights, tmp_path):
         pair = ["--img1", tmp_path / "flat.png", "--img2", tmp_path / "flat.png"]
         out = tmp_path / "out.png"
         for extra in ([], ["--stretch"]):
-            assert call(test_asfe, *pair, "--weights", weights, *extra, "--out", out)[0] == 0
+            assert call(*pair, "--weights", weights, *extra, "--out", out)[0] == 0
             assert read_luma8(out).shape == (40, 40)
         if level == 0:  # the head multiplies the sources
             assert not read_luma8(out).any()
@@ -224,7 +189,7 @@ def broken(tmp_path: Path, weights: Path, kind: str) -> tuple[list, str]:
         (tmp_path / "w.safetensors").write_bytes(b"")
         return [*plain, "--weights", tmp_path / "w.safetensors"], "damaged"
     if kind == "other size":
-        return [*plain, "--size", "paper"], "are of size compact, --size is paper"
+        return [*plain, "--size", "paper"], "are of size compact, expected --size paper"
     if kind == "no paper weights":
         return [*plain[:2], "--size", "paper"], "no weights of size paper"
     if kind == "unknown task":
@@ -251,13 +216,25 @@ def broken(tmp_path: Path, weights: Path, kind: str) -> tuple[list, str]:
         return [*plain, "--threads", "-1"], "threads is -1, expected at least 0"
     if kind == "rows":
         return [*plain, "--contact_rows", "-1"], "contact_rows is -1"
+    if kind == "cases of a pair":
+        pair = ["--img1", ct / "a.png", "--img2", mri / "a.png", "--out", tmp_path / "o.png"]
+        return [*pair, "--cases", "2"], "--cases is for the test split, but this fuses one pair"
+    if kind == "unmatched in a pair":
+        pair = ["--img1", ct / "a.png", "--img2", mri / "a.png", "--out", tmp_path / "o.png"]
+        return [*pair, "--skip-unmatched"], "--skip_unmatched is for the test split and two folders"
+    if kind == "cases of folders":
+        folders = ["--dir1", ct, "--dir2", mri, "--out", tmp_path / "out"]
+        return [*folders, "--cases", "2"], "--cases is for the test split, but this fuses two"
+    if kind == "cases of the demo":
+        return ["--demo", "--out", tmp_path / "out", "--cases", "2"], "this fuses the demo"
     raise AssertionError(kind)
 
 
 BROKEN = (
     "missing folder;empty folder;unmatched;two sizes;too small;truncated;text;empty weights;"
     "other size;no paper weights;unknown task;all;unwritable;half a pair;no out;"
-    "out is no png;batch;threads;rows"
+    "out is no png;batch;threads;rows;cases of a pair;unmatched in a pair;cases of folders;"
+    "cases of the demo"
 ).split(";")
 BROKEN += [] if torch.cuda.is_available() else ["cuda"]
 BROKEN += ["unwritable folder"] if Path("/proc/self").is_dir() else []
@@ -267,7 +244,7 @@ BROKEN += ["unwritable folder"] if Path("/proc/self").is_dir() else []
 def test_bad_input_is_one_line_and_writes_nothing(call, weights, tmp_path, kind):
     argv, message = broken(tmp_path, weights, kind)
     before = files(tmp_path)
-    code, _, err = call(test_asfe, *argv)
+    code, _, err = call(*argv)
     assert code == 2
     assert message in err and err.count("\n") == 1 and "Traceback" not in err
     assert files(tmp_path) == before
@@ -277,7 +254,7 @@ def test_a_checkpoint_of_another_model_is_refused(call, tmp_path):
     torch.save({"outlayer.weight": torch.zeros(1)}, tmp_path / "w.pth")
     write_png(tmp_path / "a.png", phantom_pair("CT-MRI", 32)[0])
     pair = ["--img1", tmp_path / "a.png", "--img2", tmp_path / "a.png", "--out", tmp_path / "o.png"]
-    code, _, err = call(test_asfe, *pair, "--weights", tmp_path / "w.pth", "--size", "paper")
+    code, _, err = call(*pair, "--weights", tmp_path / "w.pth", "--size", "paper")
     assert code == 2 and "has shape" in err
 
 
@@ -326,41 +303,3 @@ def test_demo_in_a_process_of_its_own(tmp_path):
     assert "contact_sheet.png" in done.stdout
     expected = {f"{t}_{m}.png" for t, s in TASKS.items() for m in (s, "MRI", "fused")}
     assert files(tmp_path / "demo") == {*expected, "contact_sheet.png"}
-
-
-# --- args_setting.py -------------------------------------------------------------------------
-
-
-def test_every_default_names_its_source():
-    others = (args_setting.DataArgs, args_setting.MetricArgs)
-    for cls in (TrainArgs, TestArgs, *others, args_setting.ExportArgs, args_setting.AppArgs):
-        for field in args_setting.fields(cls):
-            assert field.metadata["source"] in ("paper", "published code", "ours"), field.name
-
-
-def test_published_flags_keep_their_names():
-    argv = "--DEVICE cpu --epoch 3 --lr 0.1 --batch_size 2 --patch_size 64 --task SPECT-MRI"
-    args = parse_args(TrainArgs, argv.split())
-    assert (args.DEVICE, args.epoch, args.lr) == ("cpu", 3, 0.1)
-    assert (args.batch_size, args.patch_size, args.task) == (2, 64, "SPECT-MRI")
-
-
-def test_an_edited_default_counts_and_a_flag_wins(capsys):
-    @args_setting.dataclass(frozen=True)
-    class Edited(CommonArgs):
-        task: str = args_setting.setting("PET-MRI", "ours", "x", choices=tuple(TASKS))
-        size: str = args_setting.setting("small", "ours", "x", choices=("paper", "compact"))
-
-    args = parse_args(Edited, ["--size", "paper"])
-    assert args.task == "PET-MRI" and args.size == "paper"
-    assert parse_args(Edited, ["--size", "paper", "--task", "CT-MRI"]).task == "CT-MRI"
-    with pytest.raises(SystemExit) as stop:  # an edited default outside of the choices
-        parse_args(Edited, [])
-    assert stop.value.code == 2
-    assert "size is 'small', expected one of paper, compact" in capsys.readouterr().err
-
-
-def test_spelling_with_hyphens_works_too():
-    assert parse_args(TestArgs, ["--skip-unmatched"]).skip_unmatched
-    assert not parse_args(TestArgs, ["--no-skip-unmatched"]).skip_unmatched
-    assert parse_args(TestArgs, ["--contact-rows", "2"]).contact_rows == 2
