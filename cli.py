@@ -40,7 +40,8 @@ def make_parser(cls: type, description: str = "") -> argparse.ArgumentParser:
         source, text = extras.pop("source"), extras.pop("help")
         extras.pop("minimum", None)
         shown = f.default.name if isinstance(f.default, Path) else f.default
-        extras["help"] = f"{text} (default {shown}; {source})".replace("%", "%%")
+        origin = "" if source == "ours" else f"; {source}"
+        extras["help"] = f"{text} (default {shown}{origin})".replace("%", "%%")
         if hints[f.name] is bool:
             extras["action"] = argparse.BooleanOptionalAction
         else:

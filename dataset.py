@@ -54,10 +54,10 @@ def match_pairs(dir1: Path, dir2: Path, skip_unmatched: bool = False) -> list[Pa
     unmatched = sorted(files1.keys() ^ files2.keys())
     if unmatched and not skip_unmatched:
         name = unmatched[0]
-        here, there = (dir1, dir2) if name in files1 else (dir2, dir1)
+        holder, lacking = (dir1, dir2) if name in files1 else (dir2, dir1)
         others = f" (and {len(unmatched) - 1} others)" if len(unmatched) > 1 else ""
         raise UserError(
-            f"{name}{others} is in {here} but not in {there}; --skip-unmatched leaves it out"
+            f"{name}{others} is in {holder} but not in {lacking}; --skip-unmatched leaves it out"
         )
     names = sorted(files1.keys() & files2.keys())
     if not names:
@@ -162,10 +162,10 @@ def split_pairs(args: TrainArgs) -> tuple[list[Pair], list[Pair]]:
     """Training and validation pairs; no patient, by case number, is in both."""
     tasks = TASKS if args.task == "all" else (args.task,)
     pairs = {task: task_pairs(args.data_dir, task, "train") for task in tasks}
-    there = {case_of(pair) for members in pairs.values() for pair in members}
+    cases = {case_of(pair) for members in pairs.values() for pair in members}
     for name in ("val_cases", "leave_out"):
-        if unknown := set(getattr(args, name)) - there:
-            raise UserError(f"{name} has {sorted(unknown)}, expected some of {sorted(there)}")
+        if unknown := set(getattr(args, name)) - cases:
+            raise UserError(f"{name} has {sorted(unknown)}, expected some of {sorted(cases)}")
     pairs = {
         task: [pair for pair in members if case_of(pair) not in args.leave_out]
         for task, members in pairs.items()
@@ -253,10 +253,10 @@ def check(root: Path) -> tuple[list[str], list[str]]:
     for name in sums:
         listed.setdefault(str(Path(name).parent), set()).add(Path(name).name)
     for folder, names in listed.items():
-        there = {p.name for p in (root / folder).glob("*")}
-        found.append(f"{folder}: {len(there & names)} of {len(names)}")
-        wrong += [f"{folder}/{name}: missing" for name in sorted(names - there)]
-        wrong += [f"{folder}/{name}: not part of the set" for name in sorted(there - names)]
+        present = {p.name for p in (root / folder).glob("*")}
+        found.append(f"{folder}: {len(present & names)} of {len(names)}")
+        wrong += [f"{folder}/{name}: missing" for name in sorted(names - present)]
+        wrong += [f"{folder}/{name}: not part of the set" for name in sorted(present - names)]
     for name, digest in sums.items():
         if (root / name).is_file() and _sha256(root / name) != digest:
             wrong.append(f"{name}: damaged, its hash differs")

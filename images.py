@@ -27,7 +27,6 @@ BT601 = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # R, G, B
 CELL, GAP, HEADER = 256, 6, 26  # pixels of a contact sheet
 
 
-
 def silence_pillow() -> None:
     """Have Pillow and its libtiff not comment on odd files; the error that follows says enough.
 
@@ -149,15 +148,15 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     A run that is killed leaves the old file or the new one. After an error, also that of a full
     disk, nothing is left beside it.
     """
-    beside = path.with_name(path.name + ".part")
+    part = path.with_name(path.name + ".part")
     try:
-        with beside.open("wb") as file:
+        with part.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        part.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def writable_folder(path: Path) -> Path:

@@ -102,7 +102,7 @@ def vif(fused: Tensor, sources: Tensor) -> Tensor:
     """
     noise, tiny = 2 / 255**2, 1e-6
     images = torch.cat([fused, sources], 1)  # (B, 1+C, H, W)
-    seen = there = fused.new_zeros(len(fused), sources.shape[1])
+    carried = total = fused.new_zeros(len(fused), sources.shape[1])
     for scale, radius in enumerate((8, 4, 2, 1)):
         if scale:
             images = _blur_inside(images, radius)[..., ::2, ::2]
@@ -114,9 +114,9 @@ def vif(fused: Tensor, sources: Tensor) -> Tensor:
         var_f, var_s = (ff - mean_f**2).clamp(min=0), (ss - mean_s**2).clamp(min=0)
         gain = ((fs - mean_f * mean_s) / (var_s + tiny)).clamp(min=0)
         distortion = (var_f - gain**2 * var_s).clamp(min=0)
-        seen = seen + torch.log1p(gain**2 * var_s / (distortion + noise)).sum((2, 3))
-        there = there + torch.log1p(var_s / noise).sum((2, 3))
-    return (seen + tiny) / (there + tiny)
+        carried = carried + torch.log1p(gain**2 * var_s / (distortion + noise)).sum((2, 3))
+        total = total + torch.log1p(var_s / noise).sum((2, 3))
+    return (carried + tiny) / (total + tiny)
 
 
 def _blur_inside(maps: Tensor, radius: int) -> Tensor:

@@ -38,10 +38,10 @@ from evaluation.maps import (
     Luma,
     LumaPair,
     Metric,
+    check_names,
     luma_triple,
     measure,
     pearson,
-    select,
     sigmoid,
     vif_information,
 )
@@ -369,7 +369,7 @@ def evaluate(
     A metric that needs a larger image (MS_SSIM: sides of 161 pixels) is left out of the result.
     Raises UserError if a name is unknown, ValueError for the images as the metrics do.
     """
-    return measure(select(names, METRICS), *luma_triple(fused, source1, source2))
+    return measure(check_names(names, METRICS), *luma_triple(fused, source1, source2))
 
 
 def compare(
@@ -381,7 +381,7 @@ def compare(
     skip_unmatched: bool = False,
 ) -> Comparison:
     """What `compare_methods` says of the named metrics; UserError also if a name is unknown."""
-    return compare_methods(select(metrics, METRICS), files, pairs, jobs, title, skip_unmatched)
+    return compare_methods(check_names(metrics, METRICS), files, pairs, jobs, title, skip_unmatched)
 
 
 def main(args: MetricArgs) -> None:

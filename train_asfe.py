@@ -272,10 +272,10 @@ def recompute_batchnorm(model: ASFEFusion, images: list[Tensor]) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative mean
     model.train()
-    for both in images:
-        height, width = (n - n % model.multiple for n in both.shape[-2:])
+    for pair in images:
+        height, width = (n - n % model.multiple for n in pair.shape[-2:])
         if height and width:
-            img1, img2 = both[:, None, None, :height, :width].to(device).float() / 255
+            img1, img2 = pair[:, None, None, :height, :width].to(device).float() / 255
             model(img1, img2)
     for norm in norms:
         norm.momentum = 0.1
@@ -289,9 +289,9 @@ def measure(
     weights = term_weights(args.recipe, args.loss_weights)
     values: dict[str, list[float]] = {}
     rows = []
-    for both in images:  # (2, H, W) in 0..255
-        fused = model.fuse(*both)[None, None]  # (1, 1, H, W)
-        img1, img2 = both[:, None, None].to(fused.device).float() / 255
+    for pair in images:  # (2, H, W) in 0..255
+        fused = model.fuse(*pair)[None, None]  # (1, 1, H, W)
+        img1, img2 = pair[:, None, None].to(fused.device).float() / 255
         loss, terms = fusion_loss(fused, img1, img2, args.recipe, weights=weights)
         metrics = evaluate_batch(fused, img1, img2, METRICS)
         for name, value in ({"loss": loss} | terms | metrics).items():

@@ -6,37 +6,44 @@ Bone is where the CT has at least level 250, bright is where the MRI has at leas
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
+from machine import machine, make_parser
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
-
-from args_setting import OneLineParser, run_script  # noqa: E402
-from dataset import read_luma8, task_pairs  # noqa: E402
-from metrics_report import name_folders  # noqa: E402
+from args_setting import CommonArgs
+from cli import run_script
+from dataset import task_pairs
+from evaluation.compare import name_folders, read_samples
 
 
 def main(args: argparse.Namespace) -> None:
     pairs = task_pairs(args.data_dir, "CT-MRI", "test")
-    for name, folder in name_folders(args.fused).items():
+    files = {
+        method: {pair.name: folder / f"{pair.name}.png" for pair in pairs}
+        for method, folder in name_folders(args.fused).items()
+    }
+    samples = read_samples(pairs, files)
+    print(machine("numpy"))
+    for method in files:
         bone, grey, change = [], [], []  # of each pair
-        for pair in pairs:
-            paths = pair.path1, pair.path2, folder / f"{pair.name}.png"
-            ct, mri, fused = (read_luma8(path).astype(float) for path in paths)  # (H, W)
+        for ct, mri, images in samples:
+            fused = images[method].astype(float)  # (H, W)
             bone.append(fused[ct >= 250].mean())
             grey.append((fused[ct >= 250] < 200).mean())
             change.append((fused - mri)[mri >= 230].mean())
         print(
-            f"{name}: bone {np.mean(bone):.0f}, in the darkest slice {min(bone):.0f}, under 200 in "
-            f"{np.mean(grey):.1%} of its pixels; bright MRI {np.mean(change):+.1f}"
+            f"{method}: bone {np.mean(bone):.0f}, in the darkest slice {min(bone):.0f}, under 200 "
+            f"in {np.mean(grey):.1%} of its pixels; bright MRI {np.mean(change):+.1f}"
         )
 
 
-if __name__ == "__main__":
-    parser = OneLineParser(description=__doc__.splitlines()[0])
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
     parser.add_argument("fused", nargs="+", metavar="NAME=FOLDER")
-    parser.add_argument("--data_dir", type=Path, default=ROOT / "HMIFDatasets")
-    run_script(main, parser.parse_args())
+    parser.add_argument("--data_dir", type=Path, default=CommonArgs.data_dir)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_script(main, parse())

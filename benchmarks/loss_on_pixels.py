@@ -7,29 +7,27 @@ training pairs, spread over the patients; the losses are weighted sums of the te
 """
 
 import argparse
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:1] = [str(HERE.parent), str(HERE)]  # the root first: its metrics.py is meant
+import torch
+from machine import machine, make_parser, positive
+from torch import Tensor
 
-import torch  # noqa: E402
-from machine import machine  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from args_setting import TASKS  # noqa: E402
-from dataset import read_pair, task_pairs  # noqa: E402
-from losses import (  # noqa: E402
+from args_setting import TASKS, CommonArgs
+from cli import run_script
+from dataset import read_pair, task_pairs
+from evaluation.batch import evaluate_batch
+from losses import (
     fusion_loss,
     information_loss,
     max_content_loss,
     max_gradient_loss,
     structure_loss,
 )
-from metrics import evaluate_batch  # noqa: E402
 
-# weights of content (brighter source), gradient (steeper source), structure and information
-WEIGHTS = (
+TERMS = (max_content_loss, max_gradient_loss, structure_loss, information_loss)
+WEIGHTS = (  # of the terms
     (4, 10, 1, 0),
     (4, 60, 1, 0),
     (2, 60, 1, 0),
@@ -41,7 +39,7 @@ WEIGHTS = (
 NAMES = ("SD", "AG", "MI", "SCD", "SSIM", "VIF", "Qabf", "PSNR")
 
 
-def optimise(loss, img1: Tensor, img2: Tensor, steps: int) -> Tensor:
+def best_pixels(loss: Callable, img1: Tensor, img2: Tensor, steps: int) -> Tensor:
     """Pixels (B, 1, H, W) in [0, 1] that minimise the loss, from the mean of the sources on."""
     fused = ((img1 + img2) / 2).requires_grad_()
     optimiser = torch.optim.Adam([fused], lr=0.03)
@@ -54,13 +52,7 @@ def optimise(loss, img1: Tensor, img2: Tensor, steps: int) -> Tensor:
     return fused.detach().clamp(0, 1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_dir", type=Path, default=HERE.parent / "HMIFDatasets")
-    parser.add_argument("--task", default="CT-MRI", choices=TASKS)
-    parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=150)
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     torch.set_flush_denormal(True)
     pairs = task_pairs(args.data_dir, args.task, "train")
     pairs = pairs[:: max(1, len(pairs) // args.pairs)][: args.pairs]
@@ -76,15 +68,23 @@ def main() -> None:
     print(f"| loss | {' | '.join(NAMES)} |\n|---|{'---|' * len(NAMES)}")
     show("none: mean", (img1 + img2) / 2)
     show("none: max", torch.maximum(img1, img2))
-    show("paper", optimise(lambda *t: fusion_loss(*t, "paper")[0], img1, img2, args.steps))
-    terms = max_content_loss, max_gradient_loss, structure_loss, information_loss
+    show("paper", best_pixels(lambda *t: fusion_loss(*t, "paper")[0], img1, img2, args.steps))
     for weights in WEIGHTS:
 
         def loss(*images: Tensor, weights: tuple = weights) -> Tensor:
-            return sum(w * term(*images) for w, term in zip(weights, terms, strict=True) if w)
+            return sum(w * term(*images) for w, term in zip(weights, TERMS, strict=True) if w)
 
-        show(", ".join(map(str, weights)), optimise(loss, img1, img2, args.steps))
+        show(", ".join(map(str, weights)), best_pixels(loss, img1, img2, args.steps))
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--task", default="CT-MRI", choices=tuple(TASKS))
+    parser.add_argument("--data_dir", type=Path, default=CommonArgs.data_dir)
+    parser.add_argument("--pairs", type=positive, default=8)
+    parser.add_argument("--steps", type=positive, default=150)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, parse())

@@ -1,11 +1,21 @@
-"""What a figure was measured on: the head of every benchmark's output."""
+"""What every benchmark shares, to be imported first: it is no command of its own.
+
+It makes the modules of the project and of its tests importable, and says what a figure was measured
+on: `python benchmarks/brightness.py …` and the others print that as the head of their output.
+"""
 
 import os
 import platform
 import sys
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[1:1] = [str(ROOT), str(ROOT / "tests")]
+
+from cli import OneLineParser  # noqa: E402
 
 
 def machine(*packages: str) -> str:
@@ -20,3 +30,15 @@ def machine(*packages: str) -> str:
         f"{processor}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}; "
         f"{date.today()}; {command}"
     )
+
+
+def make_parser(description: str) -> ArgumentParser:
+    """A command line without flags, whose help is the docstring as it stands."""
+    return OneLineParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 up, for a flag."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r}, expected a whole number from 1 up")
+    return int(text)

@@ -9,35 +9,34 @@ file moves the luma of the pixelwise maximum.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:1] = [str(HERE.parent), str(HERE)]  # the root first: its metrics.py is meant
+import numpy as np
+from machine import machine, make_parser
 
-import numpy as np  # noqa: E402
-from machine import machine  # noqa: E402
-
-import metrics  # noqa: E402
-from args_setting import TASKS  # noqa: E402
-from dataset import read_luma8, read_pair, task_pairs, to_uint8  # noqa: E402
+from args_setting import TASKS, CommonArgs
+from cli import run_script
+from dataset import Pair, read_pair, task_pairs
+from evaluation.compare import read_samples
+from images import BT601, to_uint8
+from metrics import evaluate
 
 NAMES = ("EN", "SSIM", "FMI_pixel", "QCB")
 
 
-def veil(folder: Path, pairs: list) -> str:
+def veil(folder: Path, pairs: list[Pair]) -> str:
     """One line about one method's images."""
     correlations, levels, before, after = [], [], [], []
-    for pair in pairs:
-        source1, source2 = read_luma8(pair.path1), read_luma8(pair.path2)
-        fused = read_luma8(folder / f"{pair.name}.png").copy()
+    files = {pair.name: folder / f"{pair.name}.png" for pair in pairs}
+    for source1, source2, images in read_samples(pairs, {"": files}):
+        fused = images[""].copy()
         mean = source1 / 2 + source2 / 2
         correlations.append(np.corrcoef(fused.ravel(), mean.ravel())[0, 1])
         black = (source1 == 0) & (source2 == 0)
         levels.append(fused[black].mean())
-        before.append(list(metrics.evaluate(fused, source1, source2, NAMES).values()))
+        before.append(list(evaluate(fused, source1, source2, NAMES).values()))
         fused[black] = 0
-        after.append(list(metrics.evaluate(fused, source1, source2, NAMES).values()))
+        after.append(list(evaluate(fused, source1, source2, NAMES).values()))
     changes = (
         f"{name} {old:.4f} -> {new:.4f}"
         for name, old, new in zip(NAMES, np.mean(before, 0), np.mean(after, 0), strict=True)
@@ -48,23 +47,19 @@ def veil(folder: Path, pairs: list) -> str:
     )
 
 
-def colour_shift(pairs: list) -> str:
+def colour_shift(pairs: list[Pair]) -> str:
     """How far storing the pixelwise maximum in colour moves its luma."""
     shifts = []
     for pair in pairs:
         luma1, luma2, chroma = read_pair(pair)
         wanted = np.maximum(luma1, luma2)
-        stored = to_uint8(wanted, chroma) @ np.array([0.299, 0.587, 0.114])
+        stored = to_uint8(wanted, chroma) @ BT601.astype(float)
         shifts.append(np.abs(stored - to_uint8(wanted)))
     share = np.mean(np.array(shifts) > 2)
     return f"luma moved by up to {np.max(shifts):.0f} levels, by over 2 in {share:.1%} of pixels"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_dir", type=Path, default=HERE.parent / "HMIFDatasets")
-    parser.add_argument("folders", type=Path, nargs="+")
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     print(machine("numpy", "scipy"))
     for task in TASKS:
         pairs = task_pairs(args.data_dir, task, "test")
@@ -74,5 +69,12 @@ def main() -> None:
             print(f"{task} maximum in colour: {colour_shift(pairs)}")
 
 
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
+    parser.add_argument("--data_dir", type=Path, default=CommonArgs.data_dir)
+    return parser.parse_args(argv)
+
+
 if __name__ == "__main__":
-    main()
+    run_script(main, parse())

@@ -5,8 +5,8 @@
 
 Source 1 is a CT as int16 NIfTI, source 2 an MRI on a shifted grid, so that it is resampled. The
 network runs on the first `--network` slices; after them the mean of the sources takes its place,
-as each slice needs the same memory. Everything else is the real run of test_asfe.py, in a process
-of its own whose largest resident set is printed.
+as each slice needs the same memory. Everything else is as in test_asfe.py, in a process of its own
+whose largest resident set is printed.
 """
 
 import argparse
@@ -16,12 +16,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import nibabel as nib
+import numpy as np
+import torch
+from machine import machine, make_parser, positive
 
-import nibabel as nib  # noqa: E402
-import numpy as np  # noqa: E402
-from machine import machine  # noqa: E402
+from args_setting import TestArgs
+from cli import run_script, setup_runtime
+from inference import optimise
+from network import ASFEFusion
+from volumes import fuse_volumes
+from weights import load_model
 
 SIDE = 512
 
@@ -39,47 +44,44 @@ def draw(folder: Path, slices: int) -> None:
         nib.Nifti1Image(data, affine).to_filename(folder / f"{name}.nii")
 
 
-def fuse(folder: Path, network: int) -> None:
-    """One run of test_asfe.py, whose network gives way after `network` slices."""
-    import torch
+class FirstSlices:
+    """A network that gives way to the mean of the sources after a number of slices."""
 
-    import test_asfe
-    from args_setting import TestArgs, parse_args
+    def __init__(self, model: ASFEFusion, slices: int):
+        self.model, self.left, self.multiple = model, slices, model.multiple
 
-    load, left = test_asfe.load_model, network
+    def fuse(self, img1: np.ndarray, img2: np.ndarray) -> torch.Tensor:
+        """Fuse (B, 1, H, W) images in [0, 1]."""
+        self.left -= len(img1)
+        return self.model.fuse(img1, img2) if self.left >= 0 else torch.tensor((img1 + img2) / 2)
 
-    def limited(*args):
-        model = load(*args)
-        whole = model.fuse
 
-        def step(img1, img2):
-            nonlocal left
-            left -= len(img1)
-            return whole(img1, img2) if left >= 0 else torch.from_numpy((img1 + img2) / 2)
-
-        model.fuse = step
-        return model
-
-    test_asfe.load_model = limited
-    argv = ["--img1", folder / "ct.nii", "--img2", folder / "mri.nii", "--out", folder / "f.nii"]
-    test_asfe.main(parse_args(TestArgs, [*map(str, argv), "--threads", "1", "--DEVICE", "cpu"]))
+def fuse(folder: Path, slices: int) -> None:
+    """Fuse the volumes in the folder as test_asfe.py does; prints the peak memory."""
+    paths = {"img1": folder / "ct.nii", "img2": folder / "mri.nii", "out": folder / "fused.nii"}
+    settings = TestArgs(**paths, size="compact", task="CT-MRI", threads=1, DEVICE="cpu")
+    model = optimise(load_model(settings, settings.task, setup_runtime(settings)))
+    fuse_volumes(settings, FirstSlices(model, slices))
     print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--slices", type=int, default=300)
-    parser.add_argument("--network", type=int, default=4, help="slices that the network fuses")
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of the measured process
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     if args.folder:
         return fuse(args.folder, args.network)
-    print(machine("torch", "SimpleITK", "nibabel"))
+    print(machine("torch", "SimpleITK", "nibabel"), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         draw(Path(folder), args.slices)
         command = [sys.executable, __file__, "--folder", folder, "--network", str(args.network)]
-        subprocess.run(command, check=True)
+        sys.exit(subprocess.run(command).returncode)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--slices", type=positive, default=300)
+    parser.add_argument("--network", type=positive, default=4, help="slices that the network fuses")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of the measured process
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, parse())

@@ -18,8 +18,8 @@ from evaluation.maps import (
     SSIM_SIDE,
     VIF_NOISE,
     VIF_SIDES,
+    check_names,
     gaussian,
-    select,
 )
 
 
@@ -151,7 +151,7 @@ def evaluate_batch(
     """
     named = {"fused": fused, "img1": img1, "img2": img2}
     batch = [_grey_levels(x, fused.shape, name) for name, x in named.items()]
-    selected = select(names, BATCH_METRICS)
+    selected = check_names(names, BATCH_METRICS)
     return {name: metric(*batch) for name, metric in selected.items()}
 
 

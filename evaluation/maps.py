@@ -288,7 +288,7 @@ def measure(
     return {name: metric.function(fused, source1, source2) for name, metric in fitting.items()}
 
 
-def select(names: Iterable[str], table: dict[str, T]) -> dict[str, T]:
+def check_names(names: Iterable[str], table: dict[str, T]) -> dict[str, T]:
     """The entries of a table that have these names; UserError if there is none of a name."""
     selected = {}
     for name in names:

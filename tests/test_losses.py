@@ -5,6 +5,7 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
+from evaluation.batch import evaluate_batch
 from losses import (
     content_loss,
     fusion_loss,
@@ -18,7 +19,6 @@ from losses import (
     term_weights,
     vif,
 )
-from evaluation.batch import evaluate_batch
 from phantom import phantom_pair
 
 
@@ -147,5 +147,6 @@ def test_other_weights(images):
 
 
 def test_unknown_recipe(images):
-    with pytest.raises(ValueError, match="expected paper or detail"):
-        fusion_loss(*images, "best")
+    for weights in (None, {"content": 1.0}):  # which used to train `detail`
+        with pytest.raises(ValueError, match="expected paper or detail"):
+            fusion_loss(*images, "best", weights=weights)

@@ -315,6 +315,44 @@ def test_a_run_resumes_only_as_it_was(call, data, tmp_path):
         assert code == 2 and "damaged or not a checkpoint" in err and err.count("\n") == 1
 
 
+def test_the_order_of_loss_weights_means_nothing(call, data, tmp_path):
+    argv = settings(data, tmp_path, "--epoch", 1, "--val_every", 9)
+    first, second = ["content=1", "gradient=60"], ["gradient=60", "content=1"]
+    assert call(*argv, "--loss_weights", *first)[0] == 0
+    assert call(*argv, "--resume", "--loss_weights", *second)[0] == 0
+    code, _, err = call(*argv, "--resume", "--loss_weights", "content=1", "gradient=61")
+    assert code == 2 and "loss_weights is" in err
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(call, data, tmp_path, monkeypatch):
+    argv = settings(data, tmp_path, "--epoch", 3, "--val_every", 9)
+    assert call(*argv, "--minutes", 1e-9)[0] == 0
+    path = tmp_path / f"{STEM}_last.pt"
+    before = path.read_bytes()
+
+    def full(state, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    code, _, err = call(*argv, "--resume")
+    assert code == 2 and "No space left" in err and "Traceback" not in err
+    assert path.read_bytes() == before and not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_takes_bf16_only_where_the_card_has_it(native, monkeypatch):
+    """An emulated one, as on cards before Ampere, is slower than float32."""
+
+    def supported(including_emulation=True):
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    expected = torch.bfloat16 if native else None
+    assert train_asfe.set_precision("auto", torch.device("cuda")) is expected
+    assert train_asfe.set_precision("auto", torch.device("cpu")) is None
+
+
 class Diverging(nn.Module):
     """Sound weights, but the loss of the third step is not a number."""
 

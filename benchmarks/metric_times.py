@@ -1,35 +1,35 @@
-"""Times of metrics.py: each metric, the panel, and per-image library code for the common part.
+"""Times of the metrics: each one, the panel, and per-image library code for the common part.
 
-    python benchmarks/metrics.py [--data_dir HMIFDatasets --fused result/CT-MRI]
+    python benchmarks/metric_times.py                              24 drawn pairs of 256x256
+    python benchmarks/metric_times.py --fused result/CT-MRI        fused test images of --task
 
-Without --fused: 24 drawn pairs of 256x256. The library side is scikit-image (entropy, MSE, SSIM),
-scikit-learn (mutual information) and sewar (MS-SSIM, VIF), one call for each fused-source pair.
+The library side is scikit-image (entropy, MSE, SSIM), scikit-learn (mutual information) and sewar
+(MS-SSIM, VIF), one call for each fused-source pair.
 """
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:1] = [str(HERE.parent), str(HERE)]  # the root first: this file has the name of another
+import cv2
+import numpy as np
+import sewar
+from machine import machine, make_parser, positive
+from numpy import ndarray
+from skimage.measure import shannon_entropy
+from skimage.metrics import mean_squared_error, structural_similarity
+from sklearn.metrics import mutual_info_score
 
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-import sewar  # noqa: E402
-from machine import machine  # noqa: E402
-from numpy import ndarray  # noqa: E402
-from skimage.measure import shannon_entropy  # noqa: E402
-from skimage.metrics import mean_squared_error, structural_similarity  # noqa: E402
-from sklearn.metrics import mutual_info_score  # noqa: E402
+import metrics
+from args_setting import TASKS, CommonArgs
+from cli import run_script
+from dataset import task_pairs
+from evaluation.compare import read_samples
 
-import metrics  # noqa: E402
-from dataset import read_luma8, task_pairs  # noqa: E402
-
-Triple = tuple[ndarray, ndarray, ndarray]
+Triple = tuple[ndarray, ndarray, ndarray]  # fused, source 1, source 2
 COMMON = ("EN", "MI", "PSNR", "SSIM", "MS_SSIM", "VIF")
 SSIM_OPTIONS = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
 
@@ -50,11 +50,11 @@ def drawn_pairs(count: int = 24, side: int = 256) -> list[Triple]:
     return pairs
 
 
-def stored_pairs(data_dir: Path, task: str, fused: Path) -> list[Triple]:
-    return [
-        tuple(map(read_luma8, (fused / f"{pair.name}.png", pair.path1, pair.path2)))
-        for pair in task_pairs(data_dir, task, "test")
-    ]
+def stored_pairs(data_dir: Path, task: str, folder: Path) -> list[Triple]:
+    """The fused images of a folder with their sources."""
+    pairs = task_pairs(data_dir, task, "test")
+    samples = read_samples(pairs, {"": {pair.name: folder / f"{pair.name}.png" for pair in pairs}})
+    return [(sample.fused[""], sample.source1, sample.source2) for sample in samples]
 
 
 def library_calls(fused: ndarray, source1: ndarray, source2: ndarray) -> None:
@@ -63,15 +63,10 @@ def library_calls(fused: ndarray, source1: ndarray, source2: ndarray) -> None:
     for source in (source1, source2):
         mutual_info_score(source.ravel(), fused.ravel())
         mean_squared_error(source, fused)
-        structural_similarity(
-            source.astype(float), fused.astype(float), data_range=255, **SSIM_OPTIONS
-        )
+        images = source.astype(float), fused.astype(float)
+        structural_similarity(*images, data_range=255, **SSIM_OPTIONS)
         sewar.msssim(source, fused)
         sewar.vifp(source, fused)
-
-
-def panel(triple: Triple) -> dict[str, float]:
-    return metrics.evaluate(*triple)
 
 
 def milliseconds(function: Callable, triples: list[Triple]) -> tuple[float, float]:
@@ -89,24 +84,19 @@ def milliseconds(function: Callable, triples: list[Triple]) -> tuple[float, floa
 def pooled_milliseconds(triples: list[Triple], jobs: int) -> float:
     """Wall time of the panel per pair with `jobs` processes that are already up."""
     with ProcessPoolExecutor(jobs, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
-        list(pool.map(panel, triples[:jobs]))
+        list(pool.map(metrics.evaluate, *zip(*triples[:jobs], strict=True)))
         start = time.perf_counter()
-        list(pool.map(panel, triples))
+        list(pool.map(metrics.evaluate, *zip(*triples, strict=True)))
         return 1e3 * (time.perf_counter() - start) / len(triples)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_dir", type=Path, default=HERE.parent / "HMIFDatasets")
-    parser.add_argument("--task", default="CT-MRI")
-    parser.add_argument("--fused", type=Path, help="folder of fused images; without it drawn pairs")
-    parser.add_argument("--jobs", type=int, default=2)
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     if args.fused:
         triples = stored_pairs(args.data_dir, args.task, args.fused)
     else:
         triples = drawn_pairs()
-    cv2.setNumThreads(1)
+    triples = triples[: args.pairs]
+    cv2.setNumThreads(1)  # also before the fork of other processes
     print(machine("numpy", "scipy", "scikit-image", "scikit-learn", "sewar"))
     print(f"{len(triples)} pairs; ms per pair, median\n\n{'':12}{'wall':>8}{'CPU':>8}")
 
@@ -126,5 +116,15 @@ def main() -> None:
     print(f"panel / libraries' common part, one process each: {whole / libraries:.2f}")
 
 
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--fused", type=Path, help="folder of fused images; without it drawn pairs")
+    parser.add_argument("--task", default="CT-MRI", choices=tuple(TASKS))
+    parser.add_argument("--data_dir", type=Path, default=CommonArgs.data_dir)
+    parser.add_argument("--pairs", type=positive, default=24, help="at most so many")
+    parser.add_argument("--jobs", type=positive, default=2)
+    return parser.parse_args(argv)
+
+
 if __name__ == "__main__":
-    main()
+    run_script(main, parse())

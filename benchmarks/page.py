@@ -1,6 +1,6 @@
 """Time from the click on Fuse to the picture, through a headless browser, for a 256x256 pair.
 
-    python benchmarks/browser.py          (on an otherwise idle machine; a minute)
+    python benchmarks/page.py          (on an otherwise idle machine; a minute)
 
 The page runs in a process of its own and the clock in the browser: it starts at the click and
 stops when the fused image is loaded. The load average is printed before and after, as other work
@@ -10,17 +10,17 @@ on the machine is in the figures.
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import numpy as np
+from machine import machine, make_parser, positive
 
-from browser import Browser, missing, served  # noqa: E402
-from machine import machine  # noqa: E402
+# isort: split
+from browser import Browser, missing, served
 
-from args_setting import TASKS  # noqa: E402
+from args_setting import TASKS
+from cli import UserError, run_script
 
 CLICK = """
 const done = arguments[0], start = performance.now();
@@ -45,12 +45,9 @@ def click_to_picture(user: Browser, task: str) -> float:
     return seconds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=40)
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     if reason := missing():
-        sys.exit(f"benchmarks/browser.py {reason}")
+        raise UserError(reason)
     print(machine("gradio", "torch"))
     print("load average before:", *(f"{load:.1f}" for load in os.getloadavg()))
     tasks = list(TASKS)
@@ -58,18 +55,22 @@ def main() -> None:
         user = Browser(Path(folder))
         try:
             user.open(address)
-            for k in range(3):  # the first passes allocate
-                click_to_picture(user, tasks[k % 3])
+            for task in tasks:  # the first passes allocate
+                click_to_picture(user, task)
             times = [click_to_picture(user, tasks[k % 3]) for k in range(args.repeats)]
         finally:
             user.close()
     print("load average after: ", *(f"{load:.1f}" for load in os.getloadavg()))
-    p95 = statistics.quantiles(times, n=20, method="inclusive")[-1]
-    print(
-        f"click to picture, {len(times)} clicks: median {statistics.median(times):.2f} s, ", end=""
-    )
-    print(f"p95 {p95:.2f} s, longest {max(times):.2f} s")
+    middle, p95 = statistics.median(times), np.quantile(times, 0.95)
+    figures = f"median {middle:.2f} s, p95 {p95:.2f} s, longest {max(times):.2f} s"
+    print(f"click to picture, {len(times)} clicks: {figures}")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--repeats", type=positive, default=40)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, parse())

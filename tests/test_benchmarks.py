@@ -1,0 +1,152 @@
+"""The benchmarks run on small input and measure what they say; speed itself is not tested."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from networks import relative_error
+from task_files import write_task
+
+from args_setting import ROOT, TASKS
+from cli import UserError
+from dataset import task_pairs
+from images import read_luma8, write_png
+from network import ASFEFusion
+
+pytest.importorskip("sewar", reason="needs requirements-dev.txt")
+sys.path.append(str(ROOT / "benchmarks"))
+import brightness
+import loss_on_pixels
+import metric_times
+import page
+import published
+import speed
+import volume_memory
+
+SCRIPTS = brightness, loss_on_pixels, metric_times, page, published, speed, volume_memory
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two pairs of each task for training and for tests; their means in the folder mean/."""
+    root = tmp_path_factory.mktemp("data")
+    for task in TASKS:
+        write_task(root, task, "train", {"1001": 64, "2001": 64})
+        write_task(root, task, "test", {"1001": 64, "2001": 64})
+        (root / "mean" / task).mkdir(parents=True)
+        for name, *paths in task_pairs(root, task, "test"):
+            mean = sum(read_luma8(path) / 2 for path in paths)
+            write_png(root / "mean" / task / f"{name}.png", np.rint(mean).astype(np.uint8))
+    return root
+
+
+@pytest.fixture
+def run(in_process):
+    """What a benchmark prints."""
+
+    def call(script, *argv) -> str:
+        argv = [str(word) for word in argv]
+        code, out, err = in_process(script, lambda: script.parse(argv), *argv)
+        assert code == 0, err
+        return out
+
+    return call
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_the_command_is_in_the_docstring_and_a_wrong_flag_is_one_line(script, in_process):
+    code, _, err = in_process(script, lambda: script.parse(["--repeats", "0"]))
+    assert code == 2 and err.startswith(f"{script.__name__}.py: error: ") and err.count("\n") == 1
+    assert f"\n    python benchmarks/{script.__name__}.py" in script.__doc__
+
+
+def test_speed_compares_processes_that_take_turns(run):
+    flags = ["--sizes", "compact", "--side", 32, "--repeats", 2, "--threads", 1, "--versions"]
+    out = run(speed, *flags, "direct", "optimised")
+    assert "; python benchmarks/speed.py --sizes compact" in out.splitlines()[0]
+    table = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
+    names = [row[0].removeprefix("| ") for row in table]
+    assert names == ["compact, fusing, 1 of 32x32", "direct", "optimised"]
+    assert all(float(row[1]) > 0 and float(row[4]) > 1 for row in table[1:])
+    assert table[1][2] == "1.00 (1.00 to 1.00)" and table[1][7] == "100% |"
+    assert all(0.1 < float(row[5]) <= float(row[6]) < 3 for row in table[1:]), "GB of a process"
+
+
+@pytest.mark.parametrize("name", speed.PARTS | speed.FUSING)
+def test_every_version_is_the_same_function(name, monkeypatch):
+    version = (speed.PARTS | speed.FUSING)[name]
+    monkeypatch.setattr(speed.inference, "FASTER", dict(speed.inference.FASTER))
+    kept = []
+    monkeypatch.setattr(speed.cli, "keep_freed_memory", lambda: kept.append(1))
+    fused = speed.build("compact", version, speed.parse(["--side", "32", "--batch", "1"]))()
+    torch.manual_seed(0)
+    model = ASFEFusion("compact").eval()
+    with torch.no_grad():
+        assert relative_error(fused, model(*torch.rand(2, 1, 1, 32, 32))) < 1e-5
+    left = {kind.__name__ for kind in speed.inference.FASTER.values()}
+    assert not left & set(version.left_out)
+    assert len(kept) == (version.settings and "keep_freed_memory" not in version.left_out)
+
+
+def test_speed_in_one_process_takes_the_peak_of_the_allocator(monkeypatch):
+    """As on a GPU, with training steps."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2.5e9)
+    args = speed.parse(["--train", "--side", "32", "--batch", "2", "--repeats", "2"])
+    rows = speed.measure_here("compact", speed.FUSING_ON_GPU, args)
+    assert list(rows) == list(speed.FUSING_ON_GPU) and all(
+        row.peak_gb == 2.5 and len(row.seconds) == 2 for row in rows.values()
+    )
+
+
+def test_speed_counts_the_operations_of_the_direct_version():
+    args = [speed.parse(["--side", side, "--batch", "1"]) for side in ("256", "200")]
+    assert round(speed.count_operations("paper", args[0]) / 1e9) == 223
+    with pytest.raises(UserError, match="side is 200, compact expects a multiple of 16"):
+        speed.count_operations("compact", args[1])
+
+
+def test_brightness_of_the_ct_itself(run, data):
+    folder = data / "CT-MRI" / "test" / "CT"
+    out = run(brightness, f"ct={folder}", "--data_dir", data)
+    assert "ct: bone 25" in out and "under 200 in 0.0% of its pixels; bright MRI -" in out
+
+
+def test_published_images_that_are_the_mean(run, data):
+    out = run(published, data / "mean", "--data_dir", data)
+    assert out.count("mean: correlation with the mean 1.0000, level on black 0.0;") == len(TASKS)
+    assert "PET-MRI maximum in colour: luma moved by up to" in out
+
+
+def test_pixels_move_towards_less_loss(run, data):
+    out = run(loss_on_pixels, "--data_dir", data, "--pairs", 1, "--steps", 3)
+    table = [line for line in out.splitlines() if line.startswith("| ")]
+    assert len(table) == 4 + len(loss_on_pixels.WEIGHTS)
+    img1, img2 = torch.rand(2, 1, 1, 32, 32)
+    best = loss_on_pixels.best_pixels(lambda fused, *_: (fused - img1).norm(), img1, img2, 100)
+    assert (best - img1).norm() < 0.1 * (img2 - img1).norm()
+
+
+def test_metric_times(run, data):
+    folder = data / "mean" / "PET-MRI"
+    triples = metric_times.stored_pairs(data, "PET-MRI", folder)
+    assert len(triples) == 2 and np.array_equal(triples[0][0], read_luma8(folder / "1001.png"))
+    assert "panel / libraries' common part" in run(metric_times, "--pairs", 1, "--jobs", 1)
+
+
+def test_volume_memory_lets_the_network_fuse_the_first_slices_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(volume_memory, "SIDE", 48)
+    passes, fuse = [], ASFEFusion.fuse
+    monkeypatch.setattr(ASFEFusion, "fuse", lambda *args: passes.append(1) or fuse(*args))
+    volume_memory.draw(tmp_path, 24)
+    volume_memory.fuse(tmp_path, 8)
+    assert len(passes) == 2, "of six batches of four"
+    assert (tmp_path / "fused.nii").is_file() and "peak " in capsys.readouterr().out
+
+
+def test_page_without_a_browser_is_one_line(in_process, monkeypatch):
+    monkeypatch.setattr(page, "missing", lambda: "needs chromium")
+    code, _, err = in_process(page, lambda: page.parse([]))
+    assert code == 2 and err == "page.py: error: needs chromium\n"
