@@ -26,7 +26,7 @@ from args_setting import TASKS, AppArgs
 from cli import UserError, parse_args, run_script, setup_runtime
 from dataset import Pair, read_pair
 from evaluation.tables import table
-from images import EXTENSIONS, read_uint8, to_uint8, write_png
+from images import EXTENSIONS, FORMATS, read_uint8, to_uint8, write_png
 from inference import optimise
 from metrics import compare
 from network import MIN_SIDE, ASFEFusion
@@ -43,8 +43,9 @@ machine that runs this page. For research, not for diagnosis."""
 FIGURES = """### What the figures say
 Each row measures one thing; ↑ means that more is better, ↓ that less is. **Bold** is the best of
 the row, underlined the second. The columns **max** and **mean** are the two simplest ways to fuse,
-the brighter pixel and the average: a good fusion should beat them where it matters, and no single
-figure says that it does.
+the brighter pixel and the average. **source 1** and **source 2** are copies that fuse nothing, and
+still win some rows. A good fusion should beat them all where it matters, and no single figure says
+that it does.
 
 * EN, SD, SF, AG: information, contrast and sharpness of the fused image alone (noise raises them).
 * MI, QMI, CC, SCD, PSNR, FMI, QNCIE: how much of the sources' values is in it.
@@ -68,13 +69,13 @@ def sentence(error: Exception, *files: str) -> str:
 def check_side(file: str, longest: int) -> None:
     """Refuse an image by the size in its header, before its pixels take up memory."""
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             width, height = image.size
     except Exception:  # whatever stumbles here is described by `read_image`
         return
     if not MIN_SIDE <= min(width, height) <= max(width, height) <= longest:
         raise UserError(
-            f"{file} is {width} x {height} pixels, expected sides from {MIN_SIDE} to {longest} "
+            f"{file} is {height}x{width} pixels, expected sides from {MIN_SIDE} to {longest} "
             "(test_asfe.py takes larger ones)"
         )
 
@@ -183,7 +184,8 @@ class Page:
         except (UserError, OSError) as error:
             files = (fused, str(pair.path1), str(pair.path2))
             return f"No figures: {sentence(error, *files)}"
-        return table(result, "markdown", methods=("fused", "max", "mean"))
+        shown = "fused", "max", "mean", "source 1", "source 2"
+        return table(result, "markdown", methods=shown)
 
     def wipe(self, under: str, image1, image2, fused):
         """The two images of the wipe."""

@@ -23,23 +23,25 @@ from PIL import Image
 from cli import UserError
 
 EXTENSIONS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
+FORMATS = ("PNG", "TIFF", "JPEG", "BMP")  # Pillow would also take others, whatever the name says
 BT601 = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # R, G, B
 CELL, GAP, HEADER = 256, 6, 26  # pixels of a contact sheet
 
 
-def silence_pillow() -> None:
-    """Have Pillow and its libtiff not comment on odd files; the error that follows says enough.
+def silence_decoders() -> None:
+    """Have Pillow, its libtiff and OpenCV not comment on odd files; our error says enough.
 
     Once for the process, and never around a single reading: all threads share what this changes.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     with suppress(AttributeError, OSError):  # where libtiff is no library of its own
         libtiff = ctypes.CDLL(Image.core.__file__)
         libtiff.TIFFSetErrorHandler(None)
         libtiff.TIFFSetWarningHandler(None)
 
 
-silence_pillow()
+silence_decoders()
 
 
 # --- reading ---------------------------------------------------------------------------------
@@ -86,8 +88,8 @@ def decode(path: Path) -> np.ndarray:
     """The pixels of an image file: uint8 or uint16, (H, W) or (H, W, 3) in RGB order."""
     data = Path(path).read_bytes()
     try:
-        Image.open(io.BytesIO(data)).verify()
-        pixels = pixels_of(Image.open(io.BytesIO(data)), data)
+        Image.open(io.BytesIO(data), formats=FORMATS).verify()
+        pixels = pixels_of(Image.open(io.BytesIO(data), formats=FORMATS), data)
     except (OSError, SyntaxError, ValueError, cv2.error, Image.DecompressionBombError):
         pixels = None
     if pixels is None:
@@ -103,11 +105,12 @@ def decode(path: Path) -> np.ndarray:
 
 def pixels_of(image: Image.Image, data: bytes) -> np.ndarray | None:
     """(H, W), or (H, W, 3 or 4) with alpha last, of an image that Pillow has opened from `data`."""
-    deep = any(";16" in str(tile[3]) for tile in image.tile)  # 16 bits, by Pillow's raw mode
+    modes = " ".join(str(tile[3]) for tile in image.tile)  # as Pillow calls them, "RGB;16B" or so
+    deep, signed = ";16" in modes, ";16S" in modes or ";16BS" in modes
     image.load()  # Pillow refuses a truncated file, which OpenCV may fill up
     if image.mode in ("I", "F", "I;16", "I;16B"):
         pixels = np.asarray(image)
-        return pixels.astype(np.uint16) if deep else pixels
+        return pixels.astype(np.int16 if signed else np.uint16) if deep else pixels
     if deep:  # Pillow would cut colour to 8 bits
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         return None if pixels is None else pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
@@ -145,8 +148,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write to, which takes the place of `path` once all of it is on the disk.
 
-    A run that is killed leaves the old file or the new one. After an error, also that of a full
-    disk, nothing is left beside it.
+    A run that is killed leaves the old file or the new one. An error, also that of a full disk,
+    leaves the old file alone.
     """
     part = path.with_name(path.name + ".part")
     try:

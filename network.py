@@ -236,10 +236,7 @@ class FusionModule(nn.Module):
         self.sfef = SFEF(2 * channels, size.experts, size.slots, size.sfef_residual)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:  # two (B, C, H, W) -> (B, 2C, H, W)
-        return self.sfef(self.concat(self.casf(x, y), self.frequency(x, y)))
-
-    def frequency(self, x: Tensor, y: Tensor) -> Tensor:  # two (B, C, H, W) -> (B, C, H, W)
-        return self.aff2(x) + self.aff1(y)
+        return self.sfef(self.concat(self.casf(x, y), self.aff2(x) + self.aff1(y)))
 
     def concat(self, spatial: Tensor, frequency: Tensor) -> Tensor:  # -> (B, 2C, H, W)
         # Channels last in memory: then pixels become SFEF's tokens without a copy. On another
@@ -318,7 +315,7 @@ class ASFEFusion(nn.Module):
         self.check(img1, img2)
         # As one batch, so that BatchNorm trains on the joint statistics that it uses at test.
         scales = self.encoder(torch.cat([img1, img2]))  # four of (2B, C, H, W), x then y
-        fused = [fuse(*scale.chunk(2)) for fuse, scale in zip(self.fusion, scales, strict=True)]
+        fused = [m(*scale.chunk(2)) for m, scale in zip(self.fusion, scales, strict=True)]
         return self.head(self.decoder(*fused), img1, img2)
 
     def check(self, img1: Tensor, img2: Tensor) -> None:
@@ -366,7 +363,7 @@ class ASFEFusion(nn.Module):
         if stretch:
             low, high = out.amin((1, 2, 3), keepdim=True), out.amax((1, 2, 3), keepdim=True)
             out = (out - low) / (high - low).clamp(min=torch.finfo(out.dtype).tiny)
-        return out.clamp(0, 1) if img1.ndim == 4 else out.clamp(0, 1)[0, 0]
+        return out.clamp(0, 1) if np.ndim(img1) == 4 else out.clamp(0, 1)[0, 0]
 
 
 def as_batch(name: str, img: Tensor | np.ndarray, device: torch.device) -> Tensor:
@@ -376,7 +373,7 @@ def as_batch(name: str, img: Tensor | np.ndarray, device: torch.device) -> Tenso
         raise ValueError(f"{name} is of {t.dtype}, expected floats, uint8 or uint16")
     if t.ndim not in (2, 4) or (t.ndim == 4 and t.shape[1] != 1):
         raise ValueError(f"{name} has shape {tuple(t.shape)}, expected (H, W) or (B, 1, H, W)")
-    if min(t.shape[-2:]) < MIN_SIDE:
+    if not len(t) or min(t.shape[-2:]) < MIN_SIDE:
         raise ValueError(f"{name} is {sides(t)}, expected at least {MIN_SIDE}x{MIN_SIDE}")
     t = t.to(device, torch.float32) / WHITE.get(t.dtype, 1)
     if not torch.isfinite(t).all():

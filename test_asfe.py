@@ -88,7 +88,7 @@ def is_volume(path: Path) -> bool:
 
 
 def check_flags(args: TestArgs, mode: str) -> None:
-    """UserError if a setting was given that has no effect on what is fused."""
+    """UserError if a setting of MODES was given that has no effect on what is fused."""
     for f in fields(args):
         users = [name for name, settings in MODES.items() if f.name in settings]
         if users and mode not in users and getattr(args, f.name) != f.default:

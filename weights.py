@@ -43,7 +43,7 @@ UNUSED = re.compile(r"\.QKV_Block\d\.(attn\.proj|norm2|mlp)\.|\.down_anti\.filt$
 
 
 def shipped_path(size: str, task: str) -> Path:
-    """Where the weights of a size for a task are; for a size that is not shipped, would be."""
+    """The file of the weights of a size for a task; not every size is shipped."""
     return ROOT / "model_pre" / f"{size}_{task}.safetensors"
 
 
@@ -67,7 +67,7 @@ def load_sized(path: Path, size: str, device: torch.device | str) -> ASFEFusion:
     """`load_weights` of a file that must be of one size; UserError if it is not."""
     model, metadata = load_weights(path, device)
     if metadata["size"] != size:
-        raise UserError(f"weights {path} are of size {metadata['size']}, expected --size {size}")
+        raise UserError(f"weights {path} are of size {metadata['size']}, expected size {size}")
     return model
 
 
@@ -136,7 +136,7 @@ def described_by(metadata: dict, path: Path) -> ASFEFusion:
         widths = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["widths"].items()}
         with torch.device("meta"):  # no time spent on random weights that are replaced at once
             return ASFEFusion(ModelSize(**widths), metadata["aff"])
-    except (AttributeError, TypeError, ValueError, RuntimeError):
+    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
         raise UserError(f"weights {path}: the metadata do not describe a network") from None
 
 

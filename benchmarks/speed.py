@@ -42,6 +42,7 @@ import cli
 import inference
 from args_setting import SIZES, TrainArgs
 from cli import UserError, pick_device, run_script, setup_runtime
+from losses import fusion_loss
 from network import ASFEFusion
 
 
@@ -63,9 +64,9 @@ FUSING = {
 TRAINING = {name: v for name, v in FUSING.items() if v.network != "optimised"}
 PARTS = {
     "optimised": Version("optimised"),
-    "BatchNorm apart, maps joined": Version("optimised", left_out=("FastConvBlock", "FastDecoder")),
-    "two inverse transforms": Version("optimised", left_out=("FastFusionModule",)),
     "freed memory returned": Version("optimised", left_out=("keep_freed_memory",)),
+    "BatchNorm apart, maps joined": Version("optimised", left_out=("FastConvBlock", "FastDecoder")),
+    "all maps at a time": Version("optimised", left_out=("FastSFEF", "FastASFEFusion")),
 }
 # On a GPU the settings of the process change nothing, and the optimised network is network.py's.
 FUSING_ON_GPU = {"direct": Version("direct"), "network.py": Version("defined")}
@@ -114,17 +115,19 @@ def build(size: str, version: Version, args: argparse.Namespace) -> Callable[[],
 
 
 def training_step(model: ASFEFusion, images: Tensor, precision: str) -> Callable[[], None]:
-    """Forward, loss, backward, clipping of the gradient and AdamW, with the default settings."""
+    """Forward, the loss `detail`, backward, clipping and AdamW, as train_asfe.py has them."""
     import train_asfe  # not on top, as its packages would count as memory of fusing
 
-    args, device = TrainArgs(), images.device
-    amp = train_asfe.set_precision(precision, device)
+    args, (img1, img2) = TrainArgs(), images
+    amp = train_asfe.set_precision(precision, images.device)
     optimiser = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=False)
 
     def step() -> None:
         optimiser.zero_grad()
-        train_asfe.forward_backward(model, tuple(images), args, amp, scaler, world=1)
+        with torch.autocast(images.device.type, amp, enabled=amp is not None):
+            fused = model(img1, img2)
+        loss, _ = fusion_loss(fused.float(), img1, img2, "detail")
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), train_asfe.GRADIENT_CLIP)
         optimiser.step()
 

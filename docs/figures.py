@@ -19,7 +19,8 @@ class Figure:
 
     def __init__(self, height: int, title: str, desc: str):
         self.parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 {height}" role="img" '
+            '<svg xmlns="http://www.w3.org/2000/svg" width="780" '
+            f'height="{height}" viewBox="0 0 780 {height}" role="img" '
             'aria-labelledby="title desc" font-family="Helvetica, Arial, sans-serif">',
             f'<title id="title">{title}</title>\n<desc id="desc">{desc}</desc>',
         ]

@@ -66,7 +66,7 @@ def _ssim(f: Tensor, s: Tensor) -> Tensor:
 
 def _vif(f: Tensor, s: Tensor) -> Tensor:
     f, s = (x - x.amin(dim=(2, 3), keepdim=True) for x in (f, s))
-    carried = total = 0
+    carried = total = f.new_zeros(len(f))
     for k, side in enumerate(VIF_SIDES):
         if k:
             f, s = (_blur(x, side, side / 5)[..., ::2, ::2] for x in (f, s))

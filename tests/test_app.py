@@ -52,7 +52,7 @@ def test_the_page_fuses_as_the_script_does(page, tmp_path):
     test_asfe.main(TestArgs(task="PET-MRI", **paths))
     assert np.array_equal(rgb(out), rgb(fused))
     text = page.measure(made)
-    assert "| metric | fused | max | mean |" in text and "Qabf ↑" in text
+    assert "| metric | fused | max | mean | source 1 | source 2 |" in text and "Qabf ↑" in text
     # each click has files of its own
     assert page.fuse(*files, "compact_PET-MRI")[0] != fused
 
@@ -73,8 +73,8 @@ def test_there_are_no_figures_of_what_is_gone(page, tmp_path):
         ("empty", "mri.png: damaged"),
         ("truncated", "mri.png: damaged"),
         ("other size", "source.png is 64x64, mri.png is 48x48, expected equal"),
-        ("too large", "mri.png is 201 x 64 pixels, expected sides from 16 to 200"),
-        ("too small", "mri.png is 15 x 64 pixels"),
+        ("too large", "mri.png is 64x201 pixels, expected sides from 16 to 200"),
+        ("too small", "mri.png is 64x15 pixels"),
         ("transparent", "mri.png: has transparent pixels"),
         ("absent", "two images are needed"),
         ("swept", "mri.png is gone, as files are kept for 10 minutes; choose it again"),

@@ -189,7 +189,7 @@ def broken(tmp_path: Path, weights: Path, kind: str) -> tuple[list, str]:
         (tmp_path / "w.safetensors").write_bytes(b"")
         return [*plain, "--weights", tmp_path / "w.safetensors"], "damaged"
     if kind == "other size":
-        return [*plain, "--size", "paper"], "are of size compact, expected --size paper"
+        return [*plain, "--size", "paper"], "are of size compact, expected size paper"
     if kind == "no paper weights":
         return [*plain[:2], "--size", "paper"], "no weights of size paper"
     if kind == "unknown task":

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from images import read_image, read_luma8, to_uint8, writable_folder, write_bytes, write_png
 from phantom import phantom_pair
@@ -91,9 +92,11 @@ def test_opaque_alpha_is_dropped_and_transparency_refused(tmp_path):
         read_image(tmp_path / "a.png")
 
 
-def test_a_decoder_that_comments_is_not_heard(tmp_path, capfd):
+@pytest.mark.parametrize("shape", [(64, 64), (64, 64, 4)])
+def test_a_decoder_that_comments_is_not_heard(tmp_path, capfd, shape):
     """A TIFF whose strip is shorter than it says: libtiff and OpenCV would print several lines."""
-    cv2.imwrite(str(tmp_path / "a.tif"), phantom_pair("CT-MRI", 64)[0])
+    bits = 16 if len(shape) == 3 else 8  # which OpenCV and Pillow decode
+    cv2.imwrite(str(tmp_path / "a.tif"), random_image(*shape, bits=bits))
     data = bytearray((tmp_path / "a.tif").read_bytes())
     for place in range(len(data) - 40, len(data)):
         data[place] ^= 0x5A
@@ -122,10 +125,19 @@ def test_damaged_images_are_refused_in_silence(tmp_path, capfd, extension):
     assert capfd.readouterr() == ("", "")
 
 
-def test_float_pixels_are_refused(tmp_path):
-    cv2.imwrite(str(tmp_path / "a.tif"), np.random.rand(20, 30).astype(np.float32))
-    with pytest.raises(ValueError, match="float32, expected 8 or 16 bits"):
+@pytest.mark.parametrize("kind", ["float32", "int16", "int32"])
+def test_other_pixels_are_refused(tmp_path, kind):
+    """A CT in HU is often stored as int16; its air must not come out white."""
+    cv2.imwrite(str(tmp_path / "a.tif"), np.full((20, 30), -5, kind))
+    with pytest.raises(ValueError, match=f"{kind}, expected 8 or 16 bits"):
         read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("kind", ["ICO", "GIF", "PPM"])
+def test_another_format_is_refused_whatever_its_name(tmp_path, kind):
+    Image.fromarray(random_image(32, 32)).save(tmp_path / "a.png", format=kind)
+    with pytest.raises(ValueError, match="damaged or not an image"):
+        read_image(tmp_path / "a.png")
 
 
 def test_reading_in_threads_keeps_stderr(tmp_path, capfd):

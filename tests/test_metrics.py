@@ -13,6 +13,7 @@ from skimage.measure import shannon_entropy
 
 import metrics
 from dataset import task_pairs
+from evaluation.batch import BATCH_METRICS, evaluate_batch
 from evaluation.maps import Luma
 
 pytestmark = [
@@ -272,8 +273,8 @@ def as_batch(triples) -> list[torch.Tensor]:
 @pytest.mark.parametrize("shape", [(64, 72), (32, 33)], ids=str)
 def test_batch_is_the_same_number(shape):
     triples = [triple(shape), *awkward(shape).values()]
-    found = metrics.evaluate_batch(*as_batch(triples))
-    assert list(found) == list(metrics.BATCH_METRICS)
+    found = evaluate_batch(*as_batch(triples))
+    assert list(found) == list(BATCH_METRICS)
     for name, values in found.items():
         assert values.shape == (len(triples),)
         single = [metrics.METRICS[name].function(*images) for images in triples]
@@ -282,7 +283,7 @@ def test_batch_is_the_same_number(shape):
 
 def test_batch_on_real_images(shared):
     triples = [case_images(shared, case) for case in CASES[::2]]
-    found = metrics.evaluate_batch(*as_batch(triples), ["SSIM", "Qabf", "VIF", "SCD"])
+    found = evaluate_batch(*as_batch(triples), ["SSIM", "Qabf", "VIF", "SCD"])
     for name, values in found.items():
         single = [metrics.METRICS[name].function(*images) for images in triples]
         assert values.tolist() == pytest.approx(single, rel=1e-4), name
@@ -290,16 +291,16 @@ def test_batch_on_real_images(shared):
 
 def test_batch_rounds_to_what_a_file_would_hold():
     fused, img1, img2 = as_batch([triple()])
-    before = metrics.evaluate_batch(fused, img1, img2)
+    before = evaluate_batch(fused, img1, img2)
     shaken = fused + (torch.rand_like(fused) - 0.5) * 0.9 / 255
     outside = torch.where(fused == 0, -0.2, shaken)
-    for name, values in metrics.evaluate_batch(outside, img1, img2).items():
+    for name, values in evaluate_batch(outside, img1, img2).items():
         assert torch.equal(values, before[name]), name
 
 
 def test_batch_names_wrong_shapes():
     x = torch.zeros(2, 1, 32, 32)
     with pytest.raises(ValueError, match=r"img2 has shape \(2, 3, 32, 32\), expected"):
-        metrics.evaluate_batch(x, x, torch.zeros(2, 3, 32, 32))
+        evaluate_batch(x, x, torch.zeros(2, 3, 32, 32))
     with pytest.raises(ValueError, match="unknown metric 'QCB'"):
-        metrics.evaluate_batch(x, x, x, ["QCB"])
+        evaluate_batch(x, x, x, ["QCB"])

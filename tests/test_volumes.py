@@ -18,6 +18,7 @@ import torch
 from dicom_files import injected, write_series
 from volume_files import SHAPE, Brighter, affine_of
 
+import images
 from args_setting import ROOT, TestArgs
 from cli import UserError
 from volumes import fuse_volumes
@@ -30,7 +31,7 @@ from volumes.intensity import (
     mri_scaling,
     scaling_of,
 )
-from volumes.io import write_nifti
+from volumes.io import stream_nifti
 from volumes.pictures import CELL, GAP, mosaic
 
 
@@ -83,7 +84,18 @@ def test_windows():
     assert ct_scaling("brain")[:2] == scale[:2] == (0, 80)
     wide = ct_scaling("wide").apply(np.array([-1000.0, 0, 25, 40, 700, 950]))
     assert (np.diff(wide) > 0.01).all() and wide[0] == 0, "brain and bone are both kept"
-    for window in ("40", "40,0", "40,-5", "nan,80", "lung", "1,2,3", ""):
+    for window in (
+        "0,1e40",
+        "1e39,1e39",
+        "40,1e-46",
+        "40",
+        "40,0",
+        "40,-5",
+        "nan,80",
+        "lung",
+        "1,2,3",
+        "",
+    ):
         with pytest.raises(UserError, match="expected LEVEL,WIDTH"):
             ct_scaling(window)
     assert set(WINDOWS) == {"wide", "brain", "bone", "subdural"}
@@ -204,10 +216,14 @@ def test_the_space_of_a_template_is_kept(call, brighter, heads, tmp_path):
 
 def test_a_stopped_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "f.nii.gz"
-    data = np.ones(SHAPE, np.int16)
-    write_nifti(path, data, np.eye(4), 1, "first")
+
+    def write(text):
+        with images.whole_file(path) as file:
+            stream_nifti(file, np.ones(SHAPE, np.int16), np.eye(4), 1, text, packed=True)
+
+    write("first")
     before = path.read_bytes()
-    write_nifti(path, data, np.eye(4), 1, "first")
+    write("first")
     assert path.read_bytes() == before, "the same volume gives the same bytes"
 
     def stop(self, stream):
@@ -216,7 +232,7 @@ def test_a_stopped_write_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(nib.Nifti1Image, "to_stream", stop)
     with pytest.raises(KeyboardInterrupt):
-        write_nifti(path, data, np.eye(4), 1, "second")
+        write("second")
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["f.nii.gz"]
 
 

@@ -105,6 +105,9 @@ def test_foreign_safetensors_are_refused(tmp_path):
         {"size": "compact", "aff": "full", "widths": {"depth": 3}},
         {"size": "compact", "aff": "full", "widths": {"channels": 5}},
         {"size": "compact", "aff": "full", "widths": {"experts": -1}},
+        {"size": "compact", "aff": "full", "widths": {"channels": []}},
+        {"size": "compact", "aff": "full", "widths": {"head": "x"}},
+        {"size": "compact", "aff": "full", "widths": {"fft_norm": "x"}},
         {"size": "compact", "aff": "Published", "widths": {}},
     ],
 )

@@ -56,17 +56,24 @@ def scaling_of(volume: Volume, kind: str, window: str, suv: float) -> Scaling:
     return uptake_scaling(volume, kind, suv)
 
 
+def is_usable(low: float, high: float) -> bool:
+    """Whether float32, in which volumes are scaled, can tell the two and their difference."""
+    with np.errstate(over="ignore"):
+        ends = np.float32([low, high, high - low])
+    return bool(np.isfinite(ends).all() and ends[2] > 0)
+
+
 def ct_scaling(window: str) -> Scaling:
     """A window in HU: "LEVEL,WIDTH", or a name of WINDOWS; UserError for anything else."""
     try:
         level, width = WINDOWS.get(window) or map(float, window.split(","))
     except ValueError:
         level = width = 0.0
-    if not (np.isfinite(level) and np.isfinite(width) and width > 0):
+    low, high = level - width / 2, level + width / 2
+    if not is_usable(low, high):
         raise UserError(
             f"window is {window!r}, expected LEVEL,WIDTH in HU, or one of {', '.join(WINDOWS)}"
         )
-    low, high = level - width / 2, level + width / 2
     method = {"method": "window", "level": level, "width": width, "unit": "HU"}
     return Scaling(low, high, f"CT {low:g}..{high:g} HU", method)
 

@@ -16,7 +16,6 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
 from cli import UserError
-from images import whole_file
 from volumes.dicom import read_dicom
 from volumes.grid import RAS_LPS, SCANNER, SHEAR, Volume, displacement
 
@@ -132,18 +131,6 @@ def read_itk(path: Path) -> Volume:
     placed = path.suffix.lower() in (".mha", ".mhd") or "NRRD_space" in image.GetMetaDataKeys()
     data = sitk.GetArrayFromImage(image).astype(np.float32, copy=False).T
     return Volume(data, _checked(RAS_LPS @ affine, path), placed=placed)
-
-
-def write_nifti(
-    path: Path, data: np.ndarray, affine: np.ndarray, code: int, text: str, slope: float = 1.0
-) -> None:
-    """Write a NIfTI-1 file, whole or not at all; its name says whether it is compressed.
-
-    The other arguments are those of `stream_nifti`.
-    """
-    with whole_file(path) as file:
-        packed = path.name.lower().endswith(".gz")
-        stream_nifti(file, data, affine, code, text, slope, packed)
 
 
 def stream_nifti(

@@ -27,8 +27,8 @@ def check_tiles(tile: int, overlap: int, multiple: int) -> None:
     """UserError if `fuse_tiled` cannot take the settings for a network of this `multiple`."""
     if tile and (tile % multiple or overlap > tile - multiple):
         raise UserError(
-            f"tile is {tile} and overlap {overlap}, expected a multiple of {multiple} and at least "
-            f"{multiple} less"
+            f"tile is {tile} and overlap {overlap}, expected a tile that is a multiple of "
+            f"{multiple}, and an overlap of at most {max(tile - multiple, 0)}"
         )
 
 
