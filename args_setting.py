@@ -1,9 +1,9 @@
 """Every setting of the project: edit a default here, or give the flag of the same name.
 
 Each command reads one frozen dataclass below; cli.py makes its flags from the fields, and a flag
-wins over this file. A task, size or data folder edited in CommonArgs counts for every command. A
-default is our own choice unless its source says "paper" (Gu et al., BSPC 96, 2024, 106478) or
-"published code" (the authors' repository).
+wins over this file. A task, size or data folder edited in CommonArgs counts for every command that
+has such a setting. A default is our own choice unless its source is "published code", the authors'
+repository.
 """
 
 from dataclasses import dataclass, field
@@ -31,6 +31,12 @@ class ModelSize:
     sfef_residual: bool = False  # the published SFEF has none
     # "max": fused = max(img1, img2) + g1 img1 + g2 img2, with gains learned for each pixel
     head: str = "image"
+
+    def __post_init__(self):
+        for name, choices in (("fft_norm", ("backward", "ortho")), ("head", ("image", "max"))):
+            if getattr(self, name) not in choices:
+                got = getattr(self, name)
+                raise ValueError(f"{name} is {got!r}, expected {' or '.join(choices)}")
 
 
 SIZES = {
@@ -91,7 +97,7 @@ class TrainArgs(CommonArgs):
     weight_decay: float = setting(1e-4, "AdamW's decay of the weights", minimum=0)
     warmup: int = setting(100, "steps over which the learning rate rises from 0", minimum=0)
     ema: float = setting(0.995, "decay of the weights' moving average; 0: none", minimum=0)
-    recipe: str = setting("detail", "training loss", choices=("paper", "detail"))
+    recipe: str = setting("findings", "training loss", choices=("paper", "detail", "findings"))
     loss_weights: tuple[str, ...] = setting(
         (), "other weights of its terms, as gradient=60", nargs="*", metavar="TERM=WEIGHT"
     )
@@ -230,6 +236,21 @@ class MetricArgs:
         "folders of fused images to compare, as FOLDER or NAME=FOLDER",
         nargs="+",
         metavar="FOLDER",
+    )
+    findings: bool = setting(
+        False, "plant findings and measure what is kept of them, in place of comparing folders"
+    )
+    method: tuple[str, ...] = setting(
+        (),
+        "--findings: other methods, as NAME=FILE.onnx or NAME=COMMAND with {1}, {2} and {out}",
+        nargs="+",
+        metavar="METHOD",
+    )
+    weights: Path | None = setting(None, "--findings: weights of ours; without it the shipped ones")
+    size: str = setting(CommonArgs.size, "--findings: size of ours", choices=tuple(SIZES))
+    split: str = setting("test", "--findings: split of the task", choices=("test", "train"))
+    cases: tuple[str, ...] = setting(
+        (), "--findings: only these case numbers", nargs="*", metavar="CASE"
     )
     task: str = setting(CommonArgs.task, "fusion task", "published code", choices=tuple(TASKS))
     data_dir: Path = setting(CommonArgs.data_dir, "folder of the HMIF data set", "published code")

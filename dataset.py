@@ -8,6 +8,7 @@ Legend: H W pixels; luma and chroma as in images.py.
 """
 
 import hashlib
+import http.client
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from args_setting import TASKS, DataArgs, TrainArgs
 from cli import UserError, parse_args, run_script
 from images import EXTENSIONS, read_image, to_uint8, write_bytes
+from phantom import SHAPES, finding
 
 HMIF_URL = (
     "https://raw.githubusercontent.com/xianming-gu/Havard-Medical-Image-Fusion-Datasets/"
@@ -103,8 +105,9 @@ def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
 class TrainPairs(torch.utils.data.Dataset):
     """Augmented crops of all pairs, which stay in memory as 8-bit luma.
 
-    An item is (img1, img2, name) with (1, patch, patch) float32 images in [0, 1]. How it is cut
-    follows from seed, `epoch` and its index alone: the same after a resume and in any process.
+    An item is (images, planted, name): both sources as (2, patch, patch) float32 in [0, 1], and the
+    same with findings planted into one or the other. How it is cut follows from seed, `epoch` and
+    its index alone: the same after a resume and in any process.
     """
 
     def __init__(self, pairs: list[Pair], patch: int, seed: int = 0):
@@ -125,8 +128,9 @@ class TrainPairs(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, str]:
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the default generator
             torch.default_generator.manual_seed(_seed(self.seed, self.epoch, i))
-            img1, img2 = self.augment(self.images[i]).unsqueeze(1).float() / 255
-        return img1, img2, self.names[i]
+            images = vary(self.augment(self.images[i]).float() / 255)
+            planted = plant(images)
+        return images, planted, self.names[i]
 
     def batches(self, size: int, rank: int = 0, world: int = 1) -> list[list[int]]:
         """This epoch's batches of `size` pairs in random order, the remainder left out.
@@ -148,6 +152,48 @@ def augmentation(patch: int) -> v2.Transform:
     """One random crop, flip and turn by right angles, the same for both images of a (2, H, W)."""
     turns = [v2.Lambda(partial(torch.rot90, k=k, dims=(-2, -1))) for k in range(4)]
     return v2.Compose([v2.RandomCrop(patch), v2.RandomHorizontalFlip(), v2.RandomChoice(turns)])
+
+
+def vary(images: Tensor) -> Tensor:
+    """(2, H, W) with another contrast and gamma of each source, and up to a pixel between them.
+
+    So scanners differ, and so registered scans still lie apart. Each change is made half the time.
+    """
+    gamma = torch.where(torch.rand(2) < 0.5, torch.empty(2).uniform_(0.7, 1.4), 1.0)
+    contrast = torch.where(torch.rand(2) < 0.5, torch.empty(2).uniform_(0.7, 1.0), 1.0)
+    images = contrast[:, None, None] * images ** gamma[:, None, None]
+    if torch.rand(()) < 0.5:
+        for axis in (0, 1):
+            shift = torch.empty(()).uniform_(-1, 1)
+            moved = images[1].roll(int(torch.sign(shift)), axis)
+            images[1] = torch.lerp(images[1], moved, shift.abs())
+    return images
+
+
+def plant(images: Tensor, count: int = 6) -> Tensor:
+    """(2, H, W) with up to `count` findings that do not touch, each in one source; clipped.
+
+    Discs, blobs, rings and lines of 2 to 10 pixels, brighter or darker by 0.1 to 0.5, inside of the
+    head.
+    """
+    change = torch.zeros_like(images)
+    inside = (images.amax(0) > 0.05).nonzero()  # (n, 2), rows and columns
+    for _ in range(count if len(inside) else 0):
+        source, shape = int(torch.randint(2, ())), SHAPES[int(torch.randint(len(SHAPES), ()))]
+        centre = inside[int(torch.randint(len(inside), ()))].tolist()
+        size, level, turn, sign = torch.rand(4).tolist()
+        share = finding(shape, images.shape[1:], centre, 2 * 5**size, torch.pi * turn)
+        share = torch.from_numpy(share)
+        if not ((share > 0.02) & (change.abs().amax(0) > 0.002)).any():
+            change[source] += share * (0.1 + 0.4 * level) * (1 if sign < 0.5 else -1)
+    return (images + change).clamp(0, 1)
+
+
+def with_findings(images: Tensor, seed: int) -> Tensor:
+    """(2, H, W) and the same with findings that follow from the seed: (2, 2, H, W)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return torch.stack([images, plant(images, count=24)])
 
 
 # --- splits by patient -----------------------------------------------------------------------
@@ -222,7 +268,7 @@ def download(root: Path, url: str = HMIF_URL) -> int:
         try:
             with urllib.request.urlopen(f"{url}/{name}", timeout=60) as reply:
                 data = reply.read()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise UserError(f"{url}/{name}: {error}; run the command again to go on") from None
         if hashlib.sha256(data).hexdigest() != sums[name]:
             raise UserError(f"{url}/{name}: not the bytes that {HMIF_SUMS.name} lists")

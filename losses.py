@@ -5,6 +5,7 @@ term is differentiable, and norms are taken per image and divided by its size, s
 depends on neither batch nor patch. `reduction="published"` gives the published values.
 `detail`, ours: the brighter source's intensity, the steeper source's gradient, SSIM, and how much
 information of the sources is left (VIF).
+`findings`, ours: the same, and that what is planted into one source shows in the fused image.
 
 Legend: B batch, H W pixels. Images are (B, 1, H, W) in [0, 1]; a loss is a tensor without axes.
 """
@@ -22,6 +23,13 @@ from cli import UserError
 WEIGHTS = {
     "paper": {"content": 0.5, "gradient": 0.5, "structure": 1.0},
     "detail": {"content": 2.0, "gradient": 100.0, "structure": 2.0, "information": 0.1},
+    "findings": {
+        "content": 1.0,
+        "gradient": 80.0,
+        "structure": 2.0,
+        "information": 0.1,
+        "findings": 1.0,
+    },
 }
 
 
@@ -150,6 +158,18 @@ def sobel(img: Tensor) -> Tensor:
     return torch.cat([gx, gy], 1)
 
 
+def findings_loss(fused: Tensor, img1: Tensor, img2: Tensor) -> Tensor:
+    """What the fused image does not show of planted findings, as a share of their contrast.
+
+    The second half of the batch is the first half with findings planted into one source or the
+    other. What changes in the fused image should be what changed in the sources; 0 is best, an
+    image that does not respond has 1.
+    """
+    (before, after), (sources, planted) = fused.chunk(2), (img1 + img2).chunk(2)
+    change = planted - sources  # (B/2, 1, H, W)
+    return (after - before - change).abs().sum() / change.abs().sum().clamp(min=1)
+
+
 def term_weights(recipe: str, changes: Iterable[str] = ()) -> dict[str, float]:
     """The weight of each term of a recipe, after changes like "gradient=60".
 
@@ -181,9 +201,12 @@ def fusion_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of a recipe's terms, and the terms by name (unweighted).
 
-    `weights` takes the place of the recipe's own. Raises UserError for an unknown recipe.
+    `weights` takes the place of the recipe's own. A batch for `findings` has two halves, see
+    `findings_loss`. Raises UserError for an unknown recipe.
     """
     defaults = term_weights(recipe)  # which also refuses an unknown recipe
+    if reduction not in ("mean", "published"):
+        raise UserError(f"reduction is {reduction!r}, expected mean or published")
     weights = weights or defaults
     images = fused, img1, img2
     if recipe == "paper":
@@ -199,6 +222,8 @@ def fusion_loss(
             "structure": structure_loss(*images),
             "information": information_loss(*images),
         }
+    if recipe == "findings":
+        terms["findings"] = findings_loss(*images)
     return sum(weights[name] * term for name, term in terms.items()), terms
 
 

@@ -2,7 +2,7 @@
 
 A metric is a function `(fused, source1, source2) -> float` of three 8-bit luma images (H, W), uint8
 or floats that are whole numbers in 0..255. source1 is CT or the luma of PET or SPECT, source2 is
-MRI. `evaluate` computes many of them, `evaluate_batch` some of them on batches of tensors. A metric
+MRI. `evaluate` computes many of them; evaluation/batch.py has some of them for tensors. A metric
 also takes `Luma` objects, which keep the maps that several metrics share. It raises ValueError if
 the images hold other values, differ in size or are too small.
 
@@ -27,8 +27,8 @@ from numpy import ndarray
 from args_setting import MetricArgs
 from cli import parse_args, run_script
 from dataset import Pair
-from evaluation.batch import BATCH_METRICS, evaluate_batch  # noqa: F401
 from evaluation.compare import Comparison, compare_methods, differences, name_folders, named_pairs
+from evaluation.findings import measure_methods
 from evaluation.maps import (
     QABF_ANGLE,
     QABF_STRENGTH,
@@ -386,6 +386,8 @@ def compare(
 
 def main(args: MetricArgs) -> None:
     """Compare what the command line names, print it, and write the files it asks for."""
+    if args.findings:
+        return measure_methods(args)
     folders = name_folders(args.fused)
     pairs, title = named_pairs(args)
     files = named_files(args)

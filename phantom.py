@@ -1,7 +1,8 @@
-"""Phantom pairs drawn from formulas: a head as CT, MRI, PET and SPECT would show it.
+"""Drawn from formulas: heads as CT, MRI, PET and SPECT would show them, and shapes of findings.
 
-They are for the demo and the tests, where no patient image may be: skull, cortex, ventricles and a
-lesion with a calcified spot. The colour tables resemble those of the Harvard Whole Brain Atlas.
+The heads are for the demo and the tests, where no patient image may be: skull, cortex, ventricles
+and a lesion with a calcified spot. The colour tables resemble those of the Harvard Whole Brain
+Atlas. The shapes are planted into images, in training and to measure what a fusion keeps of them.
 
 Legend: H = W = `side` pixels; a tissue map is (H, W) with the tissue's share of a pixel, in [0, 1].
 """
@@ -110,6 +111,34 @@ def draw_tissues(side: int, seed: int) -> dict[str, np.ndarray]:
         shares[name] = shares.get(name, 0) + left * mask
         left = left * (1 - mask)
     return shares
+
+
+SHAPES = ("disc", "blob", "ring", "line")
+
+
+def finding(
+    shape: str, sides: tuple[int, int], centre: tuple[float, float], radius: float, turn: float = 0
+) -> np.ndarray:
+    """The share that a finding has of each pixel: (H, W) float32 in [0, 1], its edges soft.
+
+    Args:
+        shape: "disc"; "blob", a gaussian; "ring", hollow by half; "line", a third as wide as long.
+        centre: row and column, in pixels.
+        radius: of the disc and the ring, twice the blob's sigma, half the line's length; in pixels.
+        turn: angle of the line, in radians.
+    """
+    y, x = np.ogrid[: sides[0], : sides[1]]
+    y, x = y - np.float32(centre[0]), x - np.float32(centre[1])
+    distance = np.hypot(x, y)
+    if shape == "blob":
+        return np.exp(-2 * (distance / radius) ** 2).astype(np.float32)
+    if shape == "line":
+        along, across = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
+        distance = np.maximum(np.abs(along), radius - radius / 3 + np.abs(across))
+    disc = np.clip((radius - distance) / 2 + 0.5, 0, 1)  # falls over two pixels
+    if shape == "ring":
+        disc = disc - np.clip((radius / 2 - distance) / 2 + 0.5, 0, 1)
+    return disc.astype(np.float32)
 
 
 def _ellipse(x, y, x0, y0, half_width, half_height, tilt=0.0) -> np.ndarray:

@@ -40,7 +40,7 @@ from checkpoints import (
     write_csv,
 )
 from cli import UserError, parse_args, run_script, setup_runtime
-from dataset import TrainPairs, split_pairs
+from dataset import TrainPairs, split_pairs, with_findings
 from evaluation.batch import evaluate_batch
 from images import writable_folder
 from losses import fusion_loss, term_weights
@@ -83,7 +83,8 @@ def main(args: TrainArgs) -> None:
         network = torch.compile(network)
 
     # optimiser
-    optimiser = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    decay = {"weight_decay": args.weight_decay}
+    optimiser = torch.optim.AdamW(model.parameters(), args.lr, fused=True, **decay)
     steps = args.epoch * (len(pairs) // args.batch_size)
     schedule = LambdaLR(optimiser, lambda step: learning_rate(step, steps, args.warmup))
     # fp16 has too little range for gradients; for the other types the scaler does nothing
@@ -154,10 +155,10 @@ def train_epoch(
     title = f"epoch {epoch + 1}/{args.epoch}"
     means: dict[str, float] = {}
     with tqdm(loader, title, unit="step", disable=rank > 0, mininterval=1) as progress:
-        for img1, img2, names in progress:  # two (B, 1, p, p)
+        for images, planted, names in progress:  # two (B, 2, p, p)
             state.optimiser.zero_grad()
             with memory_hint(args):
-                images = img1.to(device), img2.to(device)
+                images = images.to(device), planted.to(device)
                 values = forward_backward(network, images, args, amp, state.scaler, world)
             if not math.isfinite(values["loss"]):
                 kept = keep_good(state.averaged.module, out) if rank == 0 else ""
@@ -181,7 +182,7 @@ def train_epoch(
 
 def forward_backward(
     network: nn.Module,
-    images: tuple[Tensor, Tensor],
+    images: tuple[Tensor, Tensor],  # (B, 2, p, p), without and with findings
     args: TrainArgs,
     amp: torch.dtype | None,
     scaler: torch.amp.GradScaler,
@@ -191,7 +192,9 @@ def forward_backward(
     n, device = args.accumulate, images[0].device.type
     weights = term_weights(args.recipe, args.loss_weights)
     means = 0.0
-    for k, (img1, img2) in enumerate(zip(*(i.chunk(n) for i in images), strict=True)):
+    for k, (clean, planted) in enumerate(zip(*(i.chunk(n) for i in images), strict=True)):
+        part = torch.cat([clean, planted]) if args.recipe == "findings" else clean
+        img1, img2 = part.split(1, 1)  # two (B/n, 1, p, p), or twice as many
         # processes exchange gradients once in a step, with its last part
         waits = world > 1 and k + 1 < n
         with network.no_sync() if waits else nullcontext():
@@ -285,15 +288,20 @@ def recompute_batchnorm(model: ASFEFusion, images: list[Tensor]) -> None:
 def measure(
     model: ASFEFusion, images: list[Tensor], args: TrainArgs
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Means over whole images of the loss, its terms and the metrics; a picture of a few rows."""
+    """Means over whole images of the loss, its terms and the metrics; a picture of a few rows.
+
+    The loss also sees each image with findings; the metrics and the picture do not.
+    """
     weights = term_weights(args.recipe, args.loss_weights)
+    device = next(model.parameters()).device
     values: dict[str, list[float]] = {}
     rows = []
-    for pair in images:  # (2, H, W) in 0..255
-        fused = model.fuse(*pair)[None, None]  # (1, 1, H, W)
-        img1, img2 = pair[:, None, None].to(fused.device).float() / 255
+    for i, pair in enumerate(images):  # (2, H, W) in 0..255
+        batch = with_findings(pair.float() / 255, i).to(device)  # (2, 2, H, W)
+        img1, img2 = batch.split(1, 1)  # two (2, 1, H, W), the second half with findings
+        fused = model.fuse(img1, img2)
         loss, terms = fusion_loss(fused, img1, img2, args.recipe, weights=weights)
-        metrics = evaluate_batch(fused, img1, img2, METRICS)
+        metrics = evaluate_batch(fused[:1], img1[:1], img2[:1], METRICS)
         for name, value in ({"loss": loss} | terms | metrics).items():
             values.setdefault(name, []).append(value.item())
         if not rows or (len(rows) < SHOWN_PAIRS and fused.shape[-1] * 3 == rows[0].shape[1]):

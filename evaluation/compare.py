@@ -1,7 +1,7 @@
 """Methods compared on the same images: values, means, ranks and paired tests.
 
-A method is a folder of fused images. The two trivial fusions, the pixelwise maximum and mean of the
-sources, always take part. Sources: Demšar, JMLR 2006 (mean ranks, signed-rank test); Efron,
+A method is a folder of fused images. The trivial fusions of evaluation/trivial.py always take part.
+Sources: Demšar, JMLR 2006 (mean ranks, signed-rank test); Efron,
 Tibshirani 1993 (bootstrap); Holm 1979.
 
 Legend: lumas are (H, W) uint8. A rank is 1 for the best method. Values are (images, metrics).
@@ -28,12 +28,9 @@ from args_setting import TASKS, MetricArgs
 from cli import UserError
 from dataset import Pair, images_in, match_pairs, task_pairs
 from evaluation.maps import SMALLEST_SIDE, Luma, Metric, measure
+from evaluation.trivial import TRIVIAL
 from images import read_luma8
 
-TRIVIAL = {
-    "max": np.maximum,
-    "mean": lambda a, b: ((a.astype(np.uint16) + b + 1) // 2).astype(np.uint8),
-}
 RESAMPLES = 10_000
 
 
@@ -192,7 +189,7 @@ def read_samples(pairs: Sequence[Pair], found: dict[str, dict[str, Path]]) -> li
 
 
 def _size(image: ndarray) -> str:
-    return f"{image.shape[1]}x{image.shape[0]}"
+    return f"{image.shape[0]}x{image.shape[1]}"
 
 
 def evaluate_sample(sample: Sample, metrics: dict[str, Metric]) -> dict[str, list[float]]:

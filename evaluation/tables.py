@@ -81,7 +81,7 @@ def _number(value: float) -> str:
     return f"{value:#.5g}" if abs(value) >= 10 else f"{value:.2e}"
 
 
-def _aligned(lines: list[list[str]]) -> str:
+def aligned(lines: list[list[str]]) -> str:
     """Columns padded by what a terminal shows of a cell."""
     seen = [[len(re.sub(r"\033\[\d+m", "", cell)) for cell in line] for line in lines]
     widths = [max(column) for column in zip(*seen, strict=True)]
@@ -112,7 +112,7 @@ def _latex(lines: list[list[str]]) -> str:
     )
 
 
-FORMATS = {"plain": _aligned, "terminal": _aligned, "markdown": _markdown, "latex": _latex}
+FORMATS = {"plain": aligned, "terminal": aligned, "markdown": _markdown, "latex": _latex}
 
 
 def print_table(result: Comparison, rank: bool = False, file: TextIO | None = None) -> None:
@@ -134,7 +134,7 @@ def print_differences(result: Comparison, rows: list[Difference], between: Seque
         interval = f"{_number(row.low)} .. {_number(row.high)}"
         label = f"{row.metric} {result.metrics[row.metric].arrow}"
         lines.append([label, _number(row.mean), interval, f"{row.p:.2g}", f"{row.p_holm:.2g}"])
-    print(_aligned(lines))
+    print(aligned(lines))
 
 
 # --- files -----------------------------------------------------------------------------------

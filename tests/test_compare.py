@@ -32,6 +32,7 @@ from evaluation.compare import (
 )
 from evaluation.maps import Metric
 from evaluation.tables import plot, print_table, table, to_csv, to_json
+from evaluation.trivial import TRIVIAL
 from images import read_luma8, write_png
 
 pytestmark = [
@@ -224,10 +225,12 @@ def fails(in_process, folders):
     return fails
 
 
-def test_command_line_table(run):
+def test_command_line_table(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     lines = run()[0].splitlines()
     assert lines[0] == "means over 3 images"
-    assert lines[1].split() == ["metric", "max", "mean", "ours", "theirs"]
+    names = "metric  max  mean  source 1  source 2  pyramid  ours  theirs"
+    assert lines[1].split() == names.split()
     assert [line.split()[0] for line in lines[2:21]] == list(metrics.PANEL)
     assert ["MS_SSIM", "↑"] in [line.split() for line in lines]  # the images are too small
 
@@ -245,22 +248,23 @@ def test_command_line_files(folders, run):
     }
     with open(outputs["csv"], newline="") as file:
         rows = {(row["method"], row["image"]): row for row in csv.DictReader(file)}
-    assert len(rows) == 4 * (3 + 1)
+    assert len(rows) == 7 * (3 + 1)
     for name, (fused, pet, mri) in images.items():
         assert float(rows["ours", name]["SSIM"]) == metrics.ssim(fused, pet, mri)
         assert rows["ours", name]["MS_SSIM"] == ""
         assert float(rows["max", name]["EN"]) == metrics.en(np.maximum(pet, mri), pet, mri)
         mean = np.floor((pet.astype(float) + mri) / 2 + 0.5)
         assert float(rows["mean", name]["EN"]) == metrics.en(mean, pet, mri)
+        assert float(rows["source 2", name]["EN"]) == metrics.en(mri, pet, mri)
     average = np.mean([metrics.ssim(*lumas) for lumas in images.values()])
     assert float(rows["ours", "mean"]["SSIM"]) == pytest.approx(average)
     document = json.loads(outputs["json"].read_text())
     assert document["methods"]["ours"]["mean"]["SSIM"] == pytest.approx(average)
     assert document["methods"]["theirs"]["images"]["p2"]["MS_SSIM"] is None
-    assert document["mean_rank"].keys() == {"max", "mean", "ours", "theirs"}
+    assert document["mean_rank"].keys() == {*TRIVIAL, "ours", "theirs"}
     assert [row["metric"] for row in document["difference"]["metrics"]] == ["EN", "SSIM"]
-    assert outputs["markdown"].read_text().startswith("| metric | max | mean | ours | theirs |")
-    assert outputs["latex"].read_text().startswith(r"\begin{tabular}{lrrrr}")
+    assert outputs["markdown"].read_text().startswith("| metric | max | mean | source 1 |")
+    assert outputs["latex"].read_text().startswith(r"\begin{tabular}{lrrrrrrr}")
     assert cv2.imread(str(outputs["plot"])) is not None
 
 
@@ -284,8 +288,8 @@ def test_different_size_is_named(folders, fails):
     write_png(folders / "theirs" / "p3.png", textured(1, (50, 40)))
     write_png(folders / "MRI" / "p1.png", textured(1, (40, 47)))
     line = fails()
-    assert "MRI/p1.png is 47x40, expected 48x40 as" in line
-    assert "theirs/p3.png is 40x50, expected 48x40 as" in line and "PET/p3.png" in line
+    assert "MRI/p1.png is 40x47, expected 40x48 as" in line
+    assert "theirs/p3.png is 50x40, expected 40x48 as" in line and "PET/p3.png" in line
 
 
 def test_damaged_and_tiny_images_are_named(folders, fails):
@@ -293,7 +297,7 @@ def test_damaged_and_tiny_images_are_named(folders, fails):
     assert "ours/p1.png" in fails()
     for folder in ("PET", "MRI", "ours", "theirs"):
         write_png(folders / folder / "p1.png", textured(1, (2, 9)))
-    assert "PET/p1.png is 9x2, expected at least 3x3" in fails()
+    assert "PET/p1.png is 2x9, expected at least 3x3" in fails()
 
 
 @pytest.mark.parametrize(

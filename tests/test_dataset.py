@@ -117,10 +117,12 @@ def test_training_pairs(tmp_path):
             (tmp_path / folder).mkdir(exist_ok=True)
             write_png(tmp_path / folder / f"{name}.png", image)
     pairs = TrainPairs(match_pairs(tmp_path / "1", tmp_path / "2"), 48)
-    img1, img2, name = pairs[1]
+    images, planted, name = pairs[1]
     assert len(pairs) == 2 and name == "b"
-    assert img1.shape == img2.shape == (1, 48, 48)
-    assert img1.dtype == torch.float32 and 0 <= img1.min() and img1.max() <= 1
+    for item in (images, planted):
+        assert item.shape == (2, 48, 48) and item.dtype == torch.float32
+        assert 0 <= item.min() and item.max() <= 1
+    assert not torch.equal(images, planted)
     with pytest.raises(ValueError, match="patch_size is 65, but .* only 64x64"):
         TrainPairs(match_pairs(tmp_path / "1", tmp_path / "2"), 65)
 

@@ -232,6 +232,15 @@ def test_two_processes_train_what_one_does(data, weights, tmp_path):
             assert float(b[name]) == pytest.approx(float(a[name]), rel=1e-4), name
 
 
+def test_synchronised_batchnorm_keeps_parameters_and_names():
+    """What the optimiser, the moving average and a checkpoint of one process rely on."""
+    model = ASFEFusion("compact")
+    before = model.state_dict(keep_vars=True)
+    after = nn.SyncBatchNorm.convert_sync_batchnorm(model).state_dict(keep_vars=True)
+    assert before.keys() == after.keys() and all(after[key] is before[key] for key in before)
+    assert len(train_asfe.batchnorms(model)) == 24
+
+
 # --- the parts -------------------------------------------------------------------------------
 
 
@@ -267,7 +276,7 @@ def test_moving_average_begins_as_a_mean_and_ends_at_its_decay():
         (["--patch_size", 40], "expected a multiple of 16"),
         (["--batch_size", 13, "--val", 0], "batch_size is 13, but there are 12 pairs"),
         (["--accumulate", 3], "expected a multiple of 3"),
-        (["--size", "paper", "--init", "WEIGHTS"], "are of size compact, expected --size paper"),
+        (["--size", "paper", "--init", "WEIGHTS"], "are of size compact, expected size paper"),
         (["--save_dir", "FILE/save"], "Not a directory"),
         (["--task", "PET-MRI"], "no such folder"),
         (["--task", "all"], "no such folder"),

@@ -1,0 +1,183 @@
+"""Planted findings: what trivial fusions keep of them is known, and positions never change."""
+
+import csv
+import sys
+
+import numpy as np
+import pytest
+import torch
+from task_files import write_task
+
+import metrics
+from args_setting import MetricArgs
+from cli import parse_args
+from dataset import Pair, plant, vary, with_findings
+from evaluation import findings
+from evaluation.findings import KINDS, measure_findings, positions
+from evaluation.trivial import TRIVIAL, decompose, expand, pyramid
+from images import read_luma8, write_png
+from phantom import SHAPES, finding, phantom_pair
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> list[Pair]:
+    folder = tmp_path_factory.mktemp("pairs")
+    for name, image in zip(("ct", "mri"), phantom_pair("CT-MRI", 256), strict=True):
+        write_png(folder / f"{name}.png", image)
+    return [Pair("a", folder / "ct.png", folder / "mri.png")]
+
+
+@pytest.fixture
+def call(in_process):
+    """Run metrics.py in this process: exit code, stdout, stderr."""
+    return lambda *argv: in_process(metrics, lambda: parse_args(MetricArgs), *argv)
+
+
+# --- the measure -----------------------------------------------------------------------------
+
+
+def shares(method, pairs, kinds=KINDS) -> np.ndarray:
+    found = measure_findings(method, pairs, 3407, "")
+    return np.array([p.share for p in found if p.kind in kinds])
+
+
+def test_known_fusions_keep_what_they_must(pairs):
+    assert shares(lambda a, b: (a + b) / 2, pairs) == pytest.approx(0.5, abs=0.03)
+    assert shares(lambda a, b: 0.25 * a + 0.5 * b + 0.1, pairs).min() > 0.2
+    first = [kind for kind in KINDS if kind.source == 0]
+    second = [kind for kind in KINDS if kind.source == 1]
+    assert shares(lambda a, b: a, pairs, first) == pytest.approx(1, abs=0.02)
+    assert shares(lambda a, b: a, pairs, second) == pytest.approx(0, abs=0.02)
+    assert shares(lambda a, b: 1 - a, pairs, first) == pytest.approx(-1, abs=0.02)
+
+
+def test_a_finding_in_noise_is_hard_to_see(pairs):
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 0.1, (256, 256)).astype(np.float32)
+    quiet = measure_findings(lambda a, b: 0.3 + 0.4 * (a + b) / 2, pairs, 1, "")
+    noisy = measure_findings(lambda a, b: 0.3 + 0.4 * (a + b) / 2 + noise, pairs, 1, "")
+    assert np.median([p.d_prime for p in noisy]) < 0.7 * np.median([p.d_prime for p in quiet])
+    assert np.mean([p.share for p in noisy]) == pytest.approx(0.2, abs=0.02)
+
+
+def test_positions_are_inside_of_the_head_apart_and_the_same_each_time(pairs):
+    sources = np.stack([read_luma8(path) / np.float32(255) for path in pairs[0][1:]])
+    for kind in KINDS:
+        centres = positions(sources, kind, 5)
+        assert centres == positions(sources, kind, 5) != positions(sources, kind, 6)
+        assert 1 <= len(centres) <= findings.DISCS
+        for i, (row, column) in enumerate(centres):
+            assert sources[:, row, column].max() > findings.HEAD
+            level = sources[kind.source, row, column] + kind.sign * findings.CONTRAST
+            assert -0.05 <= level <= 1.05, "the contrast fits into the source"
+            assert all(np.hypot(row - r, column - c) >= findings.APART for r, c in centres[:i])
+    assert positions(np.zeros_like(sources), KINDS[0], 5) == []
+
+
+def test_a_seed_belongs_to_its_pair_and_kind():
+    seeds = {findings.seed_of(s, p, k) for s in (1, 2) for p in "ab" for k in KINDS}
+    assert len(seeds) == 4 * len(KINDS)
+    assert findings.seed_of(3407, "16009", KINDS[0]) == 13215530241158970871
+
+
+def test_the_worst_tenth():
+    assert findings.worst_tenth(np.arange(40.0)) == 1.5
+    assert findings.worst_tenth(np.array([0.3, 0.5])) == 0.3
+    assert np.isnan(findings.worst_tenth(np.array([])))
+
+
+# --- trivial fusions -------------------------------------------------------------------------
+
+
+def test_a_pyramid_comes_back_and_takes_the_larger_detail():
+    image = phantom_pair("CT-MRI", 100)[0]
+    details, base = decompose(image)
+    assert len(details) == 4 and base.shape == (7, 7)
+    for detail in reversed(details):
+        base = expand(base, detail.shape) + detail
+    assert np.abs(base - image).max() < 1e-3
+    assert np.array_equal(pyramid(image, image), image)
+    flat = np.full_like(image, 100)
+    spot = flat.copy()
+    spot[40:60, 40:60] = 160
+    assert np.array_equal(pyramid(spot, flat), pyramid(flat, spot))
+    assert np.ptp(pyramid(spot, flat).astype(int)) > 45, "an average would keep 30"
+    assert np.array_equal(TRIVIAL["source 2"](spot, flat), flat)
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+def test_command_line(call, tmp_path):
+    data = write_task(tmp_path, "CT-MRI", "test", {"2001": 128, "16001": 128})
+    copy = f"{sys.executable} -c 'import shutil, sys; shutil.copy(sys.argv[1], sys.argv[3])'"
+    argv = ["--findings", "--data_dir", data, "--cases", 2, "--csv", tmp_path / "f.csv"]
+    argv += ["--plot", tmp_path / "f.png", "--method", f"mine={copy} {{1}} {{2}} {{out}}"]
+    code, out, err = call(*argv)
+    assert code == 0, err
+    lines = [line.split() for line in out.splitlines() if line]
+    assert [line[0] for line in lines[2:]] == ["ours", "max", "mean", "source", "source",
+                                               "pyramid", "mine"]  # fmt: skip
+    assert "CT+" in out and "worst kind" in out
+    assert lines[-1][1:5] == ["1.00", "1.00", "0.00", "0.00"], "a copy of the CT"
+    assert lines[4][1:5] == ["0.50"] * 4
+    rows = list(csv.DictReader((tmp_path / "f.csv").open()))
+    assert {row["pair"] for row in rows} == {"2001"} and {row["method"] for row in rows} >= {"mine"}
+    assert read_luma8(tmp_path / "f.png").std() > 10
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--method", "x"], "expected NAME=FILE.onnx or NAME=COMMAND"),
+        (["--method", "max=cp {1} {2} {out}"], "--method is 'max=cp"),
+        (["--method", "a=cp {1} {out}"], "expected {1}, {2} and {out}"),
+        (["--method", "a=DIR/no.onnx"], "no such file"),
+        (["--method", "a=DIR/bad.onnx"], "not an ONNX file"),
+        (["--method", "a=false {1} {2} {out}"], "failed: it wrote no image"),
+        (["--weights", "DIR/no.safetensors"], "no such file"),
+        (["--cases", "9"], "cases has ['9'], which the test split lacks"),
+    ],
+)
+def test_bad_input_is_one_line(call, tmp_path, argv, message, monkeypatch):
+    monkeypatch.setattr(findings, "TRIVIAL", {"max": TRIVIAL["max"]})
+    data = write_task(tmp_path, "CT-MRI", "test", {"2001": 64})
+    (tmp_path / "bad.onnx").write_text("hello")
+    argv = [text.replace("DIR", str(tmp_path)) for text in argv]
+    code, _, err = call("--findings", "--data_dir", data, *argv)
+    assert code == 2 and message in err and err.count("\n") == 1, err
+
+
+# --- in training -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_have_their_size_and_soft_edges(shape):
+    share = finding(shape, (41, 51), (20, 25), 8, turn=0.5)
+    assert share.shape == (41, 51) and share.dtype == np.float32
+    assert 0 <= share.min() and 0.95 < share.max() <= 1
+    assert ((share > 0.01) & (share < 0.99)).any()
+    y, x = np.ogrid[:41, :51]
+    assert share[np.hypot(y - 20, x - 25) > 16].max() < 0.01
+    area = {"disc": np.pi * 64, "blob": np.pi * 32, "ring": np.pi * 48, "line": 16 * 16 / 3}
+    assert share.sum() == pytest.approx(area[shape], rel=0.15)
+
+
+def test_findings_are_planted_into_one_source_each():
+    images = torch.stack([torch.from_numpy(i) / 255 for i in phantom_pair("CT-MRI", 128)])
+    before, after = with_findings(images, 3)
+    assert torch.equal(before, images) and torch.equal(with_findings(images, 3)[1], after)
+    assert not torch.equal(with_findings(images, 4)[1], after)
+    change = (after - images).abs()
+    assert 0 <= after.min() and after.max() <= 1
+    assert all(c.max() > 0.1 for c in change), "some in either source"
+    assert (change.amin(0) < 0.01).all(), "no place changes in both"
+    assert torch.equal(plant(torch.zeros(2, 64, 64)), torch.zeros(2, 64, 64)), "none in the air"
+
+
+def test_sources_vary_by_themselves_and_stay_in_range():
+    images = torch.stack([torch.from_numpy(i) / 255 for i in phantom_pair("CT-MRI", 64)])
+    varied = [vary(images.clone()) for _ in range(300)]
+    assert all(0 <= v.min() and v.max() <= 1 for v in varied)
+    same = [[torch.equal(v[k], images[k]) for v in varied] for k in (0, 1)]
+    assert 50 < sum(same[0]) < 100 and 20 < sum(same[1]) < 55, "each by itself; one is shifted"
