@@ -116,15 +116,15 @@ class TrainArgs(CommonArgs):
     )
     compile: bool = setting(False, "compile the network with torch.compile")
     workers: int = setting(0, "processes that cut the patches", minimum=0)
-    # validation: on patients that training does not see
+    # validation: on people that training does not see, see HMIFDatasets/people.csv
     val: float = setting(
-        0.1, "share of each task's pairs kept for validation, whole patients", minimum=0
+        0.1, "share of each task's pairs kept for validation, whole people", minimum=0
     )
     val_cases: tuple[str, ...] = setting(
-        (), "case numbers to validate on, in place of --val", nargs="*", metavar="CASE"
+        (), "validate on the people of these cases, not by --val", nargs="*", metavar="CASE"
     )
     leave_out: tuple[str, ...] = setting(
-        (), "case numbers that take no part at all", nargs="*", metavar="CASE"
+        (), "the people of these cases take no part at all", nargs="*", metavar="CASE"
     )
     val_every: int = setting(5, "epochs between validations", minimum=1)
     patience: int = setting(

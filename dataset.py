@@ -1,4 +1,4 @@
-"""Image pairs, the training set with its splits, and the HMIF data set.
+"""Image pairs, the training set with its splits by person, and the HMIF data set.
 
 HMIF: registered CT-MRI, PET-MRI and SPECT-MRI slices of the Harvard Whole Brain Atlas (AANLIB), as
 collected in github.com/xianming-gu/Havard-Medical-Image-Fusion-Datasets. As a script:
@@ -7,6 +7,7 @@ collected in github.com/xianming-gu/Havard-Medical-Image-Fusion-Datasets. As a s
 Legend: H W pixels; luma and chroma as in images.py.
 """
 
+import csv
 import hashlib
 import http.client
 import urllib.request
@@ -32,6 +33,7 @@ HMIF_URL = (
     "HEAD/MyDatasets"
 )
 HMIF_SUMS = Path(__file__).with_name("HMIFDatasets") / "SHA256SUMS"
+PEOPLE = HMIF_SUMS.with_name("people.csv")
 
 
 class Pair(NamedTuple):
@@ -196,49 +198,71 @@ def with_findings(images: Tensor, seed: int) -> Tensor:
         return torch.stack([images, plant(images, count=24)])
 
 
-# --- splits by patient -----------------------------------------------------------------------
+# --- splits by person ------------------------------------------------------------------------
 
 
 def case_of(pair: Pair) -> str:
-    """The patient: a file is named by the atlas case number and a slice number of three digits."""
+    """The case: a file is named by the atlas case number and a slice number of three digits."""
     return pair.name[:-3]
 
 
+def people(root: Path) -> dict[tuple[str, str], str]:
+    """The person of each (task, case) that people.csv lists: that of the data folder, else ours.
+
+    Of the HMIF set three cases of PET-MRI are one head, and two people are in two tasks. A case
+    that is not listed is a person of its own.
+    """
+    path = Path(root) / PEOPLE.name
+    with (path if path.is_file() else PEOPLE).open(newline="", encoding="utf-8") as file:
+        return {(row["task"], row["case"]): row["person"] for row in csv.DictReader(file)}
+
+
 def split_pairs(args: TrainArgs) -> tuple[list[Pair], list[Pair]]:
-    """Training and validation pairs; no patient, by case number, is in both."""
+    """Training and validation pairs; no person is in both."""
     tasks = TASKS if args.task == "all" else (args.task,)
-    pairs = {task: task_pairs(args.data_dir, task, "train") for task in tasks}
-    cases = {case_of(pair) for members in pairs.values() for pair in members}
+    listed = people(args.data_dir)
+    pairs: dict[str, list[Pair]] = {}
+    person: dict[Pair, str] = {}
+    for task in tasks:
+        pairs[task] = task_pairs(args.data_dir, task, "train")
+        for pair in pairs[task]:
+            person[pair] = listed.get((task, case_of(pair)), f"{task} {case_of(pair)}")
+    named = {}  # setting -> the people whose cases it names
     for name in ("val_cases", "leave_out"):
-        if unknown := set(getattr(args, name)) - cases:
-            raise UserError(f"{name} has {sorted(unknown)}, expected some of {sorted(cases)}")
-    pairs = {
-        task: [pair for pair in members if case_of(pair) not in args.leave_out]
+        cases = set(getattr(args, name))
+        if unknown := cases - set(map(case_of, person)):
+            expected = sorted(set(map(case_of, person)))
+            raise UserError(f"{name} has {sorted(unknown)}, expected some of {expected}")
+        named[name] = {who for pair, who in person.items() if case_of(pair) in cases}
+    sizes = {
+        task: Counter(person[p] for p in members if person[p] not in named["leave_out"])
         for task, members in pairs.items()
     }
-    held = set(args.val_cases) or validation_cases(pairs, args.val)
-    every = [pair for members in pairs.values() for pair in members]
-    train = [pair for pair in every if case_of(pair) not in held]
+    held = named["val_cases"] or validation_people(sizes, args.val)
+    kept = [pair for pair, who in person.items() if who not in named["leave_out"]]
+    train = [pair for pair in kept if person[pair] not in held]
     if not train:
         raise UserError("val_cases and leave_out keep no pairs to train on")
-    return train, [pair for pair in every if case_of(pair) in held]
+    return train, [pair for pair in kept if person[pair] in held]
 
 
-def validation_cases(pairs: dict[str, list[Pair]], share: float) -> set[str]:
-    """Patients to validate on: of each task the smallest ones, until they have `share` of it.
+def validation_people(sizes: dict[str, Counter], share: float) -> set[str]:
+    """Who to validate on: of each task those with the fewest pairs, until they have `share` of it.
 
-    Raises UserError if a task would keep no patient to train on.
+    `sizes` has the pairs of each person by task. A task that shows one person keeps it for
+    training. Raises UserError if a task of several would keep nobody.
     """
     held: set[str] = set()
-    for task, members in pairs.items():
-        sizes = Counter(map(case_of, members))
-        for case in sorted(sizes, key=lambda case: (sizes[case], case)):
-            if sum(sizes[c] for c in held & sizes.keys()) >= share * len(members):
+    for task, counts in sizes.items():
+        if len(counts) == 1:
+            continue
+        for who in sorted(counts, key=lambda who: (counts[who], who)):
+            if sum(counts[w] for w in held & counts.keys()) >= share * counts.total():
                 break
-            held.add(case)
-        if sizes and held >= sizes.keys():
+            held.add(who)
+        if counts and held >= counts.keys():
             raise UserError(
-                f"{task}: val is {share:g}, which leaves none of the {len(sizes)} patients to "
+                f"{task}: val is {share:g}, which leaves none of the {len(counts)} people to "
                 "train on; --val 0 trains without validation"
             )
     return held

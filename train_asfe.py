@@ -67,6 +67,8 @@ def main(args: TrainArgs) -> None:
     pairs = TrainPairs(train, args.patch_size, args.seed)
     val_images = TrainPairs(spread(val, VALIDATION_PAIRS), patch=1).images
     check_settings(args, len(pairs), len(val), world)
+    if args.val and not val and rank == 0:
+        print(f"{args.task} shows one person, so nobody can be kept for validation")
 
     # model
     torch.manual_seed(args.seed)
@@ -353,7 +355,7 @@ def check_settings(args: TrainArgs, pairs: int, val_pairs: int, world: int) -> N
     if args.freeze_batchnorm and not args.init:
         raise UserError("freeze_batchnorm needs the statistics of trained weights, give --init")
     if args.patience and not val_pairs:
-        raise UserError("patience needs validation, but val is 0 and val_cases is empty")
+        raise UserError("patience needs validation, but nobody is kept for it: see --val")
     if args.ema >= 1:
         raise UserError(f"ema is {args.ema}, expected less than 1")
 

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import threading
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +21,11 @@ from dataset import (
     augmentation,
     case_of,
     match_pairs,
+    people,
     read_pair,
     split_pairs,
     task_pairs,
-    validation_cases,
+    validation_people,
 )
 from images import write_png
 from phantom import phantom_pair
@@ -134,17 +136,41 @@ def data(tmp_path_factory) -> Path:
     return write_task(tmp_path_factory.mktemp("data"), "CT-MRI", "train", names)
 
 
-def test_validation_shares_no_patient_with_training(data):
-    pairs = task_pairs(data, "CT-MRI", "train")
-    assert validation_cases({"CT-MRI": pairs}, 0) == set()
-    assert validation_cases({"CT-MRI": pairs}, 0.1) == {"1"}
-    assert validation_cases({"CT-MRI": pairs}, 0.4) == {"1", "2"}
+def test_validation_shares_no_person_with_training(data):
+    sizes = {"CT-MRI": Counter({"1": 4, "2": 4, "3": 4})}
+    assert validation_people(sizes, 0) == set()
+    assert validation_people(sizes, 0.1) == {"1"}
+    assert validation_people(sizes, 0.4) == {"1", "2"}
+    assert validation_people({"PET-MRI": Counter({"1": 9})}, 0.1) == set(), "one person trains"
     args = TrainArgs(data_dir=data, val=0.1, leave_out=("3",))
     train, val = split_pairs(args)
     assert {case_of(p) for p in train} == {"2"} and {case_of(p) for p in val} == {"1"}
     args = TrainArgs(data_dir=data, val_cases=("2", "3"))
     train, val = split_pairs(args)
     assert {case_of(p) for p in train} == {"1"} and len(val) == 8
+    (data / "people.csv").write_text("task,case,person\nCT-MRI,1,a\nCT-MRI,3,a\n")
+    train, val = split_pairs(TrainArgs(data_dir=data, val_cases=("3",)))
+    assert {case_of(p) for p in train} == {"2"} and {case_of(p) for p in val} == {"1", "3"}
+    (data / "people.csv").unlink()
+
+
+def test_people_of_the_data_set_are_not_its_cases(shared):
+    root = shared / "HMIFDatasets"
+    listed = people(root)
+    cases = {
+        (task, case_of(pair))
+        for task in TASKS
+        for split in ("train", "test")
+        for pair in task_pairs(root, task, split)
+    }
+    assert cases == listed.keys() and len(cases) == 28 and len(set(listed.values())) == 24
+    assert len({who for (task, _), who in listed.items() if task == "PET-MRI"}) == 1
+    train, val = split_pairs(TrainArgs(data_dir=root, task="PET-MRI"))
+    assert len(train) == 245 and not val
+    # who is in two tasks is held back in both
+    train, val = split_pairs(TrainArgs(data_dir=root, task="all", val_cases=("21",)))
+    assert {(p.path1.parts[-4], case_of(p)) for p in val} == {("CT-MRI", "21"), ("SPECT-MRI", "21")}
+    assert "21" not in {case_of(p) for p in train}
 
 
 def test_batches_do_not_depend_on_the_number_of_processes(data):
