@@ -163,11 +163,12 @@ def findings_loss(fused: Tensor, img1: Tensor, img2: Tensor) -> Tensor:
 
     The second half of the batch is the first half with findings planted into one source or the
     other. What changes in the fused image should be what changed in the sources; 0 is best, an
-    image that does not respond has 1.
+    image that does not respond has 1. Per image; one with hardly any findings counts little.
     """
     (before, after), (sources, planted) = fused.chunk(2), (img1 + img2).chunk(2)
     change = planted - sources  # (B/2, 1, H, W)
-    return (after - before - change).abs().sum() / change.abs().sum().clamp(min=1)
+    missing = (after - before - change).abs().sum((1, 2, 3))  # (B/2,)
+    return (missing / change.abs().sum((1, 2, 3)).clamp(min=1)).mean()
 
 
 def term_weights(recipe: str, changes: Iterable[str] = ()) -> dict[str, float]:

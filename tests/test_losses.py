@@ -8,6 +8,7 @@ from skimage.metrics import structural_similarity
 from evaluation.batch import evaluate_batch
 from losses import (
     content_loss,
+    findings_loss,
     fusion_loss,
     gradient_loss,
     information_loss,
@@ -150,3 +151,22 @@ def test_unknown_recipe(images):
     for weights in (None, {"content": 1.0}):  # which used to train `detail`
         with pytest.raises(ValueError, match="expected paper or detail"):
             fusion_loss(*images, "best", weights=weights)
+
+
+def test_findings_are_missed_or_shown():
+    """The second half of the batch is the first with findings."""
+    sources = torch.rand(2, 2, 1, 32, 32) / 2
+    planted = sources.clone()
+    planted[0, 0, :, 5:9, 5:9] += 0.3
+    planted[1, 1, :, 20:28, 4:9] -= 0.2
+    img1, img2 = torch.cat([sources, planted], 1)
+    shown = img1 + img2
+    assert findings_loss(shown, img1, img2).item() == pytest.approx(0, abs=1e-5)
+    assert findings_loss(shown / 2, img1, img2).item() == pytest.approx(0.5, rel=1e-4)
+    blind = shown[:2].repeat(2, 1, 1, 1)
+    assert findings_loss(blind, img1, img2).item() == pytest.approx(1, rel=1e-4)
+    assert findings_loss(2 * blind - shown, img1, img2).item() == pytest.approx(2, rel=1e-4)
+    total, terms = fusion_loss(blind, img1, img2, "findings")
+    assert set(terms) == {"content", "gradient", "structure", "information", "findings"}
+    without = term_weights("findings") | {"findings": 0}
+    assert total > fusion_loss(blind, img1, img2, "findings", weights=without)[0]
