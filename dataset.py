@@ -119,7 +119,7 @@ class TrainPairs(torch.utils.data.Dataset):
             lumas = [to_uint8(luma) for luma in read_pair(pair)[:2]]
             if min(lumas[0].shape) < patch:
                 sides = "x".join(map(str, lumas[0].shape))
-                raise UserError(f"patch_size is {patch}, but {pair.path1} is only {sides}")
+                raise UserError(f"{pair.path1} is {sides}, expected {patch}x{patch} or more")
             self.images.append(torch.from_numpy(np.stack(lumas)))  # (2, H, W)
         self.augment = augmentation(patch)
         self.seed, self.epoch = seed, 0

@@ -44,7 +44,7 @@ from dataset import TrainPairs, split_pairs, with_findings
 from evaluation.batch import evaluate_batch
 from images import writable_folder
 from losses import fusion_loss, term_weights
-from network import ASFEFusion
+from network import MIN_SIDE, ASFEFusion
 from weights import load_sized, save_weights
 
 GRADIENT_CLIP = 1.0  # largest norm of a step's gradient
@@ -65,7 +65,7 @@ def main(args: TrainArgs) -> None:
     # data
     train, val = split_pairs(args)
     pairs = TrainPairs(train, args.patch_size, args.seed)
-    val_images = TrainPairs(spread(val, VALIDATION_PAIRS), patch=1).images
+    val_images = TrainPairs(spread(val, VALIDATION_PAIRS), patch=MIN_SIDE).images
     check_settings(args, len(pairs), len(val), world)
     if args.val and not val and rank == 0:
         print(f"{args.task} shows one person, so nobody can be kept for validation")

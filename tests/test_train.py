@@ -272,7 +272,7 @@ def test_moving_average_begins_as_a_mean_and_ends_at_its_decay():
         (["--loss_weights", "colour=2"], "loss weight 'colour=2', expected TERM=NUMBER"),
         (["--loss_weights", "gradient=-1"], "loss weight 'gradient=-1'"),
         (["--loss_weights", "gradient=1", "gradient=2"], "gradient has one already"),
-        (["--patch_size", 128], "patch_size is 128, but"),
+        (["--patch_size", 128], "is 64x64, expected 128x128 or more"),
         (["--patch_size", 40], "expected a multiple of 16"),
         (["--batch_size", 13, "--val", 0], "batch_size is 13, but there are 12 pairs"),
         (["--accumulate", 3], "expected a multiple of 3"),
