@@ -4,10 +4,8 @@
 hold the results equal to 1e-5. What is here is worth a tenth of a pass; docs/speed.md has the
 figures, and what was tried and is worth less.
 
-* The decoder's convolutions: BatchNorm moves into the weights before it, maps that would be joined
-  each meet their own part of the weights, and the activation works in place.
-* Fewer maps at a time: one image after the other goes through the encoder, a scale is let go once
-  it is fused, and SFEF normalises its tokens in place, with the scale of the norm on the few slots.
+In the decoder, BatchNorm moves into the weights of the convolution before it, maps that would be
+joined for a convolution each meet their own part of its weights, and the activation works in place.
 
 Legend: as in network.py.
 """
@@ -19,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from network import SFEF, ASFEFusion, ConvBlock, Decoder, attend
+from network import ASFEFusion, ConvBlock, Decoder
 
 
 def optimise(model: ASFEFusion) -> ASFEFusion:
@@ -34,8 +32,8 @@ def optimise(model: ASFEFusion) -> ASFEFusion:
         return model
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     fast = copy.deepcopy(model, shared).eval()
-    # Not the encoder's blocks: the rounding of folded weights is what AFF's spectra amplify.
-    for module in (fast, *fast.fusion.modules(), *fast.decoder.modules()):
+    # Not the encoder's blocks: AFF's spectra would amplify the rounding of folded weights.
+    for module in fast.decoder.modules():
         module.__class__ = FASTER.get(type(module), type(module))
     return fast
 
@@ -77,34 +75,4 @@ class FastDecoder(Decoder):
         return self.outlayer(self.up1(z, z1))  # (B, 1 or 2, H, W)
 
 
-class FastSFEF(SFEF):
-    """SFEF that writes its normalised tokens over its input, if no residual path needs that."""
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, d, H, W) -> (B, d, H, W)
-        if self.residual or as_defined(self, x):
-            return super().forward(x)
-        tokens = x.flatten(2).mT  # (B, N, d)
-        tokens = F.normalize(tokens, dim=-1, out=tokens)
-        scale = self.norm.gamma * len(self.norm.gamma) ** 0.5  # (d,)
-        slots = (self.slot_norm(self.slot_embeds) * scale).flatten(0, 1)  # (E*S, d)
-        slots = slots.expand(len(x), -1, -1)  # (B, E*S, d)
-        per_expert = (attend(slots, tokens, tokens) * scale).chunk(len(self.experts), 1)
-        slot_out = [expert(t) for expert, t in zip(self.experts, per_expert, strict=True)]
-        out = attend(tokens, slots, torch.cat(slot_out, 1))  # (B, N, d)
-        return out.mT.unflatten(2, x.shape[2:])
-
-
-class FastASFEFusion(ASFEFusion):
-    """ASFEFusion that holds fewer maps at a time."""
-
-    def forward(self, img1: Tensor, img2: Tensor) -> Tensor:  # two (B, 1, H, W) -> (B, 1, H, W)
-        if as_defined(self, img1):
-            return super().forward(img1, img2)
-        self.check(img1, img2)
-        scales1, scales2 = self.encoder(img1), self.encoder(img2)  # four of (B, C, H, W) each
-        fused = [module(scales1.pop(0), scales2.pop(0)) for module in self.fusion]
-        return self.head(self.decoder(*fused), img1, img2)
-
-
-KINDS = FastConvBlock, FastDecoder, FastSFEF, FastASFEFusion
-FASTER = {kind.__base__: kind for kind in KINDS}
+FASTER = {kind.__base__: kind for kind in (FastConvBlock, FastDecoder)}

@@ -66,7 +66,6 @@ PARTS = {
     "optimised": Version("optimised"),
     "freed memory returned": Version("optimised", left_out=("keep_freed_memory",)),
     "BatchNorm apart, maps joined": Version("optimised", left_out=("FastConvBlock", "FastDecoder")),
-    "all maps at a time": Version("optimised", left_out=("FastSFEF", "FastASFEFusion")),
 }
 # On a GPU the settings of the process change nothing, and the optimised network is network.py's.
 FUSING_ON_GPU = {"direct": Version("direct"), "network.py": Version("defined")}

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy import ndarray
+from scipy import ndimage
 from tqdm import tqdm
 
 from args_setting import TASKS, MetricArgs
@@ -46,7 +47,7 @@ RADII = (3, 6)  # of the discs, pixels
 DISCS = 4  # planted together into a source, far apart
 APART = 40  # pixels between the centres of discs, at least
 GAP, RING = 2, 5  # pixels between a disc and its ring, and the width of the ring
-HEAD = 0.05  # a pixel is inside of the head where a source is brighter
+HEAD, RIM = 0.05, 20  # the head is where a source is brighter; pixels of scalp and skull around it
 ROOM = 0.8  # the least share of the contrast that must fit between black and white in the source
 
 Method = Callable[[ndarray, ndarray], ndarray]
@@ -113,11 +114,12 @@ def seed_of(seed: int, pair: str, kind: Kind) -> int:
 
 
 def positions(sources: ndarray, kind: Kind, seed: int) -> list[tuple[int, int]]:
-    """Up to DISCS centres inside of the head where the contrast fits into the source."""
+    """Up to DISCS centres inside of the skull where the contrast fits into the source."""
     reach = kind.radius + GAP + RING
     luma = sources[kind.source]
     space = (1 - luma if kind.sign > 0 else luma) >= ROOM * CONTRAST
-    possible = space & (sources.max(0) > HEAD)
+    head = ndimage.binary_fill_holes(sources.max(0) > HEAD)
+    possible = space & (ndimage.distance_transform_edt(head) > RIM)
     possible[:reach], possible[-reach:] = False, False
     possible[:, :reach], possible[:, -reach:] = False, False
     centres: list[tuple[int, int]] = []
