@@ -75,4 +75,4 @@ def test_modules_of_the_caller_and_ours_do_not_meet(tmp_path, first):
         (tmp_path / f"{name}.py").write_text("MINE = True")
     command = [sys.executable, "-c", AMONG_OTHERS.format(first=first), str(ROOT)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout == "asfe_fusion.inference ['asfe_fusion.args_setting']\n", done.stderr
+    assert done.stdout == "asfe_fusion.network ['asfe_fusion.args_setting']\n", done.stderr
