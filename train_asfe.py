@@ -85,8 +85,7 @@ def main(args: TrainArgs) -> None:
         network = torch.compile(network)
 
     # optimiser
-    decay = {"weight_decay": args.weight_decay}
-    optimiser = torch.optim.AdamW(model.parameters(), args.lr, fused=True, **decay)
+    optimiser = make_optimiser(model, args)
     steps = args.epoch * (len(pairs) // args.batch_size)
     schedule = LambdaLR(optimiser, lambda step: learning_rate(step, steps, args.warmup))
     # fp16 has too little range for gradients; for the other types the scaler does nothing
@@ -367,6 +366,12 @@ def make_model(args: TrainArgs, device: torch.device) -> ASFEFusion:
     if args.patch_size % model.multiple:
         raise UserError(f"patch_size is {args.patch_size}, expected a multiple of {model.multiple}")
     return model
+
+
+def make_optimiser(model: ASFEFusion, args: TrainArgs) -> torch.optim.AdamW:
+    """AdamW as the settings say, in one kernel for all parameters."""
+    decay = {"weight_decay": args.weight_decay}
+    return torch.optim.AdamW(model.parameters(), args.lr, fused=True, **decay)
 
 
 def learning_rate(step: int, steps: int, warmup: int) -> float:

@@ -6,6 +6,7 @@ on: `python benchmarks/brightness.py …` and the others print that as the head 
 
 import os
 import platform
+import re
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from datetime import date
@@ -30,6 +31,12 @@ def machine(*packages: str) -> str:
         f"{processor}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}; "
         f"{date.today()}; {command}"
     )
+
+
+def peak_gb() -> float:
+    """Largest resident set of this process on Linux; getrusage may give its parent's."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s*(\d+)", status)[1]) / 1e6
 
 
 def make_parser(description: str) -> ArgumentParser:

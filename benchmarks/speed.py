@@ -20,7 +20,6 @@ rounds, with their range.
 
 import argparse
 import gc
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
-from machine import machine, make_parser, positive
+from machine import machine, make_parser, peak_gb, positive
 
 # isort: split
 import torch
@@ -69,9 +68,7 @@ PARTS = {
 }
 # On a GPU the settings of the process change nothing, and the optimised network is network.py's.
 FUSING_ON_GPU = {"direct": Version("direct"), "network.py": Version("defined")}
-TRAINING_ON_GPU = FUSING_ON_GPU | {
-    "network.py in bf16": Version("defined", precision="bf16"),
-}
+TRAINING_ON_GPU = FUSING_ON_GPU | {"network.py in bf16": Version("defined", precision="bf16")}
 
 
 def versions_of(args: argparse.Namespace) -> dict[str, Version]:
@@ -119,7 +116,7 @@ def training_step(model: ASFEFusion, images: Tensor, precision: str) -> Callable
 
     args, (img1, img2) = TrainArgs(), images
     amp = train_asfe.set_precision(precision, images.device)
-    optimiser = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    optimiser = train_asfe.make_optimiser(model, args)
 
     def step() -> None:
         optimiser.zero_grad()
@@ -215,7 +212,7 @@ def serve(size: str, version: Version, args: argparse.Namespace) -> None:
     """Build what is timed; then a step for each line that comes in: seconds and peak GB."""
 
     def answer(seconds: float) -> None:
-        print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, flush=True)
+        print(seconds, peak_gb(), flush=True)
 
     step = build(size, version, args)
     answer(0)

@@ -10,7 +10,6 @@ whose largest resident set is printed.
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-from machine import machine, make_parser, positive
+from machine import machine, make_parser, peak_gb, positive
 
 from args_setting import TestArgs
 from cli import run_script, setup_runtime
@@ -62,7 +61,7 @@ def fuse(folder: Path, slices: int) -> None:
     settings = TestArgs(**paths, size="compact", task="CT-MRI", threads=1, DEVICE="cpu")
     model = optimise(load_model(settings, settings.task, setup_runtime(settings)))
     fuse_volumes(settings, FirstSlices(model, slices))
-    print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+    print(f"peak {peak_gb():.2f} GB")
 
 
 def main(args: argparse.Namespace) -> None:
