@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from args_setting import TrainArgs
 from cli import UserError
 from images import whole_file, write_bytes
+from losses import WEIGHTS
 from network import ASFEFusion
 
 # A resumed run may differ in these, as they do not change what is trained.
@@ -120,7 +121,7 @@ def draw_curve(path: Path, rows: list[dict[str, float]], metrics: tuple[str, ...
 
     figure = Figure(figsize=(12, 4), layout="constrained")
     losses, measures = figure.subplots(1, 2)
-    terms = ("loss", "content", "gradient", "structure", "information")
+    terms = list(dict.fromkeys(["loss", *(name for recipe in WEIGHTS.values() for name in recipe)]))
     for name in dict.fromkeys(name for row in rows for name in row):
         epochs = [row["epoch"] for row in rows if name in row]
         values = [row[name] for row in rows if name in row]
