@@ -26,6 +26,7 @@ from args_setting import TASKS, AppArgs
 from cli import UserError, parse_args, run_script, setup_runtime
 from dataset import Pair, read_pair
 from evaluation.tables import table
+from evaluation.trivial import TRIVIAL
 from images import EXTENSIONS, FORMATS, read_uint8, to_uint8, write_png
 from inference import optimise
 from metrics import compare
@@ -44,8 +45,8 @@ FIGURES = """### What the figures say
 Each row measures one thing; ↑ means that more is better, ↓ that less is. **Bold** is the best of
 the row, underlined the second. The columns **max** and **mean** are the two simplest ways to fuse,
 the brighter pixel and the average. **source 1** and **source 2** are copies that fuse nothing, and
-still win some rows. A good fusion should beat them all where it matters, and no single figure says
-that it does.
+still win some rows. **pyramid** takes the stronger detail of the two. A good fusion should beat
+them all where it matters, and no single figure says that it does.
 
 * EN, SD, SF, AG: information, contrast and sharpness of the fused image alone (noise raises them).
 * MI, QMI, CC, SCD, PSNR, FMI, QNCIE: how much of the sources' values is in it.
@@ -184,8 +185,7 @@ class Page:
         except (UserError, OSError) as error:
             files = (fused, str(pair.path1), str(pair.path2))
             return f"No figures: {sentence(error, *files)}"
-        shown = "fused", "max", "mean", "source 1", "source 2"
-        return table(result, "markdown", methods=shown)
+        return table(result, "markdown", methods=("fused", *TRIVIAL))
 
     def wipe(self, under: str, image1, image2, fused):
         """The two images of the wipe."""

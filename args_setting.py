@@ -248,9 +248,9 @@ class MetricArgs:
     )
     weights: Path | None = setting(None, "--findings: weights of ours; without it the shipped ones")
     size: str = setting(CommonArgs.size, "--findings: size of ours", choices=tuple(SIZES))
-    split: str = setting("test", "--findings: split of the task", choices=("test", "train"))
+    split: str = setting("test", "split of the task", choices=("test", "train"))
     cases: tuple[str, ...] = setting(
-        (), "--findings: only these case numbers", nargs="*", metavar="CASE"
+        (), "only these case numbers of the split", nargs="*", metavar="CASE"
     )
     task: str = setting(CommonArgs.task, "fusion task", "published code", choices=tuple(TASKS))
     data_dir: Path = setting(CommonArgs.data_dir, "folder of the HMIF data set", "published code")

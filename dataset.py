@@ -12,6 +12,7 @@ import hashlib
 import http.client
 import urllib.request
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -84,12 +85,20 @@ def images_in(folder: Path) -> dict[str, Path]:
     return files
 
 
-def task_pairs(root: Path, task: str, split: str, skip_unmatched: bool = False) -> list[Pair]:
-    """Pairs of `<root>/<task>/<split>/<CT|PET|SPECT>` and `…/MRI`; split is train or test."""
+def task_pairs(
+    root: Path, task: str, split: str, skip_unmatched: bool = False, cases: Sequence[str] = ()
+) -> list[Pair]:
+    """Pairs of `<root>/<task>/<split>/<CT|PET|SPECT>` and `…/MRI`; split is train or test.
+
+    With `cases` those of these case numbers only; UserError if one is not in the split.
+    """
     folder = Path(root) / task / split
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; `python dataset.py --download` fetches it")
-    return match_pairs(folder / TASKS[task], folder / "MRI", skip_unmatched)
+    pairs = match_pairs(folder / TASKS[task], folder / "MRI", skip_unmatched)
+    if unknown := set(cases) - set(map(case_of, pairs)):
+        raise UserError(f"cases has {sorted(unknown)}, which the {split} split of {task} lacks")
+    return [pair for pair in pairs if not cases or case_of(pair) in cases]
 
 
 def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:

@@ -38,11 +38,6 @@ def optimise(model: ASFEFusion) -> ASFEFusion:
     return fast
 
 
-def as_defined(module: nn.Module, x: Tensor) -> bool:
-    """Whether a module has to compute as in network.py."""
-    return module.training or torch.is_grad_enabled() or x.device.type != "cpu"
-
-
 def conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d, *maps: Tensor) -> Tensor:
     """bn(conv(torch.cat(maps, 1))) in evaluation mode; the maps are (B, C, H, W) each."""
     statistics = bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
@@ -58,7 +53,7 @@ class FastConvBlock(ConvBlock):
     """ConvBlock of the decoder; takes several maps in place of one that joins them."""
 
     def forward(self, *maps: Tensor) -> Tensor:  # c_in channels in all -> (B, c_out, H, W)
-        if as_defined(self, maps[0]):
+        if self.training or torch.is_grad_enabled() or maps[0].device.type != "cpu":
             return super().forward(torch.cat(maps, 1))
         x = conv_bn(self.conv2, self.bn2, conv_bn(self.conv1, self.bn1, *maps))
         if self.upsample:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from args_setting import ROOT, TASKS, TestArgs, VolumeArgs, WeightsArgs
 from cli import UserError, parse_args, run_script, setup_runtime
-from dataset import Pair, case_of, match_pairs, read_pair, task_pairs
+from dataset import Pair, match_pairs, read_pair, task_pairs
 from images import EXTENSIONS, contact_sheet, read_uint8, to_uint8, writable_folder, write_png
 from inference import optimise
 from network import MIN_SIDE, ASFEFusion
@@ -55,7 +55,10 @@ def main(args: TestArgs) -> None:
         pairs = match_pairs(args.dir1, args.dir2, args.skip_unmatched)
         fuse_folder(args, pairs, args.out, device)
     else:
-        fuse_folder(args, split_pairs(args), args.out or ROOT / "result" / args.task, device)
+        if args.task == "all":
+            raise UserError("task all has no test split: give a task, or pairs of images")
+        pairs = task_pairs(args.data_dir, args.task, "test", args.skip_unmatched, args.cases)
+        fuse_folder(args, pairs, args.out or ROOT / "result" / args.task, device)
 
 
 # --- what to fuse ----------------------------------------------------------------------------
@@ -93,16 +96,6 @@ def check_flags(args: TestArgs, mode: str) -> None:
         users = [name for name, settings in MODES.items() if f.name in settings]
         if users and mode not in users and getattr(args, f.name) != f.default:
             raise UserError(f"--{f.name} is for {' and '.join(users)}, but this fuses {mode}")
-
-
-def split_pairs(args: TestArgs) -> list[Pair]:
-    """The pairs of the task's test split, of --cases only if there are some."""
-    if args.task == "all":
-        raise UserError("task all has no test split of its own: give a task, or pairs of images")
-    pairs = task_pairs(args.data_dir, args.task, "test", args.skip_unmatched)
-    if unknown := set(args.cases) - {case_of(pair) for pair in pairs}:
-        raise UserError(f"cases has {sorted(unknown)}, which the test split of {args.task} lacks")
-    return [pair for pair in pairs if not args.cases or case_of(pair) in args.cases]
 
 
 # --- fusing ----------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Methods compared on the same images: values, means, ranks and paired tests.
 
 A method is a folder of fused images. The trivial fusions of evaluation/trivial.py always take part.
-Sources: Demšar, JMLR 2006 (mean ranks, signed-rank test); Efron,
-Tibshirani 1993 (bootstrap); Holm 1979.
+Sources: Demšar, JMLR 2006 (mean ranks, signed-rank test); Efron, Tibshirani 1993 (bootstrap); Holm
+1979.
 
 Legend: lumas are (H, W) uint8. A rank is 1 for the best method. Values are (images, metrics).
 """
@@ -262,7 +262,8 @@ def named_pairs(args: MetricArgs) -> tuple[list[Pair], str]:
         raise UserError("--dir1 and --dir2 come together, only one was given")
     if args.dir1:
         return match_pairs(args.dir1, args.dir2, args.skip_unmatched), ""
-    return task_pairs(args.data_dir, args.task, "test", args.skip_unmatched), args.task
+    pairs = task_pairs(args.data_dir, args.task, args.split, args.skip_unmatched, args.cases)
+    return pairs, args.task
 
 
 def name_folders(given: Sequence[str]) -> dict[str, Path]:

@@ -34,8 +34,9 @@ from tqdm import tqdm
 
 from args_setting import TASKS, MetricArgs
 from cli import UserError
-from dataset import Pair, case_of, read_pair, task_pairs
-from evaluation.tables import aligned
+from dataset import Pair, read_pair
+from evaluation.compare import named_pairs
+from evaluation.tables import aligned, named_files
 from evaluation.trivial import TRIVIAL
 from images import read_luma8, to_uint8, write_bytes, write_png
 from inference import optimise
@@ -89,13 +90,12 @@ def measure_findings(method: Method, pairs: list[Pair], seed: int, title: str) -
         for kind in KINDS:
             centres = positions(sources, kind, seed_of(seed, pair.name, kind))
             planted = plant_discs(sources, kind, centres)
-            after = stored(method(*planted))
+            change = planted[kind.source] - sources[kind.source]
+            response = stored(method(*planted)) - fused
             for centre in centres:
                 disc, ring = regions(fused.shape, centre, kind.radius)
-                change = planted[kind.source] - sources[kind.source]
                 before = change[disc].mean() - change[ring].mean()
-                kept = after - fused
-                kept = kept[disc].mean() - kept[ring].mean()
+                kept = response[disc].mean() - response[ring].mean()
                 noise = max(float(fused[ring].std()), 1 / 255)
                 share, d_prime = float(kept / before), float(kind.sign * kept / noise)
                 found.append(Planted(kind, pair.name, centre, share, d_prime))
@@ -242,17 +242,15 @@ def table_lines(results: dict[str, list[Planted]], task: str) -> list[list[str]]
     return lines
 
 
-def pairs_of(args: MetricArgs) -> list[Pair]:
-    """The pairs of --task, --split and --cases."""
-    pairs = task_pairs(args.data_dir, args.task, args.split, args.skip_unmatched)
-    if unknown := set(args.cases) - {case_of(pair) for pair in pairs}:
-        raise UserError(f"cases has {sorted(unknown)}, which the {args.split} split lacks")
-    return [pair for pair in pairs if not args.cases or case_of(pair) in args.cases]
-
-
 def measure_methods(args: MetricArgs) -> None:
-    """`metrics.py --findings`: print the table, and write --csv and --plot."""
-    pairs, methods = pairs_of(args), methods_of(args)
+    """`metrics.py --findings`: print the table, and write --csv and --plot.
+
+    Raises UserError for another output, before anything is measured.
+    """
+    files = named_files(args)
+    if others := files.keys() - {"csv", "plot"}:
+        raise UserError(f"--findings writes --csv and --plot, not --{min(others)}")
+    pairs, methods = named_pairs(args)[0], methods_of(args)
     results = {
         name: measure_findings(fuse, pairs, args.seed, name) for name, fuse in methods.items()
     }
@@ -261,7 +259,8 @@ def measure_methods(args: MetricArgs) -> None:
     if args.csv:
         write_bytes(args.csv, to_csv(results, args.task).encode())
     if args.plot:
-        write_bytes(args.plot, plot(results, methods, pairs, args.task))
+        suffix = args.plot.suffix.lstrip(".")
+        write_bytes(args.plot, plot(results, methods, pairs, args.task, suffix))
 
 
 def to_csv(results: dict[str, list[Planted]], task: str) -> str:
@@ -277,9 +276,13 @@ def to_csv(results: dict[str, list[Planted]], task: str) -> str:
 
 
 def plot(
-    results: dict[str, list[Planted]], methods: dict[str, Method], pairs: list[Pair], task: str
+    results: dict[str, list[Planted]],
+    methods: dict[str, Method],
+    pairs: list[Pair],
+    task: str,
+    suffix: str,
 ) -> bytes:
-    """Bars by kind, and a strip of findings of the first method from best to worst; PNG."""
+    """Bars by kind, and a strip of findings of the first method from best to worst."""
     from matplotlib.figure import Figure  # only --plot needs it, and it loads slowly
 
     figure = Figure(figsize=(12, 8), layout="constrained")
@@ -308,5 +311,5 @@ def plot(
             panel.set_axis_off()
         column[0].set_title(f"{p.kind.name(task)} {p.share:.2f}", fontsize=9)
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110)
+    figure.savefig(data, format=suffix, dpi=110)
     return data.getvalue()

@@ -152,7 +152,17 @@ def named_files(args: MetricArgs) -> dict[str, Path]:
     for path in files.values():
         if not path.parent.is_dir():
             raise UserError(f"the folder of {path} is not there, expected an existing one")
+    if "plot" in files:
+        check_plot_format(files["plot"].suffix.lstrip("."))
     return files
+
+
+def check_plot_format(suffix: str) -> None:
+    """UserError if Matplotlib has no such format."""
+    from matplotlib.figure import Figure  # only --plot needs it, and it loads slowly
+
+    if suffix.lower() not in (formats := Figure().canvas.get_supported_filetypes()):
+        raise UserError(f"a plot cannot be {suffix!r}, expected one of {', '.join(formats)}")
 
 
 def report(
@@ -218,15 +228,13 @@ def to_json(result: Comparison, rank: bool, rows: list[Difference], between: Seq
 def plot(result: Comparison, suffix: str) -> bytes:
     """A small panel for each metric: a dot for each image, a bar at the mean.
 
-    `suffix` is a format of Matplotlib's, as "png" or "pdf"; UserError if it is none.
+    `suffix` is a format of Matplotlib's, as "png" or "pdf".
     """
     from matplotlib.figure import Figure  # only --plot needs it, and it loads slowly
 
     columns = min(5, len(result.metrics))
     rows = math.ceil(len(result.metrics) / columns)
     figure = Figure(figsize=(2.3 * columns, 1.9 * rows + 0.5), layout="constrained")
-    if suffix.lower() not in (formats := figure.canvas.get_supported_filetypes()):
-        raise UserError(f"a plot cannot be {suffix!r}, expected one of {', '.join(formats)}")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for k, panel in enumerate(panels):
         if k < len(result.metrics):

@@ -136,7 +136,10 @@ def test_command_line(call, tmp_path):
         (["--method", "a=DIR/bad.onnx"], "not an ONNX file"),
         (["--method", "a=false {1} {2} {out}"], "failed: it wrote no image"),
         (["--weights", "DIR/no.safetensors"], "no such file"),
-        (["--cases", "9"], "cases has ['9'], which the test split lacks"),
+        (["--cases", "9"], "cases has ['9'], which the test split of CT-MRI lacks"),
+        (["--json", "DIR/f.json"], "--findings writes --csv and --plot, not --json"),
+        (["--plot", "DIR/f.xyz"], "a plot cannot be 'xyz'"),
+        (["--plot", "DIR/no/f.png"], "is not there, expected an existing one"),
     ],
 )
 def test_bad_input_is_one_line(call, tmp_path, argv, message, monkeypatch):
