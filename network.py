@@ -78,8 +78,7 @@ class Encoder(nn.Module):
         x = self.inlayer(img).contiguous(memory_format=torch.channels_last)
         scales = [self.blocks[0](x)]
         for pool, block in zip(self.pools, self.blocks[1:], strict=True):
-            x = F.gelu(pool(scales[-1]))  # (B, C, H/2, W/2)
-            scales.append(block(x))
+            scales.append(block(F.gelu(pool(scales[-1]))))  # (B, C, H/2, W/2)
         return scales
 
 
@@ -173,8 +172,7 @@ class AFF(nn.Module):
         if self.aff == "published":
             z = torch.stack([z[:, 0], z[:, 1]], -1).transpose(2, 3)  # (B, K, 2, C, 2)
         z = torch.view_as_complex(z.contiguous())
-        x = torch.fft.irfft2(z, (height, width), (1, 2), self.fft_norm)  # (B, H, W, C)
-        return x.permute(0, 3, 1, 2)
+        return torch.fft.irfft2(z, (height, width), (1, 2), self.fft_norm).permute(0, 3, 1, 2)
 
 
 class RMSNorm(nn.Module):
@@ -209,8 +207,7 @@ class SFEF(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, d, H, W) -> (B, d, H, W)
         tokens = self.norm(x.flatten(2).mT)  # (B, N, d)
-        slots = self.slot_norm(self.slot_embeds).flatten(0, 1)  # (E*S, d)
-        slots = slots.expand(len(x), -1, -1)  # (B, E*S, d)
+        slots = self.slot_norm(self.slot_embeds).flatten(0, 1).expand(len(x), -1, -1)  # (B, E*S, d)
         slot_in = attend(slots, tokens, tokens)  # dispatch, (B, E*S, d)
         per_expert = slot_in.chunk(len(self.experts), 1)  # E of (B, S, d)
         slot_out = [expert(t) for expert, t in zip(self.experts, per_expert, strict=True)]
@@ -258,9 +255,8 @@ class Decoder(nn.Module):
         self.up3 = ConvBlock(c3 + 2 * c3, c2 // 2, c2, upsample=True)
         self.up2 = ConvBlock(c2 + 2 * c2, c1 // 2, c1, upsample=True)
         self.up1 = ConvBlock(c1 + 2 * c1, tail // 2, tail)
-        self.outlayer = nn.Conv2d(tail, 2 if head == "max" else 1, 1)
-        if head == "max":
-            nn.init.zeros_(self.outlayer.bias)  # begin near the brighter source
+        self.outlayer = nn.Conv2d(tail, 1 if head == "image" else 2, 1)
+        nn.init.zeros_(self.outlayer.bias)  # gains begin near zero
 
     def forward(self, z1: Tensor, z2: Tensor, z3: Tensor, z4: Tensor) -> Tensor:
         """Fused maps (B, 2C, H, W), …, (B, 2C, H/8, W/8) -> (B, 1 or 2, H, W)."""
@@ -331,7 +327,8 @@ class ASFEFusion(nn.Module):
         if self.size.head == "image":
             return out
         gain1, gain2 = out.chunk(2, 1)  # (B, 1, H, W) each
-        return torch.maximum(img1, img2) + gain1 * img1 + gain2 * img2
+        shared = [low_pass(img) if self.size.head == "sum" else img for img in (img1, img2)]
+        return (1 + gain1) * img1 + (1 + gain2) * img2 - torch.minimum(*shared)
 
     @torch.no_grad()
     def fuse(
@@ -381,6 +378,12 @@ def as_batch(name: str, img: Tensor | np.ndarray, device: torch.device) -> Tenso
     if t.min() < -1e-3 or t.max() > 1 + 1e-3:  # a luma may round to just over 1
         raise ValueError(f"{name} has values from {t.min():g} to {t.max():g}, expected 0 to 1")
     return t if t.ndim == 4 else t[None, None]
+
+
+def low_pass(img: Tensor) -> Tensor:
+    """(B, 1, H, W) without detail of less than some 16 pixels; H and W are multiples of 8."""
+    coarse = F.avg_pool2d(F.avg_pool2d(img, 8), 3, 1, 1, count_include_pad=False)
+    return F.interpolate(coarse, scale_factor=8, mode="bilinear")
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

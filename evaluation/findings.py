@@ -8,7 +8,8 @@ the ring around it; what counts is how the contrast changed:
 
 1 keeps the finding as it was, 0 loses it, below 0 turns it around. d' is the change of contrast in
 the fused image over the standard deviation of the fused image in the ring without the finding: how
-far it stands out from what lies around it. docs/metrics.md has every constant.
+far it stands out from what lies around it. In a colour image the contrast is also a distance in
+CIELAB. docs/metrics.md has every constant.
 
 Positions follow from the seed and the name of the pair, so they are the same for every method. This
 needs a method that can be run: a function of two lumas, see `methods_of`.
@@ -30,6 +31,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 from scipy import ndimage
+from skimage.color import rgb2lab
 from tqdm import tqdm
 
 from args_setting import TASKS, MetricArgs
@@ -79,27 +81,49 @@ class Planted:
     centre: tuple[int, int]  # row and column
     share: float
     d_prime: float
+    colour: float  # share of the distance in CIELAB; NaN of grey images
 
 
 def measure_findings(method: Method, pairs: list[Pair], seed: int, title: str) -> list[Planted]:
     """Plant findings of every kind into every pair and measure what the method keeps of them."""
     found = []
     for pair in tqdm(pairs, title, unit="pair", leave=False, disable=None):
-        sources = np.stack(read_pair(pair)[:2])  # (2, H, W)
+        *sources, chroma = read_pair(pair)
+        sources = np.stack(sources)  # (2, H, W)
         fused = stored(method(*sources))
         for kind in KINDS:
             centres = positions(sources, kind, seed_of(seed, pair.name, kind))
             planted = plant_discs(sources, kind, centres)
-            change = planted[kind.source] - sources[kind.source]
-            response = stored(method(*planted)) - fused
+            source, planted_source = sources[kind.source], planted[kind.source]
+            fused_planted = stored(method(*planted))
+            change, response = planted_source - source, fused_planted - fused
+            if chroma is not None:  # the MRI has none
+                own = chroma if kind.source == 0 else None
+                coloured = lab(planted_source, own) - lab(source, own)
+                coloured_response = lab(fused_planted, chroma) - lab(fused, chroma)
             for centre in centres:
                 disc, ring = regions(fused.shape, centre, kind.radius)
-                before = change[disc].mean() - change[ring].mean()
-                kept = response[disc].mean() - response[ring].mean()
+                kept = contrast(response, disc, ring)
                 noise = max(float(fused[ring].std()), 1 / 255)
-                share, d_prime = float(kept / before), float(kind.sign * kept / noise)
-                found.append(Planted(kind, pair.name, centre, share, d_prime))
+                share = float(kept / contrast(change, disc, ring))
+                colour = math.nan
+                if chroma is not None:
+                    distance = np.linalg.norm(contrast(coloured_response, disc, ring))
+                    colour = float(distance / np.linalg.norm(contrast(coloured, disc, ring)))
+                d_prime = float(kind.sign * kept / noise)
+                found.append(Planted(kind, pair.name, centre, share, d_prime, colour))
     return found
+
+
+def contrast(image: ndarray, disc: ndarray, ring: ndarray) -> ndarray:
+    """The mean of (H, W) or (H, W, 3) in the disc, less that in the ring."""
+    return image[disc].mean(0) - image[ring].mean(0)
+
+
+def lab(luma: ndarray, chroma: ndarray | None) -> ndarray:
+    """CIELAB (H, W, 3), D65, of the 8-bit RGB image of a luma and a chroma (None: grey)."""
+    rgb = to_uint8(luma, np.zeros((1, 1, 3), np.float32) if chroma is None else chroma)
+    return rgb2lab(rgb).astype(np.float32)
 
 
 def stored(fused: ndarray) -> ndarray:
@@ -217,28 +241,38 @@ def of_command(text: str) -> Method:
 # --- the table -------------------------------------------------------------------------------
 
 
-def by_kind(found: list[Planted], task: str) -> dict[str, ndarray]:
-    """Shares by the name of the kind, sorted."""
+def by_kind(found: list[Planted], task: str, value: str = "share") -> dict[str, ndarray]:
+    """A value of the findings by the name of the kind, sorted."""
     names = dict.fromkeys(kind.name(task) for kind in KINDS)
-    return {n: np.sort([p.share for p in found if p.kind.name(task) == n]) for n in names}
+    return {n: np.sort([getattr(p, value) for p in found if p.kind.name(task) == n]) for n in names}
+
+
+def means_of(kinds: dict[str, ndarray]) -> list[float]:
+    """The mean of each kind; NaN of none."""
+    return [float(s.mean()) if len(s) else math.nan for s in kinds.values()]
 
 
 def worst_tenth(shares: ndarray) -> float:
-    """The mean of the lowest tenth, of one at least; NaN of none."""
-    return float(shares[: max(1, len(shares) // 10)].mean()) if len(shares) else math.nan
+    """The share that a tenth of the findings does not reach; NaN of none."""
+    return float(np.quantile(shares, 0.1)) if len(shares) else math.nan
 
 
 def table_lines(results: dict[str, list[Planted]], task: str) -> list[list[str]]:
-    """A title and a line for each method: shares by kind, the worst kind and tenth, d'."""
+    """A title and a line for each method: shares by kind, the worst kind and tenth, d'.
+
+    For a colour task also the worst kind's share of the distance in CIELAB.
+    """
     names = list(by_kind([], task))
-    lines = [["share kept ↑", *names, "worst kind", "worst tenth", "d'"]]
+    lines = [["share kept ↑", *names, "worst kind", "worst tenth", "d'", "worst colour"]]
     for method, found in results.items():
         shares = by_kind(found, task)
-        means = [float(s.mean()) if len(s) else math.nan for s in shares.values()]
-        tenths = [worst_tenth(s) for s in shares.values()]
+        means, tenths = means_of(shares), [worst_tenth(s) for s in shares.values()]
         d_prime = float(np.median([p.d_prime for p in found]))
-        cells = *means, np.nanmin(means), np.nanmin(tenths), d_prime
+        colour = np.min(means_of(by_kind(found, task, "colour")))
+        cells = *means, np.nanmin(means), np.nanmin(tenths), d_prime, colour
         lines.append([method, *(f"{cell:.2f}" for cell in cells)])
+    if all(line[-1] == "nan" for line in lines[1:]):  # grey images
+        lines = [line[:-1] for line in lines]
     return lines
 
 
@@ -267,11 +301,12 @@ def to_csv(results: dict[str, list[Planted]], task: str) -> str:
     """A line for each finding of each method."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["method", "kind", "radius", "pair", "row", "column", "share", "d_prime"])
+    titles = "method", "kind", "radius", "pair", "row", "column", "share", "d_prime", "colour"
+    writer.writerow(titles)
     for method, found in results.items():
         for p in found:
-            cells = p.kind.name(task), p.kind.radius, p.pair, *p.centre, p.share, p.d_prime
-            writer.writerow([method, *cells])
+            cells = p.kind.name(task), p.kind.radius, p.pair, *p.centre
+            writer.writerow([method, *cells, p.share, p.d_prime, p.colour])
     return text.getvalue()
 
 

@@ -81,9 +81,23 @@ def test_a_seed_belongs_to_its_pair_and_kind():
 
 
 def test_the_worst_tenth():
-    assert findings.worst_tenth(np.arange(40.0)) == 1.5
-    assert findings.worst_tenth(np.array([0.3, 0.5])) == 0.3
+    assert findings.worst_tenth(np.arange(41.0)) == 4
+    assert findings.worst_tenth(np.array([0.3])) == 0.3
     assert np.isnan(findings.worst_tenth(np.array([])))
+
+
+def test_colour_counts_in_colour_images_only(tmp_path, pairs):
+    for name, image in zip(("pet", "mri"), phantom_pair("PET-MRI", 256), strict=True):
+        write_png(tmp_path / f"{name}.png", image)
+    coloured = [Pair("a", tmp_path / "pet.png", tmp_path / "mri.png")]
+    found = measure_findings(lambda a, b: a, coloured, 1, "")
+    own = [p.colour for p in found if p.kind.source == 0]
+    assert own == pytest.approx([1] * len(own), abs=0.02), "a copy keeps every colour"
+    assert max(p.colour for p in found if p.kind.source == 1) < 0.02
+    lines = findings.table_lines({"copy": found}, "PET-MRI")
+    assert lines[0][-1] == "worst colour" and lines[1][-1] == "0.00"
+    grey = measure_findings(lambda a, b: a, pairs, 1, "")
+    assert findings.table_lines({"copy": grey}, "CT-MRI")[0][-1] == "d'"
 
 
 # --- trivial fusions -------------------------------------------------------------------------

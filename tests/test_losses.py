@@ -155,7 +155,7 @@ def test_unknown_recipe(images):
 
 def test_findings_are_missed_or_shown():
     """The second half of the batch is the first with findings."""
-    sources = torch.rand(2, 2, 1, 32, 32) / 2
+    sources = torch.rand(2, 2, 1, 32, 32) / 8 + 0.2
     planted = sources.clone()
     planted[0, 0, :, 5:9, 5:9] += 0.3
     planted[1, 1, :, 20:28, 4:9] -= 0.2
@@ -166,6 +166,8 @@ def test_findings_are_missed_or_shown():
     blind = shown[:2].repeat(2, 1, 1, 1)
     assert findings_loss(blind, img1, img2).item() == pytest.approx(1, rel=1e-4)
     assert findings_loss(2 * blind - shown, img1, img2).item() == pytest.approx(2, rel=1e-4)
+    above_white = findings_loss(shown + 1, img1, img2).item()
+    assert above_white == pytest.approx(0.9, rel=1e-4), "a stored image would be white"
     total, terms = fusion_loss(blind, img1, img2, "findings")
     assert set(terms) == {"content", "gradient", "structure", "information", "findings"}
     without = term_weights("findings") | {"findings": 0}
