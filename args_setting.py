@@ -29,13 +29,13 @@ class ModelSize:
     slots: int = 256  # per expert
     fft_norm: str = "backward"  # AFF; "ortho" keeps its statistics independent of the image size
     sfef_residual: bool = False  # the published SFEF has none
-    # "image": the decoder makes the fused image. Else it makes two gains for each pixel:
-    # fused = (1 + g1) img1 + (1 + g2) img2 - what both show, which is for "max" min(img1, img2),
-    # and for "sum" the same of their low frequencies, so that the details of both are kept
+    # "image": the decoder makes the fused image. Else it makes two gains for each pixel,
+    # fused = base + g1 img1 + g2 img2; the base of "max" is the brighter source, that of "blend"
+    # has the strong details of both
     head: str = "image"
 
     def __post_init__(self):
-        choices = {"fft_norm": ("backward", "ortho"), "head": ("image", "max", "sum")}
+        choices = {"fft_norm": ("backward", "ortho"), "head": ("image", "max", "blend")}
         for name, expected in choices.items():
             if getattr(self, name) not in expected:
                 got = getattr(self, name)
@@ -45,7 +45,7 @@ class ModelSize:
 SIZES = {
     "paper": ModelSize(),
     # Ours, with the same modules. A patch side per scale keeps the token count equal at every
-    # scale; a head that corrects the sources' sum keeps black black, and findings from the start.
+    # scale; a head that corrects a blend keeps black black, and findings from the start on.
     "compact": ModelSize(
         channels=(16, 16, 32, 48, 64),
         tail=32,
@@ -56,7 +56,7 @@ SIZES = {
         slots=16,
         fft_norm="ortho",
         sfef_residual=True,
-        head="sum",
+        head="blend",
     ),
 }
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from args_setting import SIZES, ModelSize
 
+STRONG = 0.08  # mean absolute detail, of the range, that a blend keeps beside any other
 MIN_SIDE = 16  # pixels, the smallest image side that `fuse` takes
 WHITE = {torch.uint8: 255, torch.uint16: 65535}  # of images of integers
 
@@ -118,11 +119,9 @@ class CASF(nn.Module):
         tokens2 = self.norm2(self.embed2(y))
         q1, k1, v1 = self.split_heads(self.qkv1(tokens1))  # (B, heads, N, D/heads) each
         q2, k2, v2 = self.split_heads(self.qkv2(tokens2))
-        crossed1 = F.scaled_dot_product_attention(q1, k1, v2)  # A1 v2
-        crossed2 = F.scaled_dot_product_attention(q2, k2, v1)  # A2 v1
-        crossed1 = self.proj1(crossed1.transpose(1, 2).flatten(2))  # (B, N, D)
-        crossed2 = self.proj2(crossed2.transpose(1, 2).flatten(2))
-        patches = self.unpatch((crossed1 + crossed2) / 2)  # (B, N, p*p*C)
+        crossed1 = F.scaled_dot_product_attention(q1, k1, v2).transpose(1, 2).flatten(2)  # A1 v2
+        crossed2 = F.scaled_dot_product_attention(q2, k2, v1).transpose(1, 2).flatten(2)  # A2 v1
+        patches = self.unpatch((self.proj1(crossed1) + self.proj2(crossed2)) / 2)  # (B, N, p*p*C)
         return x + y + self.lay_back(patches, x.shape[2] // self.patch, x.shape[3] // self.patch)
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
@@ -218,8 +217,7 @@ class SFEF(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T) v of (B, Nq, d), (B, Nk, d), (B, Nk, d): (B, Nq, d)."""
-    q, k, v = (t.unsqueeze(1) for t in (q, k, v))  # one head
-    return F.scaled_dot_product_attention(q, k, v, scale=1.0).squeeze(1)
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=1.0)[:, 0]
 
 
 class FusionModule(nn.Module):
@@ -233,13 +231,10 @@ class FusionModule(nn.Module):
         self.sfef = SFEF(2 * channels, size.experts, size.slots, size.sfef_residual)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:  # two (B, C, H, W) -> (B, 2C, H, W)
-        return self.sfef(self.concat(self.casf(x, y), self.aff2(x) + self.aff1(y)))
-
-    def concat(self, spatial: Tensor, frequency: Tensor) -> Tensor:  # -> (B, 2C, H, W)
-        # Channels last in memory: then pixels become SFEF's tokens without a copy. On another
-        # layout, which torch.cat(maps, 1) would give, attention loses its fused kernel.
+        spatial, frequency = self.casf(x, y), self.aff2(x) + self.aff1(y)
+        # Channels last in memory, unlike torch.cat(…, 1): SFEF's tokens need no copy then.
         maps = spatial.movedim(1, 3), frequency.to(spatial.dtype).movedim(1, 3)  # (B, H, W, C)
-        return torch.cat(maps, 3).movedim(3, 1)
+        return self.sfef(torch.cat(maps, 3).movedim(3, 1))
 
 
 # --- decoder ---------------------------------------------------------------------------------
@@ -278,6 +273,8 @@ class ASFEFusion(nn.Module):
         super().__init__()
         if isinstance(size, str) and size not in SIZES:
             raise ValueError(f"size is {size!r}, expected one of {', '.join(SIZES)}")
+        if aff not in ("full", "published"):
+            raise ValueError(f"aff is {aff!r}, expected full or published")
         self.size = size = SIZES[size] if isinstance(size, str) else size
         self.encoder = Encoder(size.channels)
         self.fusion = nn.ModuleList(
@@ -288,19 +285,6 @@ class ASFEFusion(nn.Module):
         self.multiple = max(2**k * p for k, p in enumerate(size.patch))  # of H and W, in pixels
         self.aff = aff
         self.to(memory_format=torch.channels_last)
-
-    @property
-    def aff(self) -> str:
-        """Which inverse transform AFF uses: "full" or "published"."""
-        return self.fusion[0].aff1.aff
-
-    @aff.setter
-    def aff(self, aff: str) -> None:
-        if aff not in ("full", "published"):
-            raise ValueError(f"aff is {aff!r}, expected full or published")
-        for module in self.modules():
-            if isinstance(module, AFF):
-                module.aff = aff
 
     def forward(self, img1: Tensor, img2: Tensor) -> Tensor:
         """Fuse two (B, 1, H, W) float images in [0, 1] into (B, 1, H, W), not clipped.
@@ -326,9 +310,9 @@ class ASFEFusion(nn.Module):
         """The fused (B, 1, H, W) from the decoder's output, as `ModelSize.head` says."""
         if self.size.head == "image":
             return out
+        base = torch.maximum(img1, img2) if self.size.head == "max" else blend(img1, img2)
         gain1, gain2 = out.chunk(2, 1)  # (B, 1, H, W) each
-        shared = [low_pass(img) if self.size.head == "sum" else img for img in (img1, img2)]
-        return (1 + gain1) * img1 + (1 + gain2) * img2 - torch.minimum(*shared)
+        return base + gain1 * img1 + gain2 * img2
 
     @torch.no_grad()
     def fuse(
@@ -339,8 +323,7 @@ class ASFEFusion(nn.Module):
         Args:
             img1, img2: (H, W) or (B, 1, H, W), tensor or array; float in [0, 1] or unsigned
                 integers of 8 or 16 bits (divided by 255 or 65535).
-            stretch: as the published code, stretch each fused image from its minimum and maximum
-                to [0, 1] in place of the clip; a constant one becomes 0.
+            stretch: as the published code, a min-max stretch of each image in place of the clip.
 
         Returns a float32 tensor of the input's shape, on the model's device, in [0, 1]. Raises
         ValueError for shapes that differ or are too small, values out of range or not finite.
@@ -380,10 +363,27 @@ def as_batch(name: str, img: Tensor | np.ndarray, device: torch.device) -> Tenso
     return t if t.ndim == 4 else t[None, None]
 
 
-def low_pass(img: Tensor) -> Tensor:
-    """(B, 1, H, W) without detail of less than some 16 pixels; H and W are multiples of 8."""
-    coarse = F.avg_pool2d(F.avg_pool2d(img, 8), 3, 1, 1, count_include_pad=False)
-    return F.interpolate(coarse, scale_factor=8, mode="bilinear")
+def blend(img1: Tensor, img2: Tensor) -> Tensor:
+    """The brighter image's low frequencies, and the details of both that are strong: (B, 1, H, W).
+
+    There are two bands of detail. A detail counts in full where it is as strong as the other
+    image's or than STRONG, else by the square of that ratio. Black in both stays black.
+    """
+    total, details = img1 + img2, 0
+    for factor, window in ((2, 5), (8, 9)):  # details of up to some 4 and 16 pixels
+        lows = low_pass(img1, factor), low_pass(img2, factor)
+        pair = img1 - lows[0], img2 - lows[1]
+        a, b = (F.avg_pool2d(d.abs(), window, 1, window // 2) + 1 / 255 for d in pair)
+        for detail, own, other in (pair[0], a, b), (pair[1], b, a):
+            details = details + detail * (own / other.clamp(max=STRONG)).square().clamp(max=1)
+        img1, img2 = lows
+    return torch.minimum(torch.maximum(img1, img2) + details, total)
+
+
+def low_pass(img: Tensor, factor: int) -> Tensor:
+    """(B, 1, H, W) without what is smaller than some 2 `factor` pixels."""
+    coarse = F.avg_pool2d(F.avg_pool2d(img, factor), 3, 1, 1, count_include_pad=False)
+    return F.interpolate(coarse, scale_factor=factor, mode="bilinear")
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

@@ -57,25 +57,27 @@ def load_model(args: WeightsArgs, task: str, device: torch.device) -> ASFEFusion
         raise UserError(
             f"no weights of size {args.size} for {task}, expected {path}; train, or use --weights"
         )
-    model = load_sized(path, args.size, device)
-    if args.aff != "auto":
-        model.aff = args.aff
-    return model
+    return load_sized(path, args.size, device, None if args.aff == "auto" else args.aff)
 
 
-def load_sized(path: Path, size: str, device: torch.device | str) -> ASFEFusion:
+def load_sized(
+    path: Path, size: str, device: torch.device | str, aff: str | None = None
+) -> ASFEFusion:
     """`load_weights` of a file that must be of one size; UserError if it is not."""
-    model, metadata = load_weights(path, device)
+    model, metadata = load_weights(path, device, aff)
     if metadata["size"] != size:
         raise UserError(f"weights {path} are of size {metadata['size']}, expected size {size}")
     return model
 
 
-def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[ASFEFusion, dict]:
+def load_weights(
+    path: Path, device: torch.device | str = "cpu", aff: str | None = None
+) -> tuple[ASFEFusion, dict]:
     """A model in evaluation mode and the metadata of its file.
 
     Takes our safetensors, and state dicts (`.pth`) made by the published code, also wrapped in
-    `module.` by DataParallel; those select `aff="published"`. Pickled code is never run.
+    `module.` by DataParallel; those select `aff="published"`, unless `aff` says another variant.
+    Pickled code is never run.
 
     Raises:
         UserError: the file is absent, damaged, of another model, or holds more than tensors.
@@ -88,7 +90,7 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[ASFEFu
     else:
         state = from_published(read_state_dict(path))
         metadata = {"size": "paper", "widths": asdict(SIZES["paper"]), "aff": "published"}
-    model = described_by(metadata, path)
+    model = described_by(metadata | {"aff": aff or metadata["aff"]}, path)
     parts = model.state_dict(), state
     want, got = ({key: tuple(t.shape) for key, t in part.items()} for part in parts)
     for key in {**want, **got}:

@@ -17,7 +17,7 @@ def model(request) -> ASFEFusion:
 @pytest.mark.parametrize("aff", ["full", "published"])
 @pytest.mark.parametrize("side", [(64, 96), (32, 32)])
 def test_it_is_the_same_function(model, aff, side):
-    model.aff = aff
+    model = settled(ASFEFusion(model.size, aff))
     fast = optimise(model)
     assert fast is not model and type(model.decoder) is not type(fast.decoder)
     images = torch.rand(2, 2, 1, *side)
