@@ -29,13 +29,12 @@ class ModelSize:
     slots: int = 256  # per expert
     fft_norm: str = "backward"  # AFF; "ortho" keeps its statistics independent of the image size
     sfef_residual: bool = False  # the published SFEF has none
-    # "image": the decoder makes the fused image. Else it makes two gains for each pixel,
-    # fused = base + g1 img1 + g2 img2; the base of "max" is the brighter source, that of "blend"
-    # has the strong details of both
+    # "image": the decoder makes the fused image. "blend": it makes two gains for each pixel,
+    # fused = blend(img1, img2) + g1 img1 + g2 img2; the blend has the strong details of both
     head: str = "image"
 
     def __post_init__(self):
-        choices = {"fft_norm": ("backward", "ortho"), "head": ("image", "max", "blend")}
+        choices = {"fft_norm": ("backward", "ortho"), "head": ("image", "blend")}
         for name, expected in choices.items():
             if getattr(self, name) not in expected:
                 got = getattr(self, name)

@@ -28,7 +28,7 @@ WEIGHTS = {
         "gradient": 80.0,
         "structure": 2.0,
         "information": 0.1,
-        "findings": 1.0,
+        "findings": 3.0,
     },
 }
 

@@ -5,8 +5,8 @@ image fusion", Biomedical Signal Processing and Control 96 (2024) 106478. An enc
 weights makes features of both images at four scales, a fusion module joins them at each scale
 (CASF in space, AFF in frequency, SFEF mixes both), and a decoder makes the fused image.
 
-One path serves training and inference; `inference.optimise` gives an equivalent that is faster on a
-CPU. `args_setting.SIZES` has two sizes: `paper`, the published one, and `compact`, ours.
+One path serves training and inference; `inference.optimise` makes it faster on a CPU.
+`args_setting.SIZES` has two sizes: `paper`, the published one, and `compact`, ours.
 
 Legend: B batch, C channels of one modality at a scale, H W pixels of that scale, K = W/2+1
 frequencies along W, p patch side, N tokens, D width of a CASF token, d = 2C width of an SFEF token,
@@ -251,7 +251,8 @@ class Decoder(nn.Module):
         self.up2 = ConvBlock(c2 + 2 * c2, c1 // 2, c1, upsample=True)
         self.up1 = ConvBlock(c1 + 2 * c1, tail // 2, tail)
         self.outlayer = nn.Conv2d(tail, 1 if head == "image" else 2, 1)
-        nn.init.zeros_(self.outlayer.bias)  # gains begin near zero
+        nn.init.normal_(self.outlayer.weight, std=0.01)  # gains begin near zero
+        nn.init.zeros_(self.outlayer.bias)
 
     def forward(self, z1: Tensor, z2: Tensor, z3: Tensor, z4: Tensor) -> Tensor:
         """Fused maps (B, 2C, H, W), …, (B, 2C, H/8, W/8) -> (B, 1 or 2, H, W)."""
@@ -310,9 +311,9 @@ class ASFEFusion(nn.Module):
         """The fused (B, 1, H, W) from the decoder's output, as `ModelSize.head` says."""
         if self.size.head == "image":
             return out
-        base = torch.maximum(img1, img2) if self.size.head == "max" else blend(img1, img2)
         gain1, gain2 = out.chunk(2, 1)  # (B, 1, H, W) each
-        return base + gain1 * img1 + gain2 * img2
+        white = ((img1 - 0.85) / 0.1).clamp(0, 1) * (img1 - 0.06)  # bone, calcium, fresh blood
+        return torch.maximum(blend(img1, img2) + gain1 * img1 + gain2 * img2, white)
 
     @torch.no_grad()
     def fuse(
@@ -332,11 +333,10 @@ class ASFEFusion(nn.Module):
         a, b = as_batch("img1", img1, device), as_batch("img2", img2, device)
         if a.shape != b.shape:
             raise ValueError(f"img1 is {sides(a)} and img2 is {sides(b)}, expected equal sizes")
-        height, width = a.shape[2:]
-        a, b = (pad_to_multiple(t, self.multiple) for t in (a, b))
+        padded = (pad_to_multiple(t, self.multiple) for t in (a, b))
         modes = {module: module.training for module in self.modules()}
         try:
-            out = self.eval()(a, b).float()[..., :height, :width]
+            out = self.eval()(*padded).float()[..., : a.shape[2], : a.shape[3]]
         finally:  # each module as it was: a trainer may have frozen some
             for module, mode in modes.items():
                 module.training = mode
@@ -366,17 +366,17 @@ def as_batch(name: str, img: Tensor | np.ndarray, device: torch.device) -> Tenso
 def blend(img1: Tensor, img2: Tensor) -> Tensor:
     """The brighter image's low frequencies, and the details of both that are strong: (B, 1, H, W).
 
-    There are two bands of detail. A detail counts in full where it is as strong as the other
-    image's or than STRONG, else by the square of that ratio. Black in both stays black.
+    In each of two bands a detail counts in full where it is as strong as the other image's or as
+    STRONG, else by the square of that ratio. Black in both stays black.
     """
     total, details = img1 + img2, 0
     for factor, window in ((2, 5), (8, 9)):  # details of up to some 4 and 16 pixels
-        lows = low_pass(img1, factor), low_pass(img2, factor)
-        pair = img1 - lows[0], img2 - lows[1]
+        low1, low2 = low_pass(img1, factor), low_pass(img2, factor)
+        pair = img1 - low1, img2 - low2
         a, b = (F.avg_pool2d(d.abs(), window, 1, window // 2) + 1 / 255 for d in pair)
         for detail, own, other in (pair[0], a, b), (pair[1], b, a):
             details = details + detail * (own / other.clamp(max=STRONG)).square().clamp(max=1)
-        img1, img2 = lows
+        img1, img2 = low1, low2
     return torch.minimum(torch.maximum(img1, img2) + details, total)
 
 

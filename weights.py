@@ -43,8 +43,10 @@ UNUSED = re.compile(r"\.QKV_Block\d\.(attn\.proj|norm2|mlp)\.|\.down_anti\.filt$
 
 
 def shipped_path(size: str, task: str) -> Path:
-    """The file of the weights of a size for a task; not every size is shipped."""
-    return ROOT / "model_pre" / f"{size}_{task}.safetensors"
+    """The file of the weights of a size for a task, else for all; not every size is shipped."""
+    folder = ROOT / "model_pre"
+    own = folder / f"{size}_{task}.safetensors"
+    return own if own.is_file() else folder / f"{size}_all.safetensors"
 
 
 def load_model(args: WeightsArgs, task: str, device: torch.device) -> ASFEFusion:

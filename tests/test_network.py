@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from args_setting import SIZES
 from inference import optimise
-from network import AFF, SFEF, ASFEFusion, pad_to_multiple
+from network import AFF, SFEF, ASFEFusion, blend, pad_to_multiple
 
 PUBLISHED_STAGES = {  # module of ours -> name in the golden file
     **{f"encoder.blocks.{k}": f"encoder.block{k + 1}" for k in range(4)},
@@ -236,6 +236,37 @@ def test_unknown_variants_are_named(arguments, message):
 
 
 # --- any size --------------------------------------------------------------------------------
+
+
+DISCS = (30, 40), (60, 50)  # centres
+
+
+def test_the_blend_keeps_what_either_image_shows():
+    y, x = torch.meshgrid(torch.arange(96.0), torch.arange(96.0), indexing="ij")
+    disc1, disc2 = (0.25 * torch.sigmoid(5 - torch.hypot(y - r, x - c)) for r, c in DISCS)
+    dark, bright = torch.full((1, 1, 96, 96), 0.3), torch.full((1, 1, 96, 96), 0.6)
+    for img1, img2 in (dark, bright), (bright, dark):
+        plain = blend(img1, img2)
+        assert torch.allclose(plain, torch.maximum(img1, img2), atol=1e-5)
+        for change in disc1, -disc2:
+            for planted in (img1 + change, img2), (img1, img2 + change):
+                kept = (blend(*planted) - plain)[0, 0]
+                inside = change.abs() > 0.12
+                assert kept[inside].mean() / change[inside].mean() > 0.8
+    # the weaker of two details is weakened, unless it is strong itself
+    waves = 0.02 * torch.sin(y) + dark
+    stripes = 0.05 * torch.sin(x) + bright
+    assert (blend(waves, stripes) - blend(dark, stripes)).std() < 0.4 * waves.std()
+
+
+def test_black_stays_black_and_white_white(compact):
+    heads = torch.rand(2, 1, 1, 96, 96)
+    heads[..., :40, :], heads[0, ..., 60:70, 60:90] = 0, 1
+    heads[1, ..., 60:70, 60:90] = 0
+    out = torch.randn(1, 2, 96, 96) / 10
+    fused = compact.head(out, *heads)
+    assert fused[..., :40, :].max() <= 0
+    assert fused[..., 60:70, 60:90].min() >= 0.94 - 1e-6, "bone, where the MRI is black"
 
 
 @pytest.mark.parametrize("side", [(16, 16), (100, 130), (255, 255), (192, 256), (512, 384)])
