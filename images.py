@@ -351,17 +351,25 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except OSError as error:  # of a full disk it names no file, else the wrong one
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+    except (OSError, RuntimeError) as error:
+        # of a full disk it names no file, else the wrong one; torch.save hides it behind another
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror or str(cause), str(path)) from None
     finally:
         part.unlink(missing_ok=True)
 
 
 def writable_folder(path: Path) -> Path:
-    """Make the folder and prove that a file can be written there; OSError if not.
+    """Make the folder and prove that a file can be written there; OSError that names it if not.
 
     Processes that try the same folder at once, as torchrun's do, get a file each.
     """
     path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(prefix=".probe", suffix=".part", dir=path):
-        return path
+    try:
+        with tempfile.TemporaryFile(prefix=".probe", suffix=".part", dir=path):
+            return path
+    except OSError as error:
+        reason = f"cannot write into this folder: {error.strerror}"
+        raise OSError(error.errno, reason, str(path)) from None

@@ -208,7 +208,7 @@ def broken(tmp_path: Path, weights: Path, kind: str) -> tuple[list, str]:
         pair = ["--img1", ct / "a.png", "--img2", mri / "a.png", "--weights", weights]
         return [*pair, "--out", tmp_path / "out.jpg"], "ends in .png"
     if kind == "unwritable folder":
-        return [*plain[:4], "--out", "/proc/self"], "/.probe"
+        return [*plain[:4], "--out", "/proc/self"], "cannot write into this folder"
     if kind == "batch":
         return [*plain, "--batch_size", "0"], "batch_size is 0, expected at least 1"
     if kind == "threads":
