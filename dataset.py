@@ -123,13 +123,12 @@ def as_told(pairs: list[Pair], levels: Sequence[str], page: Sequence[int] = ()) 
 
 def decode_pair(pair: Pair, doubts: Doubts | None = None) -> tuple[Pixels, Pixels]:
     """The pixels of both images, which `doubts` also gets; UserError if their sizes differ."""
-    paths = pair.path1, pair.path2
-    sources = tuple(map(images.decode, paths, pair.readings))
+    sources = tuple(map(images.decode, (pair.path1, pair.path2), pair.readings))
     sides = ["x".join(map(str, pixels.values.shape[:2])) for pixels in sources]
     if sides[0] != sides[1]:
         raise UserError(f"{pair.path1} is {sides[0]}, {pair.path2} is {sides[1]}, expected equal")
     for i in (0, 1) if doubts else ():
-        doubts.add(paths[i], sources[i], i + 1, pair.readings[i])
+        doubts.add((pair.path1, pair.path2)[i], sources[i], i + 1, pair.readings[i])
     return sources
 
 
@@ -248,17 +247,15 @@ def case_of(pair: Pair, pattern: str = CASE_PATTERN) -> str:
     does not fit, or the pattern is no expression with a group.
     """
     try:
-        found = re.fullmatch(pattern, pair.name)
-        case = found and found[1]
+        if (found := re.fullmatch(pattern, pair.name)) and found[1]:
+            return found[1]
     except (re.error, IndexError):
-        expected = "a regular expression with the case in brackets"
-        raise UserError(f"case_pattern is {pattern!r}, expected {expected}") from None
-    if not case:
-        raise UserError(
-            f"{pair.path1}: its name does not fit case_pattern, {pattern}, so the patient is "
-            "unknown; give one with the case in brackets, as '(.+)_slice.+', or train by --val 0"
-        )
-    return case
+        wanted = "a regular expression with the case in brackets"
+        raise UserError(f"case_pattern is {pattern!r}, expected {wanted}") from None
+    raise UserError(
+        f"{pair.path1}: its name does not fit case_pattern, {pattern}, so the patient is unknown; "
+        "give one with the case in brackets, as '(.+)_slice.+', or train by --val 0"
+    )
 
 
 def people(root: Path) -> dict[tuple[str, str], str]:

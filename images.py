@@ -154,8 +154,12 @@ def values_of(image: Image.Image, data: bytes) -> np.ndarray | None:
         values = np.asarray(image)
         return values.astype(np.int16 if signed else np.uint16) if deep else values
     if deep:  # Pillow would cut colour to 8 bits
-        _, pages = cv2.imdecodemulti(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-        values = pages[image.tell()] if image.tell() < len(pages) else None
+        file, page = np.frombuffer(data, np.uint8), image.tell()
+        if page:
+            _, pages = cv2.imdecodemulti(file, cv2.IMREAD_UNCHANGED)
+            values = pages[page] if page < len(pages) else None
+        else:
+            values = cv2.imdecode(file, cv2.IMREAD_UNCHANGED)
         return None if values is None else values[..., [2, 1, 0, 3][: values.shape[2]]]
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         return np.asarray(image.convert("RGBA"))
@@ -166,6 +170,8 @@ def turn_to_page(image: Image.Image, path: Path, page: int | None) -> None:
     """Turn to a page of a TIFF, or to a picture of an animation; UserError if it is in doubt."""
     try:
         pages = getattr(image, "n_frames", 1)
+        if page is not None and 1 <= page <= pages:
+            image.seek(page - 1)
     except Exception as error:  # a parser of strange bytes may stumble in any way
         raise ValueError("damaged pages") from error
     if page is None and pages > 1:
@@ -179,7 +185,6 @@ def turn_to_page(image: Image.Image, path: Path, page: int | None) -> None:
             f"{path}: has {count}, so --page cannot be {page}; two numbers, one for "
             "each source, may differ"
         )
-    image.seek((page or 1) - 1)
 
 
 def upright(values: np.ndarray, image: Image.Image) -> np.ndarray:

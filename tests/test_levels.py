@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -11,8 +12,12 @@ import tifffile
 from PIL import Image, ImageOps
 from task_files import files, write_task
 
+from args_setting import ROOT, MetricArgs, TrainArgs
 from cli import UserError
+from dataset import TrainPairs, split_pairs
+from evaluation.compare import named_pairs, read_samples
 from images import Doubts, Reading, decode, parse_levels, read_image, read_luma8, write_png
+from phantom import phantom_pair
 
 RAMP = np.arange(0, 4096, 8, dtype=np.uint16).reshape(16, 32)  # 12 bits, to 4088
 
@@ -215,6 +220,19 @@ def test_pages_are_refused_or_chosen(tmp_path, kind):
             read_image(path, Reading(page=number))
 
 
+def test_a_page_that_is_damaged_is_one_line(tmp_path):
+    pages = np.zeros((3, 16, 32), np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", pages[0], photometric="minisblack")
+    for page in pages[1:]:
+        tifffile.imwrite(tmp_path / "a.tif", page, photometric="minisblack", append=True)
+    data = (tmp_path / "a.tif").read_bytes()
+    for length in range(len(data) // 2, len(data), 7):
+        (tmp_path / "a.tif").write_bytes(data[:length])
+        for number in (1, 2, 3):
+            with suppress(UserError):
+                read_image(tmp_path / "a.tif", Reading(page=number))
+
+
 def test_a_file_of_one_page_has_no_second(tmp_path):
     write_png(tmp_path / "a.png", np.zeros((16, 16), np.uint8))
     assert read_image(tmp_path / "a.png", Reading(page=1))[0].shape == (16, 16)
@@ -291,3 +309,31 @@ def test_the_images_of_a_task_raise_no_doubt(call, brighter, tmp_path):
         code, out, _ = call(*argv)
         assert code == 0 and "note:" not in out
         assert files(tmp_path / "out" / task) == {"a.png"}
+
+
+def test_levels_reach_training_and_metrics(tmp_path):
+    data = write_task(tmp_path, "CT-MRI", "train", {"1001": 32})
+    path = data / "CT-MRI" / "train" / "CT" / "1001.png"
+    cv2.imwrite(str(path), np.full((32, 32), 1176, np.uint16))
+    for levels, expected, doubts in (((), 5, 1), (("0,4095", "auto"), 73, 0)):
+        pairs, _ = split_pairs(TrainArgs(data_dir=data, val=0, levels=levels))
+        train = TrainPairs(pairs, 32)
+        assert (train.images[0][0] == expected).all() and len(train.doubts.lines) == doubts
+        given = {"dir1": path.parent, "dir2": path.parents[1] / "MRI", "levels": levels}
+        pairs, _ = named_pairs(MetricArgs(**given))
+        [sample] = read_samples(pairs, {})
+        assert (sample.source1 == expected).all()
+        assert np.array_equal(sample.source2, read_luma8(pairs[0].path2))
+
+
+def test_the_example_of_the_readme_fuses_colour(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, image in zip(("pet", "mri"), phantom_pair("PET-MRI", 48), strict=True):
+        write_png(tmp_path / f"{name}.png", image)
+    (tmp_path / "model_pre").symlink_to(ROOT / "model_pre")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    exec(text.split("```python\n")[1].split("```")[0], {})
+    luma, chroma = read_image(tmp_path / "fused.png")
+    assert chroma is not None and luma.shape == (48, 48)
+    expected = read_image(tmp_path / "pet.png")[1]
+    assert np.median(np.abs(chroma - expected)) < 0.01  # the colour of PET
