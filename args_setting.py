@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent
 # task -> folder of source 1 (source 2 is always MRI); the published names
 TASKS = {"CT-MRI": "CT", "PET-MRI": "PET", "SPECT-MRI": "SPECT"}
 ALL_TASKS = (*TASKS, "all")
+CASE_PATTERN = r"(\d+)\d{3}"  # of a file's name in HMIF: the case, then three digits of the slice
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,13 @@ SIZES = {
         head="blend",
     ),
 }
+
+
+LEVELS_HELP = (
+    "values that become black and white, one setting or one a source: auto (16 bits: as the file "
+    "declares, else 65535 is white), full (255 or 65535), or LOW,HIGH"
+)
+PATTERN_HELP = "regular expression for a whole file name (no extension); its first group: the case"
 
 
 def setting(default, help: str, source: str = "ours", **argparse_kwargs):
@@ -118,7 +126,9 @@ class TrainArgs(CommonArgs):
     )
     compile: bool = setting(False, "compile the network with torch.compile")
     workers: int = setting(0, "processes that cut the patches", minimum=0)
+    levels: tuple[str, ...] = setting((), LEVELS_HELP, nargs="+", metavar="LEVELS")
     # validation: on people that training does not see, see HMIFDatasets/people.csv
+    case_pattern: str = setting(CASE_PATTERN, PATTERN_HELP)
     val: float = setting(
         0.1, "share of each task's pairs kept for validation, whole people", minimum=0
     )
@@ -134,6 +144,10 @@ class TrainArgs(CommonArgs):
     )
     # the run
     save_dir: Path = setting(ROOT / "modelsave", "where the weights are written", "published code")
+    name: str | None = setting(
+        None, "name of the run, with which its files begin; without it <size>_<task>"
+    )
+    overwrite: bool = setting(False, "replace the run of this name in --save_dir")
     save_every: int = setting(
         1, "epochs between checkpoints; one more when a run ends or stops", minimum=1
     )
@@ -206,9 +220,17 @@ class TestArgs(VolumeArgs):
         None, "output file of --img1/--img2, else folder; default result/<task>"
     )
     demo: bool = setting(False, "fuse three drawn phantom pairs; needs no data")
+    levels: tuple[str, ...] = setting((), LEVELS_HELP, nargs="+", metavar="LEVELS")
+    page: tuple[int, ...] = setting(
+        (),
+        "page of files that have several, from 1; one number, or one a source",
+        nargs="+",
+        metavar="N",
+    )
     cases: tuple[str, ...] = setting(
         (), "only these case numbers of the test split", nargs="*", metavar="CASE"
     )
+    case_pattern: str = setting(CASE_PATTERN, PATTERN_HELP)
     skip_unmatched: bool = setting(False, "leave out files without a partner")
     batch_size: int = setting(
         4, "pairs of equal size that go through the network together", minimum=1
@@ -254,6 +276,8 @@ class MetricArgs:
     cases: tuple[str, ...] = setting(
         (), "only these case numbers of the split", nargs="*", metavar="CASE"
     )
+    case_pattern: str = setting(CASE_PATTERN, PATTERN_HELP)
+    levels: tuple[str, ...] = setting((), LEVELS_HELP, nargs="+", metavar="LEVELS")
     task: str = setting(CommonArgs.task, "fusion task", "published code", choices=tuple(TASKS))
     data_dir: Path = setting(CommonArgs.data_dir, "folder of the HMIF data set", "published code")
     dir1: Path | None = setting(None, "source 1 in another folder than the task's test set")

@@ -5,7 +5,7 @@ import io
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -13,13 +13,17 @@ from torch.optim.swa_utils import AveragedModel
 
 from args_setting import TrainArgs
 from cli import UserError
+from dataset import Pair, case_of
 from images import whole_file, write_bytes
 from losses import WEIGHTS
 from network import ASFEFusion
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 # A resumed run may differ in these, as they do not change what is trained.
 FREE = ("DEVICE", "threads", "data_dir", "save_dir", "workers", "resume", "minutes", "compile")
-FREE += ("save_every",)
+FREE += ("save_every", "name", "overwrite")
 
 
 class TrainState(NamedTuple):
@@ -35,6 +39,26 @@ class TrainState(NamedTuple):
 def run_file(out: Path, ending: str) -> Path:
     """A file of the run whose files begin with `out`, such as modelsave/compact_CT-MRI."""
     return out.with_name(out.name + ending)
+
+
+def start_of_files(args: TrainArgs) -> Path:
+    """What the files of a run begin with.
+
+    Raises UserError if the name is no plain one, or if an earlier run would be overwritten.
+    """
+    name = args.name or f"{args.size}_{args.task}"
+    if Path(name).name != name:
+        raise UserError(f"name is {name!r}, expected a name without folders; see --save_dir")
+    out = args.save_dir / name
+    endings = ("_last.pt", ".safetensors", ".csv")
+    earlier = [path.name for path in (run_file(out, e) for e in endings) if path.exists()]
+    if earlier and not (args.resume or args.overwrite):
+        resume = "--resume goes on with it, " if run_file(out, "_last.pt").exists() else ""
+        raise UserError(
+            f"{args.save_dir} has {', '.join(earlier)} of an earlier run: {resume}another --name "
+            "or --save_dir keeps it, --overwrite replaces it"
+        )
+    return out
 
 
 def save_checkpoint(path: Path, state: TrainState, args: TrainArgs, run: dict) -> None:
@@ -63,13 +87,18 @@ def load_checkpoint(path: Path, state: TrainState, args: TrainArgs) -> dict:
     except Exception:  # a parser of strange bytes may stumble in any way
         raise UserError(f"{path}: damaged or not a checkpoint of train_asfe.py") from None
     now = plain(args)
+    settings = plain(TrainArgs()) | settings  # what an older version did not know
     changed = [
         f"{name} is {now.get(name)!r} and was {settings.get(name)!r}"
         for name in {**settings, **now}
         if name not in FREE and unordered(now.get(name)) != unordered(settings.get(name))
     ]
     if changed:
-        raise UserError(f"cannot resume {path} with other settings: {'; '.join(changed)}")
+        weights = path.with_name(path.name.removesuffix("_last.pt") + ".safetensors")
+        raise UserError(
+            f"cannot resume {path} with other settings: {'; '.join(changed)}. To train on with "
+            f"these, begin a new run from its weights: --init {weights} --name NEW"
+        )
     for name, part in state._asdict().items():
         part.load_state_dict(states[name])
     return run
@@ -105,6 +134,16 @@ def describe(args: TrainArgs, run: dict, loss: float, measured: dict, val_pairs:
     }
 
 
+def opening(args: TrainArgs, device: torch.device, train: list[Pair], val: list[Pair]) -> str:
+    """What a run says before it starts: device, pairs, and who is held out."""
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    text = f"{args.task}, size {args.size}, on {device}{threads}: {len(train)} pairs to train on"
+    if not val:
+        return f"{text}, nobody held out for validation"
+    cases = sorted({case_of(pair, args.case_pattern) for pair in val})
+    return f"{text}, {len(val)} held out for validation (cases {', '.join(cases)})"
+
+
 def write_csv(path: Path, rows: list[dict[str, float]]) -> None:
     """One line for each epoch; empty where an epoch was not validated."""
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -117,6 +156,13 @@ def write_csv(path: Path, rows: list[dict[str, float]]) -> None:
 
 def draw_curve(path: Path, rows: list[dict[str, float]], metrics: tuple[str, ...]) -> None:
     """Loss and terms on the left (dashed: on whole images), metrics on the right, by epoch; PNG."""
+    data = io.BytesIO()
+    curves(rows, metrics).savefig(data, format="png", dpi=110)
+    write_bytes(path, data.getvalue())
+
+
+def curves(rows: list[dict[str, float]], metrics: tuple[str, ...]) -> "Figure":
+    """The figure that `draw_curve` writes."""
     from matplotlib.figure import Figure  # only needed here, and it loads slowly
 
     figure = Figure(figsize=(12, 4), layout="constrained")
@@ -127,17 +173,21 @@ def draw_curve(path: Path, rows: list[dict[str, float]], metrics: tuple[str, ...
         values = [row[name] for row in rows if name in row]
         kind, what = name.split("_")[0], name.split("_")[-1]
         if what in terms:
-            style = {"color": f"C{terms.index(what)}", "linestyle": "-" if kind == what else "--"}
+            style = {"color": f"C{terms.index(what)}", "marker": "."}
+            if kind != what:
+                style |= {"linestyle": "--", "marker": "o", "markerfacecolor": "none"}
             losses.plot(epochs, values, label=name, **style)
         elif what in metrics:
             measures.plot(epochs, values, marker=".", label=name)
-    losses.set_yscale("log")
+    validated = any(name.startswith("val_") for row in rows for name in row)
+    losses.set(yscale="log", ylabel="loss", title="loss and its terms (dashed: whole images)")
+    title = f"metrics of {'validation' if validated else 'training'} images"
+    measures.set(ylabel="metric", title=title)
     for axes in (losses, measures):
         axes.set_xlabel("epoch")
+        axes.set_xlim(0, max((row["epoch"] for row in rows), default=0) + 1)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110)
-    write_bytes(path, data.getvalue())
+    return figure

@@ -6,7 +6,10 @@ and keeps its traceback.
 """
 
 import argparse
+import codecs
 import ctypes
+import difflib
+import io
 import platform
 import sys
 import types
@@ -23,16 +26,29 @@ class UserError(ValueError):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, but an error is one line (and, as ever, exit code 2)."""
+    """argparse, but an error is one line (and, as ever, exit code 2), and no flag is guessed."""
 
     def error(self, message: str):
+        if message.startswith("unrecognized arguments: --"):
+            message = self.suggest(message.split()[2].partition("=")[0])
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def suggest(self, flag: str) -> str:
+        """What to say of a flag that is none: those that begin like it, else the most similar."""
+        name = flag[2:].replace("-", "_")
+        names = [action.dest for action in self._actions if action.option_strings]
+        meant = [n for n in names if n.startswith(name)]
+        meant = meant or difflib.get_close_matches(name, names, 1)
+        ask = f"is {' or '.join(f'--{n}' for n in meant)} meant?" if meant else "see --help"
+        return f"there is no flag {flag}, {ask}"
 
 
 def make_parser(cls: type, description: str = "") -> argparse.ArgumentParser:
     """The command line of a settings dataclass: one flag for each field, named like the field."""
     parser = OneLineParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     hints = typing.get_type_hints(cls)
     for f in fields(cls):
@@ -46,7 +62,9 @@ def make_parser(cls: type, description: str = "") -> argparse.ArgumentParser:
             extras["action"] = argparse.BooleanOptionalAction
         else:
             extras["type"] = plain_type(hints[f.name])
-        spellings = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
+        spelled = f.name, f.name.replace("_", "-"), f.name.lower()
+        spellings = dict.fromkeys(f"--{name}" for name in spelled)
+        extras["dest"] = f.name
         parser.add_argument(*spellings, default=f.default, **extras)
     return parser
 
@@ -60,6 +78,7 @@ def plain_type(hint):
 
 def parse_args(cls: type, argv: list[str] | None = None, description: str = ""):
     """Parse `argv` (default: the command line) into an instance of `cls`; errors exit with 2."""
+    print_anywhere()
     parser = make_parser(cls, description)
     args = cls(**vars(parser.parse_args(argv)))
     for f in fields(cls):  # argparse does not check a default that was edited in args_setting.py
@@ -69,6 +88,25 @@ def parse_args(cls: type, argv: list[str] | None = None, description: str = ""):
         if "minimum" in f.metadata and not value >= f.metadata["minimum"]:
             parser.error(f"{f.name} is {value}, expected at least {f.metadata['minimum']}")
     return args
+
+
+ASCII = str.maketrans({"↑": "^", "↓": "v", "→": ">", "×": "x", "–": "-", "…": "..."})
+
+
+def print_anywhere() -> None:
+    """Have a terminal that lacks a character, as one of cp1252 lacks ↑, print another for it."""
+    codecs.register_error("asfe", in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="asfe")
+
+
+def in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """An error handler for `codecs`: another character where there is one, else its code."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end].translate(ASCII)
+    return text.encode("ascii", "backslashreplace").decode(), error.end
 
 
 def run_script(main: Callable, args) -> None:

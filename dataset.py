@@ -10,6 +10,8 @@ Legend: H W pixels; luma and chroma as in images.py.
 import csv
 import hashlib
 import http.client
+import os
+import re
 import urllib.request
 from collections import Counter
 from collections.abc import Sequence
@@ -24,9 +26,10 @@ from torch import Tensor
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from args_setting import TASKS, DataArgs, TrainArgs
+import images
+from args_setting import CASE_PATTERN, TASKS, DataArgs, TrainArgs
 from cli import UserError, parse_args, run_script
-from images import EXTENSIONS, read_image, to_uint8, write_bytes
+from images import Doubts, Pixels, Reading, is_image, to_uint8, write_bytes
 from phantom import SHAPES, finding
 
 HMIF_URL = (
@@ -43,6 +46,7 @@ class Pair(NamedTuple):
     name: str  # file name without its extension
     path1: Path  # CT, PET or SPECT
     path2: Path  # MRI
+    readings: tuple[Reading, Reading] = (Reading(), Reading())
 
 
 # --- pairs -----------------------------------------------------------------------------------
@@ -52,9 +56,11 @@ def match_pairs(dir1: Path, dir2: Path, skip_unmatched: bool = False) -> list[Pa
     """Pairs of equal file name (without extension) of two folders, sorted by name.
 
     Raises:
-        UserError: a folder is missing or empty, a name occurs twice in a folder, or one has no
-            partner (unless `skip_unmatched`).
+        UserError: a folder is missing, empty or given twice, a name occurs twice in a folder, or
+            one has no partner (unless `skip_unmatched`, which prints what is left out).
     """
+    if os.path.realpath(dir1) == os.path.realpath(dir2):
+        raise UserError(f"{dir1} is given for both sources, expected two folders")
     files1, files2 = images_in(Path(dir1)), images_in(Path(dir2))
     unmatched = sorted(files1.keys() ^ files2.keys())
     if unmatched and not skip_unmatched:
@@ -67,6 +73,8 @@ def match_pairs(dir1: Path, dir2: Path, skip_unmatched: bool = False) -> list[Pa
     names = sorted(files1.keys() & files2.keys())
     if not names:
         raise UserError(f"no file name occurs in both {dir1} and {dir2}")
+    if unmatched:
+        print(f"left out, without a partner: {', '.join(unmatched)}")
     return [Pair(name, files1[name], files2[name]) for name in names]
 
 
@@ -76,17 +84,22 @@ def images_in(folder: Path) -> dict[str, Path]:
         raise UserError(f"{folder}: no such folder")
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in EXTENSIONS:
+        if is_image(path):
             if path.stem in files:
                 raise UserError(f"{folder}: both {files[path.stem].name} and {path.name}")
             files[path.stem] = path
     if not files:
-        raise UserError(f"{folder}: no images, expected {' '.join(EXTENSIONS)}")
+        raise UserError(f"{folder}: no images, expected {' '.join(images.EXTENSIONS)}")
     return files
 
 
 def task_pairs(
-    root: Path, task: str, split: str, skip_unmatched: bool = False, cases: Sequence[str] = ()
+    root: Path,
+    task: str,
+    split: str,
+    skip_unmatched: bool = False,
+    cases: Sequence[str] = (),
+    case_pattern: str = CASE_PATTERN,
 ) -> list[Pair]:
     """Pairs of `<root>/<task>/<split>/<CT|PET|SPECT>` and `…/MRI`; split is train or test.
 
@@ -96,17 +109,32 @@ def task_pairs(
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; `python dataset.py --download` fetches it")
     pairs = match_pairs(folder / TASKS[task], folder / "MRI", skip_unmatched)
-    if unknown := set(cases) - set(map(case_of, pairs)):
+    case = {pair: case_of(pair, case_pattern) for pair in pairs if cases}
+    if unknown := set(cases) - set(case.values()):
         raise UserError(f"cases has {sorted(unknown)}, which the {split} split of {task} lacks")
-    return [pair for pair in pairs if not cases or case_of(pair) in cases]
+    return [pair for pair in pairs if not cases or case[pair] in cases]
+
+
+def as_told(pairs: list[Pair], levels: Sequence[str], page: Sequence[int] = ()) -> list[Pair]:
+    """The pairs as `--levels` and `--page` want them read, see `images.readings`."""
+    told = images.readings(levels, page)
+    return [pair._replace(readings=told) for pair in pairs]
+
+
+def decode_pair(pair: Pair, doubts: Doubts | None = None) -> tuple[Pixels, Pixels]:
+    """The pixels of both images, which `doubts` also gets; UserError if their sizes differ."""
+    sources = tuple(map(images.decode, (pair.path1, pair.path2), pair.readings))
+    sides = ["x".join(map(str, pixels.values.shape[:2])) for pixels in sources]
+    if sides[0] != sides[1]:
+        raise UserError(f"{pair.path1} is {sides[0]}, {pair.path2} is {sides[1]}, expected equal")
+    for i in (0, 1) if doubts else ():
+        doubts.add((pair.path1, pair.path2)[i], sources[i], i + 1, pair.readings[i])
+    return sources
 
 
 def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Luma of both images, (H, W) in [0, 1], and the chroma to put back (source 1's, else 2's)."""
-    (luma1, chroma1), (luma2, chroma2) = read_image(pair.path1), read_image(pair.path2)
-    if luma1.shape != luma2.shape:
-        sides = [f"{h}x{w}" for h, w in (luma1.shape, luma2.shape)]
-        raise UserError(f"{pair.path1} is {sides[0]}, {pair.path2} is {sides[1]}, expected equal")
+    (luma1, chroma1), (luma2, chroma2) = map(images.luma_and_chroma, decode_pair(pair))
     return luma1, luma2, chroma2 if chroma1 is None else chroma1
 
 
@@ -124,8 +152,10 @@ class TrainPairs(torch.utils.data.Dataset):
     def __init__(self, pairs: list[Pair], patch: int, seed: int = 0):
         self.names = [pair.name for pair in pairs]
         self.images = []
+        self.doubts = Doubts("all")  # of levels; of what modality they are, the user knows
         for pair in pairs:
-            lumas = [to_uint8(luma) for luma in read_pair(pair)[:2]]
+            sources = decode_pair(pair, self.doubts)
+            lumas = [to_uint8(images.luma_and_chroma(pixels)[0]) for pixels in sources]
             if min(lumas[0].shape) < patch:
                 sides = "x".join(map(str, lumas[0].shape))
                 raise UserError(f"{pair.path1} is {sides}, expected {patch}x{patch} or more")
@@ -210,9 +240,22 @@ def with_findings(images: Tensor, seed: int) -> Tensor:
 # --- splits by person ------------------------------------------------------------------------
 
 
-def case_of(pair: Pair) -> str:
-    """The case: a file is named by the atlas case number and a slice number of three digits."""
-    return pair.name[:-3]
+def case_of(pair: Pair, pattern: str = CASE_PATTERN) -> str:
+    """The case of a pair: the first group of a regular expression that its whole name fits.
+
+    In HMIF a name is a case number and a slice number of three digits. Raises UserError if the name
+    does not fit, or the pattern is no expression with a group.
+    """
+    try:
+        if (found := re.fullmatch(pattern, pair.name)) and found[1]:
+            return found[1]
+    except (re.error, IndexError):
+        wanted = "a regular expression with the case in brackets"
+        raise UserError(f"case_pattern is {pattern!r}, expected {wanted}") from None
+    raise UserError(
+        f"{pair.path1}: its name does not fit case_pattern, {pattern}, so the patient is unknown; "
+        "give one with the case in brackets, as '(.+)_slice.+', or train by --val 0"
+    )
 
 
 def people(root: Path) -> dict[tuple[str, str], str]:
@@ -227,22 +270,27 @@ def people(root: Path) -> dict[tuple[str, str], str]:
 
 
 def split_pairs(args: TrainArgs) -> tuple[list[Pair], list[Pair]]:
-    """Training and validation pairs; no person is in both."""
+    """Training and validation pairs; no person is in both.
+
+    In HMIF each task has its own numbers. With another `case_pattern`, a case is one in all tasks.
+    """
     tasks = TASKS if args.task == "all" else (args.task,)
+    pairs = {t: as_told(task_pairs(args.data_dir, t, "train"), args.levels) for t in tasks}
+    if not (args.val or args.val_cases or args.leave_out):  # then names need not tell who it is
+        return sum(pairs.values(), []), []
     listed = people(args.data_dir)
-    pairs: dict[str, list[Pair]] = {}
-    person: dict[Pair, str] = {}
-    for task in tasks:
-        pairs[task] = task_pairs(args.data_dir, task, "train")
-        for pair in pairs[task]:
-            person[pair] = listed.get((task, case_of(pair)), f"{task} {case_of(pair)}")
+    own = args.case_pattern != CASE_PATTERN
+    task_of = {pair: task for task, members in pairs.items() for pair in members}
+    case = {p: case_of(p, args.case_pattern) for p in task_of}
+    alone = {p: case[p] if own else f"{task} {case[p]}" for p, task in task_of.items()}
+    person = {p: listed.get((task, case[p]), alone[p]) for p, task in task_of.items()}
     named = {}  # setting -> the people whose cases it names
     for name in ("val_cases", "leave_out"):
         cases = set(getattr(args, name))
-        if unknown := cases - set(map(case_of, person)):
-            expected = sorted(set(map(case_of, person)))
+        if unknown := cases - set(case.values()):
+            expected = sorted(set(case.values()))
             raise UserError(f"{name} has {sorted(unknown)}, expected some of {expected}")
-        named[name] = {who for pair, who in person.items() if case_of(pair) in cases}
+        named[name] = {who for pair, who in person.items() if case[pair] in cases}
     sizes = {
         task: Counter(person[p] for p in members if person[p] not in named["leave_out"])
         for task, members in pairs.items()
@@ -282,7 +330,7 @@ def validation_people(sizes: dict[str, Counter], share: float) -> set[str]:
 
 def hmif_sums() -> dict[str, str]:
     """SHA-256 of every file of the set, by its path below the data folder."""
-    lines = HMIF_SUMS.read_text().splitlines()
+    lines = HMIF_SUMS.read_text(encoding="utf-8").splitlines()
     return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
 
 
@@ -332,15 +380,15 @@ def check(root: Path) -> tuple[list[str], list[str]]:
     for name in sums:
         listed.setdefault(str(Path(name).parent), set()).add(Path(name).name)
     for folder, names in listed.items():
-        present = {p.name for p in (root / folder).glob("*")}
+        present = {p.name for p in (root / folder).glob("*") if not p.name.startswith("._")}
         found.append(f"{folder}: {len(present & names)} of {len(names)}")
         wrong += [f"{folder}/{name}: missing" for name in sorted(names - present)]
         wrong += [f"{folder}/{name}: not part of the set" for name in sorted(present - names)]
     for name, digest in sums.items():
-        if (root / name).is_file() and _sha256(root / name) != digest:
+        if _sha256(root / name) not in (None, digest):
             wrong.append(f"{name}: damaged, its hash differs")
     for path in sorted(p.relative_to(root) for p in root.rglob("*")):
-        if path.suffix.lower() in EXTENSIONS and str(path.parent) not in listed:
+        if is_image(root / path) and str(path.parent) not in listed:
             found.append(f"{path}: not part of the set, never read")
     return found, wrong
 

@@ -1,4 +1,7 @@
-"""Image files: reading as luma and chroma, writing whole or not at all, and contact sheets.
+"""Image files: reading as luma and chroma, and writing whole or not at all.
+
+Levels are the stored values that become 0 and 1. A file of 8 bits is read from 0 to 255. One of 16
+bits is read from 0 to the white that it declares, else to 65535. A file's orientation is honoured.
 
 Luma is BT.601, in [0, 1]. Chroma is what colour adds to it, RGB - luma, so exchanging the luma of a
 colour image keeps its Cb and Cr.
@@ -7,25 +10,53 @@ Legend: H W pixels. Images are uint8, (H, W) grey or (H, W, 3) RGB, unless said 
 """
 
 import ctypes
+import hashlib
 import io
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image
 
+from args_setting import TASKS
 from cli import UserError
 
 EXTENSIONS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 FORMATS = ("PNG", "TIFF", "JPEG", "BMP")  # Pillow would also take others, whatever the name says
 BT601 = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # R, G, B
-CELL, GAP, HEADER = 256, 6, 26  # pixels of a contact sheet
+# tags of TIFF; Orientation is one of EXIF, too
+BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION, MAX_SAMPLE_VALUE = 258, 262, 274, 281
+
+
+class Reading(NamedTuple):
+    """What the user says of how a file is to be read."""
+
+    levels: str | tuple[int, int] = "auto"  # auto, full (0 to 255 or 65535), or black and white
+    page: int | None = None  # from 1; None: the file's only page
+
+
+class Pixels(NamedTuple):
+    """The stored values of an image, upright, and its levels."""
+
+    values: np.ndarray  # uint8 or uint16, (H, W) or (H, W, 3) in RGB order
+    black: int  # the value that becomes 0
+    white: int  # the value that becomes 1; less than `black` where the file counts from white
+
+
+AS_STORED = Reading()
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is an image by its name; what macOS keeps of one, `._x.png`, is none."""
+    return (
+        path.suffix.lower() in EXTENSIONS and not path.name.startswith("._") and not path.is_dir()
+    )
 
 
 def silence_decoders() -> None:
@@ -47,76 +78,240 @@ silence_decoders()
 # --- reading ---------------------------------------------------------------------------------
 
 
-def read_image(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+def read_image(path: Path, reading: Reading = AS_STORED) -> tuple[np.ndarray, np.ndarray | None]:
     """Luma (H, W) float32 in [0, 1], and chroma (H, W, 3), None for grey.
 
     8 or 16 bits, PNG, TIFF, JPEG or BMP. Grey stored as three equal channels is grey.
 
     Raises:
-        UserError: no image, a damaged one, or another kind of pixel.
+        UserError: no image, a damaged one, one of several pages where `reading` names none, or
+            another kind of pixel.
     """
-    return luma_and_chroma(decode(path))
+    return luma_and_chroma(decode(path, reading))
 
 
-def read_luma8(path: Path) -> np.ndarray:
+def read_luma8(path: Path, reading: Reading = AS_STORED) -> np.ndarray:
     """Luma (H, W) of an image file in 8 bits, as the metrics take it; exact, halves round up."""
-    pixels = decode(path)
-    if pixels.dtype == np.uint16:
+    pixels = decode(path, reading)
+    values = pixels.values
+    if values.dtype == np.uint16 or pixels[1:] != (0, 255):
         return to_uint8(luma_and_chroma(pixels)[0])
-    if pixels.ndim == 2:
-        return pixels
-    return ((pixels.astype(np.int32) @ [299, 587, 114] + 500) // 1000).astype(np.uint8)
+    if values.ndim == 2:
+        return values
+    return ((values.astype(np.int32) @ [299, 587, 114] + 500) // 1000).astype(np.uint8)
 
 
-def read_uint8(path: Path) -> np.ndarray:
+def read_uint8(path: Path, reading: Reading = AS_STORED) -> np.ndarray:
     """An image file as 8-bit grey or RGB, to look at."""
-    return to_uint8(*read_image(path))
+    return to_uint8(*read_image(path, reading))
 
 
-def luma_and_chroma(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """The two of uint8 or uint16 pixels, as `read_image` returns them."""
-    scaled = pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
-    if pixels.ndim == 2:
+def luma_and_chroma(pixels: Pixels) -> tuple[np.ndarray, np.ndarray | None]:
+    """The two of decoded pixels, as `read_image` returns them."""
+    values, black, white = pixels
+    scaled = values.astype(np.float32)
+    if black:
+        scaled -= black
+    scaled /= white - black
+    np.clip(scaled, 0, 1, out=scaled)
+    if values.ndim == 2:
         return scaled, None
-    if np.ptp(pixels, axis=2).max() == 0:
+    if np.ptp(values, axis=2).max() == 0:
         return np.ascontiguousarray(scaled[..., 0]), None
     luma = scaled @ BT601
     return luma, scaled - luma[..., None]
 
 
-def decode(path: Path) -> np.ndarray:
-    """The pixels of an image file: uint8 or uint16, (H, W) or (H, W, 3) in RGB order."""
+def decode(path: Path, reading: Reading = AS_STORED) -> Pixels:
+    """The pixels of an image file; UserError as `read_image`."""
     data = Path(path).read_bytes()
     try:
         Image.open(io.BytesIO(data), formats=FORMATS).verify()
-        pixels = pixels_of(Image.open(io.BytesIO(data), formats=FORMATS), data)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        turn_to_page(image, path, reading.page)
+        values = values_of(image, data)
+    except UserError:
+        raise
     except (OSError, SyntaxError, ValueError, cv2.error, Image.DecompressionBombError):
-        pixels = None
-    if pixels is None:
+        values = None
+    if values is None:
         raise UserError(f"{path}: damaged or not an image, expected PNG, TIFF, JPEG or BMP")
-    if pixels.dtype not in (np.uint8, np.uint16):
-        raise UserError(f"{path}: pixels are {pixels.dtype}, expected 8 or 16 bits")
-    if pixels.ndim == 2:
-        return pixels
-    if pixels.shape[2] == 4 and pixels[..., 3].min() < np.iinfo(pixels.dtype).max:
-        raise UserError(f"{path}: has transparent pixels, expected an opaque image")
-    return pixels[..., :3]
+    if values.dtype not in (np.uint8, np.uint16):
+        raise UserError(f"{path}: pixels are {values.dtype}, expected 8 or 16 bits")
+    if values.ndim == 3:
+        if values.shape[2] == 4 and values[..., 3].min() < np.iinfo(values.dtype).max:
+            raise UserError(f"{path}: has transparent pixels, expected an opaque image")
+        values = values[..., :3]
+    return Pixels(upright(values, image), *levels_of(values, image, data, reading.levels))
 
 
-def pixels_of(image: Image.Image, data: bytes) -> np.ndarray | None:
+def values_of(image: Image.Image, data: bytes) -> np.ndarray | None:
     """(H, W), or (H, W, 3 or 4) with alpha last, of an image that Pillow has opened from `data`."""
     modes = " ".join(str(tile[3]) for tile in image.tile)  # as Pillow calls them, "RGB;16B" or so
-    deep, signed = ";16" in modes, ";16S" in modes or ";16BS" in modes
+    deep, signed = ";16" in modes or ";12" in modes, ";16S" in modes or ";16BS" in modes
     image.load()  # Pillow refuses a truncated file, which OpenCV may fill up
     if image.mode in ("I", "F", "I;16", "I;16B"):
-        pixels = np.asarray(image)
-        return pixels.astype(np.int16 if signed else np.uint16) if deep else pixels
+        values = np.asarray(image)
+        return values.astype(np.int16 if signed else np.uint16) if deep else values
     if deep:  # Pillow would cut colour to 8 bits
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-        return None if pixels is None else pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
+        file, page = np.frombuffer(data, np.uint8), image.tell()
+        if page:
+            _, pages = cv2.imdecodemulti(file, cv2.IMREAD_UNCHANGED)
+            values = pages[page] if page < len(pages) else None
+        else:
+            values = cv2.imdecode(file, cv2.IMREAD_UNCHANGED)
+        return None if values is None else values[..., [2, 1, 0, 3][: values.shape[2]]]
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         return np.asarray(image.convert("RGBA"))
     return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+
+
+def turn_to_page(image: Image.Image, path: Path, page: int | None) -> None:
+    """Turn to a page of a TIFF, or to a picture of an animation; UserError if it is in doubt."""
+    try:
+        pages = getattr(image, "n_frames", 1)
+        if page is not None and 1 <= page <= pages:
+            image.seek(page - 1)
+    except Exception as error:  # a parser of strange bytes may stumble in any way
+        raise ValueError("damaged pages") from error
+    if page is None and pages > 1:
+        raise UserError(
+            f"{path}: has {pages} pages, expected one; --page N reads page N (or --page N M, one "
+            "number for each source)"
+        )
+    if page is not None and not 1 <= page <= pages:
+        count = "1 page" if pages == 1 else f"{pages} pages"
+        raise UserError(
+            f"{path}: has {count}, so --page cannot be {page}; two numbers, one for "
+            "each source, may differ"
+        )
+
+
+def upright(values: np.ndarray, image: Image.Image) -> np.ndarray:
+    """The values of a loaded image as its EXIF orientation wants them shown.
+
+    A TIFF's own orientation was honoured by Pillow and OpenCV, which decoded it.
+    """
+    turn = 1
+    with suppress(Exception):  # EXIF that nobody can read says nothing
+        turn = image.getexif().get(ORIENTATION, 1)
+    if turn in (5, 6, 7, 8):  # rows become columns
+        values = values.swapaxes(0, 1)
+    if turn in (3, 4, 7, 8):
+        values = values[::-1]
+    if turn in (2, 3, 6, 7):
+        values = values[:, ::-1]
+    return np.ascontiguousarray(values)
+
+
+# --- levels ----------------------------------------------------------------------------------
+
+
+def levels_of(
+    values: np.ndarray, image: Image.Image, data: bytes, levels: str | tuple[int, int]
+) -> tuple[int, int]:
+    """The values that become 0 and 1, by the user's word, else by the file's."""
+    low, high = 0, int(np.iinfo(values.dtype).max)
+    if not isinstance(levels, str):
+        low, high = levels
+    elif levels == "auto" and values.dtype == np.uint16:
+        high = declared_white(values, image, data)
+    # Pillow turns 8 bits that count from white, but not 16
+    tags = getattr(image, "tag_v2", {})
+    turned = values.dtype == np.uint16 and values.ndim == 2 and tags.get(PHOTOMETRIC) == 0
+    return (high, low) if turned else (low, high)
+
+
+def declared_white(values: np.ndarray, image: Image.Image, data: bytes) -> int:
+    """The white that a file of 16 bits declares; 65535 if it declares none, or a wrong one.
+
+    TIFF: BitsPerSample, and MaxSampleValue where it is that of a number of bits; other values of it
+    are statistics of the image (TIFF 6.0, page 37). PNG: sBIT, unless the values have been scaled
+    to 16 bits, as the specification wants it (PNG, 11.3.2.7 and 13.12).
+    """
+    if image.format == "TIFF":
+        bits, white = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0], 0
+        with suppress(Exception):  # a tag that nobody can read says nothing
+            white = int(np.max(image.tag_v2.get(MAX_SAMPLE_VALUE, 0)))
+        if bits == 16 and white in [2**n - 1 for n in range(8, 16)] and values.max() <= white:
+            return white
+        return 2 ** min(bits, 16) - 1
+    bits = max(png_chunk(data, b"sBIT")[: 3 if values.ndim == 3 else 1], default=16)
+    if image.format != "PNG" or not 1 <= bits < 16 or values.max() >= 2**bits:
+        return 65535
+    scaled = np.rint(np.rint(values * ((2**bits - 1) / 65535)) * (65535 / (2**bits - 1)))
+    was_scaled = (np.abs(values - scaled) <= 1).all() or not (values % 2 ** (16 - bits)).any()
+    return 65535 if was_scaled else 2**bits - 1
+
+
+def png_chunk(data: bytes, name: bytes) -> bytes:
+    """What stands in a chunk of a PNG before its pixels; empty if it is not there."""
+    place = 8
+    while place + 8 <= len(data) and data[place + 4 : place + 8] != b"IDAT":
+        end = place + 8 + int.from_bytes(data[place : place + 4], "big")
+        if data[place + 4 : place + 8] == name:
+            return data[place + 8 : end]
+        place = end + 4  # after the checksum
+    return b""
+
+
+def parse_levels(text: str) -> str | tuple[int, int]:
+    """`--levels` of one source: auto, full, or LOW,HIGH; UserError for anything else."""
+    if text in ("auto", "full"):
+        return text
+    low, _, high = text.partition(",")
+    if not (low.isdecimal() and high.isdecimal() and int(low) < int(high) <= 65535):
+        raise UserError(
+            f"levels is {text!r}, expected auto, full, or LOW,HIGH from 0 to 65535, as 0,4095"
+        )
+    return int(low), int(high)
+
+
+def readings(levels: Sequence[str], page: Sequence[int] = ()) -> tuple[Reading, Reading]:
+    """How to read source 1 and 2, by `--levels` and `--page`; UserError if there is no such way."""
+    for name, values in (("levels", levels), ("page", page)):
+        if len(values) > 2:
+            raise UserError(f"{name} has {len(values)} values, expected one, or one a source")
+    black_white = [parse_levels(text) for text in levels or ("auto",)]
+    pages = page or (None,)
+    return Reading(black_white[0], pages[0]), Reading(black_white[-1], pages[-1])
+
+
+class Doubts:
+    """What is odd about the sources of many pairs for a task: a line for each kind of doubt."""
+
+    def __init__(self, task: str):
+        self.modalities = (TASKS[task], "MRI") if task in TASKS else ("", "")
+        self.lines: dict[str, list[str]] = {}
+
+    def add(self, path: Path, pixels: Pixels, source: int, reading: Reading = AS_STORED) -> None:
+        """Look at source 1 or 2 of a pair."""
+        values, black, white = pixels
+        most, modality = int(values.max()), self.modalities[source - 1]
+        if reading.levels == "auto" and max(black, white) == 65535 and 0 < most < 2**14:
+            likely = next(2**bits - 1 for bits in (8, 12, 14) if most < 2**bits)
+            flag = f"0,{likely} auto" if source == 1 else f"auto 0,{likely}"
+            self._note(
+                f"dark {source}",
+                f"{path}: 16 bits, but no value above {most}, and white is 65535; if {likely} is "
+                f"white, give --levels {flag}",
+            )
+        colour = values.ndim == 3 and np.ptp(values, axis=2).max() > 0.1 * abs(white - black)
+        if colour and modality in ("CT", "MRI"):
+            ask = "--task another" if source == 1 else "are the sources swapped"
+            ask = f"is it PET or SPECT, and {ask}?"
+            self._note(f"colour {source}", f"{path}: is in colour, which no {modality} is; {ask}")
+        if modality in ("PET", "SPECT") and not colour and values.any():
+            ask = f"the weights learned {modality} in colours; is it {modality}?"
+            self._note("grey", f"{path}: is grey, but {ask}")
+
+    def _note(self, kind: str, line: str) -> None:
+        self.lines.setdefault(kind, []).append(line)
+
+    def tell(self) -> None:
+        """Print the first line of each kind, and of how many other files it holds."""
+        for line, *others in self.lines.values():
+            print(f"note: {line}" + (f" (and {len(others)} other files)" if others else ""))
 
 
 # --- writing ---------------------------------------------------------------------------------
@@ -151,59 +346,35 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     A run that is killed leaves the old file or the new one. An error, also that of a full disk,
     leaves the old file alone.
     """
-    part = path.with_name(path.name + ".part")
+    name = path.name
+    if len(os.fsencode(name)) > 250:  # of the 255 bytes that file systems allow
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    part = path.with_name(name + ".part")
     try:
         with part.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+    except (OSError, RuntimeError) as error:
+        # of a full disk it names no file, else the wrong one; torch.save hides it behind another
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror or str(cause), str(path)) from None
     finally:
         part.unlink(missing_ok=True)
 
 
 def writable_folder(path: Path) -> Path:
-    """Make the folder and prove that a file can be written there; OSError if not.
+    """Make the folder and prove that a file can be written there; OSError that names it if not.
 
     Processes that try the same folder at once, as torchrun's do, get a file each.
     """
     path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(prefix=".probe", suffix=".part", dir=path):
-        return path
-
-
-# --- contact sheet ---------------------------------------------------------------------------
-
-
-def contact_sheet(rows: list[tuple[str, list[np.ndarray]]], titles: list[str]) -> np.ndarray:
-    """Rows of (name, images) under column titles, as one RGB image."""
-    height = HEADER + len(rows) * (CELL + GAP)
-    sheet = np.full((height, len(titles) * (CELL + GAP) + GAP, 3), 24, np.uint8)
-    for column, title in enumerate(titles):
-        left = GAP + column * (CELL + GAP)
-        write_text(sheet, title, (left + 4, HEADER - 8))
-        for row, (name, images) in enumerate(rows):
-            top = HEADER + row * (CELL + GAP)
-            sheet[top : top + CELL, left : left + CELL] = fitted(images[column])
-            if column == 0:
-                write_text(sheet, name, (left + 4, top + CELL - 6))
-    return sheet
-
-
-def fitted(image: np.ndarray) -> np.ndarray:
-    """The image, fitted into a square RGB cell of a contact sheet."""
-    scale = CELL / max(image.shape[:2])
-    size = [max(1, round(n * scale)) for n in image.shape[1::-1]]
-    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
-    image = cv2.resize(np.ascontiguousarray(image), size, interpolation=how)
-    image = image if image.ndim == 3 else cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
-    cell = np.zeros((CELL, CELL, 3), np.uint8)
-    top, left = (CELL - image.shape[0]) // 2, (CELL - image.shape[1]) // 2
-    cell[top : top + image.shape[0], left : left + image.shape[1]] = image
-    return cell
-
-
-def write_text(sheet: np.ndarray, text: str, origin: tuple[int, int]) -> None:
-    """Draw a line of text, its lower left corner at `origin` (x, y)."""
-    font = cv2.FONT_HERSHEY_SIMPLEX
-    cv2.putText(sheet, text, origin, font, 0.45, (220, 220, 220), 1, cv2.LINE_AA)
+    try:
+        with tempfile.TemporaryFile(prefix=".probe", suffix=".part", dir=path):
+            return path
+    except OSError as error:
+        reason = f"cannot write into this folder: {error.strerror}"
+        raise OSError(error.errno, reason, str(path)) from None

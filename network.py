@@ -348,7 +348,7 @@ class ASFEFusion(nn.Module):
 
 def as_batch(name: str, img: Tensor | np.ndarray, device: torch.device) -> Tensor:
     """What `fuse` takes as (B, 1, H, W) float32 in [0, 1]; ValueError for anything else."""
-    t = img if isinstance(img, Tensor) else torch.from_numpy(np.array(img))
+    t = img if isinstance(img, Tensor) else torch.from_numpy(np.stack([img])[0, ...])  # native
     if not t.is_floating_point() and t.dtype not in WHITE:
         raise ValueError(f"{name} is of {t.dtype}, expected floats, uint8 or uint16")
     if t.ndim not in (2, 4) or (t.ndim == 4 and t.shape[1] != 1):

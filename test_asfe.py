@@ -12,30 +12,34 @@ kind. Colour is fused as luma and gets its chroma back. Settings: args_setting.p
 Legend: B pairs that go through the network together, H W pixels; images as in images.py.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from args_setting import ROOT, TASKS, TestArgs, VolumeArgs, WeightsArgs
 from cli import UserError, parse_args, run_script, setup_runtime
-from dataset import Pair, match_pairs, read_pair, task_pairs
-from images import EXTENSIONS, contact_sheet, read_uint8, to_uint8, writable_folder, write_png
+from dataset import Pair, as_told, decode_pair, match_pairs, read_pair, task_pairs
+from images import EXTENSIONS, Doubts, read_uint8, to_uint8, writable_folder, write_png
 from inference import optimise
 from network import MIN_SIDE, ASFEFusion
 from phantom import phantom_pair
 from weights import load_model
 
 VOLUMES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".dcm", ".ima")
+CELL, GAP, HEADER = 256, 6, 26  # pixels of a contact sheet
+READING = {"levels", "page"}
 # What to fuse, in the words of the errors, and the settings that count there only.
 MODES = {
-    "the test split": {"cases", "skip_unmatched", "contact_rows"},
-    "two folders": {"skip_unmatched", "contact_rows"},
-    "one pair of images": set(),
+    "the test split": {"cases", "case_pattern", "skip_unmatched", "contact_rows"} | READING,
+    "two folders": {"skip_unmatched", "contact_rows"} | READING,
+    "one pair of images": READING,
     "volumes": {f.name for f in fields(VolumeArgs)} - {f.name for f in fields(WeightsArgs)},
     "the demo": set(),
 }
@@ -57,7 +61,8 @@ def main(args: TestArgs) -> None:
     else:
         if args.task == "all":
             raise UserError("task all has no test split: give a task, or pairs of images")
-        pairs = task_pairs(args.data_dir, args.task, "test", args.skip_unmatched, args.cases)
+        how = args.skip_unmatched, args.cases, args.case_pattern
+        pairs = task_pairs(args.data_dir, args.task, "test", *how)
         fuse_folder(args, pairs, args.out or ROOT / "result" / args.task, device)
 
 
@@ -123,28 +128,40 @@ def fuse_pairs(
     yield from flush()
 
 
-def check_pairs(pairs: list[Pair], outputs: list[Path]) -> None:
+def check_pairs(pairs: list[Pair], outputs: list[Path], task: str) -> None:
     """Read every pair once before anything is written, so that bad input leaves no output.
 
-    Nor may an output take the place of a source.
+    Nor may an output take the place of a source. What is odd about the sources is printed.
     """
-    sources = {path.resolve() for pair in pairs for path in (pair.path1, pair.path2)}
+    sources = {os.path.realpath(path) for pair in pairs for path in (pair.path1, pair.path2)}
     for path in outputs:
-        if path.resolve() in sources:
+        path.exists()  # OSError if the name is too long
+        if os.path.realpath(path) in sources:
             raise UserError(f"{path} is a source and would be overwritten, choose another --out")
+    doubts = Doubts(task)
     for pair in pairs:
-        height, width = read_pair(pair)[0].shape
+        height, width = decode_pair(pair, doubts)[0].values.shape[:2]
         if min(height, width) < MIN_SIDE:
             side = f"{MIN_SIDE}x{MIN_SIDE}"
             raise UserError(f"{pair.path1} is {height}x{width}, expected at least {side}")
+    doubts.tell()
+
+
+def refuse_inside(out: Path, pairs: list[Pair]) -> None:
+    """UserError if fused images would lie among the sources, where they would pass for some."""
+    for folder in sorted({path.parent for pair in pairs for path in (pair.path1, pair.path2)}):
+        if out.is_relative_to(os.path.realpath(folder)):
+            raise UserError(f"--out is {out}, inside of the source folder {folder}, choose another")
 
 
 def fuse_folder(args: TestArgs, pairs: list[Pair], out: Path, device: torch.device) -> None:
     """Fuse pairs into the folder `out` and draw a contact sheet beside it."""
-    out = out.resolve()
+    out = Path(os.path.realpath(out))
     sheet = out.with_name(f"{out.name or 'fused'}_contact_sheet.png")
+    pairs = as_told(pairs, args.levels, args.page)
     outputs = {pair.name: out / f"{pair.name}.png" for pair in pairs}
-    check_pairs(pairs, [*outputs.values(), sheet])
+    check_pairs(pairs, [*outputs.values(), *([sheet] if args.contact_rows else [])], args.task)
+    refuse_inside(out, pairs)
     model = optimise(load_model(args, args.task, device))
     writable_folder(out)
     shown = np.linspace(0, len(pairs) - 1, min(args.contact_rows, len(pairs))).round()
@@ -155,7 +172,7 @@ def fuse_folder(args: TestArgs, pairs: list[Pair], out: Path, device: torch.devi
         for pair, fused in fuse_pairs(model, pairs, args.batch_size, args.stretch):
             write_png(outputs[pair.name], fused)
             if pair.name in shown:
-                rows.append((pair.name, [read_uint8(pair.path1), read_uint8(pair.path2), fused]))
+                rows.append((pair.name, [*look_at(pair), fused]))
             progress.update()
     print(f"{len(pairs)} pairs in {time.perf_counter() - started:.1f} s: {out}")
     if rows:
@@ -166,14 +183,20 @@ def fuse_folder(args: TestArgs, pairs: list[Pair], out: Path, device: torch.devi
         print_metrics(outputs, pairs, args.task)
 
 
+def look_at(pair: Pair) -> list[np.ndarray]:
+    """Both sources in 8 bits, grey or RGB."""
+    return list(map(read_uint8, (pair.path1, pair.path2), pair.readings))
+
+
 def fuse_one(args: TestArgs, device: torch.device) -> None:
     """Fuse --img1 and --img2 into the file --out."""
     if args.out.suffix.lower() != ".png" or args.out.is_dir():
         raise UserError(f"--out is {args.out}, expected a file name that ends in .png")
     pair = Pair(args.img1.stem, args.img1, args.img2)
-    check_pairs([pair], [args.out])
+    [pair] = as_told([pair], args.levels, args.page)
+    check_pairs([pair], [args.out], args.task)
     model = optimise(load_model(args, args.task, device))
-    writable_folder(args.out.resolve().parent)
+    writable_folder(Path(os.path.realpath(args.out)).parent)
     for _, fused in fuse_pairs(model, [pair], 1, args.stretch):
         write_png(args.out, fused)
     print(f"fused image: {args.out}")
@@ -205,7 +228,7 @@ def fuse_demo(args: TestArgs, device: torch.device) -> None:
         outputs[task] = out / f"{task}_fused.png"
         for _, fused in fuse_pairs(model, pairs[-1:], 1, args.stretch):
             write_png(outputs[task], fused)
-            rows.append((task, [read_uint8(path) for path in paths] + [fused]))
+            rows.append((task, [*look_at(pairs[-1]), fused]))
     sheet = out / "contact_sheet.png"
     write_png(sheet, contact_sheet(rows, ["CT / PET / SPECT", "MRI", "fused"]))
     print(f"look at {sheet}")
@@ -220,6 +243,43 @@ def print_metrics(outputs: dict[str, Path], pairs: list[Pair], title: str) -> No
 
     # in this process: a fork after CUDA has started would hang
     print_table(compare({"ASFE-Fusion": outputs}, pairs, jobs=1, title=title))
+
+
+# --- contact sheet ---------------------------------------------------------------------------
+
+
+def contact_sheet(rows: list[tuple[str, list[np.ndarray]]], titles: list[str]) -> np.ndarray:
+    """Rows of (name, images) under column titles, as one RGB image."""
+    height = HEADER + len(rows) * (CELL + GAP)
+    sheet = np.full((height, len(titles) * (CELL + GAP) + GAP, 3), 24, np.uint8)
+    for column, title in enumerate(titles):
+        left = GAP + column * (CELL + GAP)
+        write_text(sheet, title, (left + 4, HEADER - 8))
+        for row, (name, images) in enumerate(rows):
+            top = HEADER + row * (CELL + GAP)
+            sheet[top : top + CELL, left : left + CELL] = fitted(images[column])
+            if column == 0:
+                write_text(sheet, name, (left + 4, top + CELL - 6))
+    return sheet
+
+
+def fitted(image: np.ndarray) -> np.ndarray:
+    """The image, fitted into a square RGB cell of a contact sheet."""
+    scale = CELL / max(image.shape[:2])
+    size = [max(1, round(n * scale)) for n in image.shape[1::-1]]
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
+    image = cv2.resize(np.ascontiguousarray(image), size, interpolation=how)
+    image = image if image.ndim == 3 else cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
+    cell = np.zeros((CELL, CELL, 3), np.uint8)
+    top, left = (CELL - image.shape[0]) // 2, (CELL - image.shape[1]) // 2
+    cell[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return cell
+
+
+def write_text(sheet: np.ndarray, text: str, origin: tuple[int, int]) -> None:
+    """Draw a line of text, its lower left corner at `origin` (x, y)."""
+    font = cv2.FONT_HERSHEY_SIMPLEX
+    cv2.putText(sheet, text, origin, font, 0.45, (220, 220, 220), 1, cv2.LINE_AA)
 
 
 if __name__ == "__main__":

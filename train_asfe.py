@@ -35,8 +35,10 @@ from checkpoints import (
     describe,
     draw_curve,
     load_checkpoint,
+    opening,
     run_file,
     save_checkpoint,
+    start_of_files,
     write_csv,
 )
 from cli import UserError, parse_args, run_script, setup_runtime
@@ -63,10 +65,14 @@ def main(args: TrainArgs) -> None:
     amp = set_precision(args.precision, device)
 
     # data
+    out = start_of_files(args)
     train, val = split_pairs(args)
     pairs = TrainPairs(train, args.patch_size, args.seed)
     val_images = TrainPairs(spread(val, VALIDATION_PAIRS), patch=MIN_SIDE).images
     check_settings(args, len(pairs), len(val), world)
+    if rank == 0:
+        pairs.doubts.tell()
+        print(opening(args, device, train, val))
     if args.val and not val and rank == 0:
         print(f"{args.task} shows one person, so nobody can be kept for validation")
 
@@ -93,7 +99,7 @@ def main(args: TrainArgs) -> None:
     state = TrainState(model, averaged, optimiser, schedule, scaler)
 
     # the run so far
-    out = writable_folder(args.save_dir) / f"{args.size}_{args.task}"
+    writable_folder(args.save_dir)
     run = {"epoch": 0, "best": -math.inf, "waited": 0, "seconds": 0.0, "rows": []}
     if args.resume:
         run = load_checkpoint(run_file(out, "_last.pt"), state, args)
@@ -259,6 +265,9 @@ def keep_best(
         run["best"] = score
         metadata = describe(args, run, row["loss"], {kind: measured}, len(val_images))
         save_weights(model, run_file(out, ".safetensors"), metadata)
+    what = f"{len(val_images)} validation" if val_images else "some training"
+    kept = "weights saved" if better or not val_images else f"the best is {run['best']:.4f}"
+    print(f"epoch {run['epoch']}: score {score:.4f} on {what} pairs, {kept}")
     return {f"{kind}_{name}": value for name, value in (measured | {"score": score}).items()}
 
 

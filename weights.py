@@ -52,6 +52,7 @@ def shipped_path(size: str, task: str) -> Path:
 def load_model(args: WeightsArgs, task: str, device: torch.device) -> ASFEFusion:
     """The network with the weights that a command's settings ask for, in evaluation mode.
 
+    Which they are is printed: file, size, task and date, and if they learned another task.
     Raises UserError if there are none, or if they do not fit the settings.
     """
     path = args.weights or shipped_path(args.size, task)
@@ -59,7 +60,14 @@ def load_model(args: WeightsArgs, task: str, device: torch.device) -> ASFEFusion
         raise UserError(
             f"no weights of size {args.size} for {task}, expected {path}; train, or use --weights"
         )
-    return load_sized(path, args.size, device, None if args.aff == "auto" else args.aff)
+    aff = None if args.aff == "auto" else args.aff
+    model, metadata = load_weights(path, device, aff)
+    check_size(path, metadata, args.size)
+    learned, day = metadata.get("task"), metadata.get("date")
+    print(f"weights: {path} ({args.size}, {learned or 'task unknown'}, {day or 'date unknown'})")
+    if learned not in (None, "all", task):
+        print(f"note: these weights learned {learned}, but the task is {task}")
+    return model
 
 
 def load_sized(
@@ -67,9 +75,14 @@ def load_sized(
 ) -> ASFEFusion:
     """`load_weights` of a file that must be of one size; UserError if it is not."""
     model, metadata = load_weights(path, device, aff)
+    check_size(path, metadata, size)
+    return model
+
+
+def check_size(path: Path, metadata: dict, size: str) -> None:
+    """UserError if the metadata of a file name another size."""
     if metadata["size"] != size:
         raise UserError(f"weights {path} are of size {metadata['size']}, expected size {size}")
-    return model
 
 
 def load_weights(

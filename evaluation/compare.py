@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from args_setting import TASKS, MetricArgs
 from cli import UserError
-from dataset import Pair, images_in, match_pairs, task_pairs
+from dataset import Pair, as_told, images_in, match_pairs, task_pairs
 from evaluation.maps import SMALLEST_SIDE, Luma, Metric, measure
 from evaluation.trivial import TRIVIAL
 from images import read_luma8
@@ -173,7 +173,7 @@ def read_samples(pairs: Sequence[Pair], found: dict[str, dict[str, Path]]) -> li
     samples, wrong = [], []
     for pair in pairs:
         paths = {method: images[pair.name] for method, images in found.items()}
-        source1, source2 = read_luma8(pair.path1), read_luma8(pair.path2)
+        source1, source2 = map(read_luma8, (pair.path1, pair.path2), pair.readings)
         fused = {method: read_luma8(path) for method, path in paths.items()}
         if min(source1.shape) < SMALLEST_SIDE:
             wrong.append(f"{pair.path1} is {_size(source1)}, expected at least 3x3")
@@ -261,9 +261,10 @@ def named_pairs(args: MetricArgs) -> tuple[list[Pair], str]:
     if (args.dir1 is None) != (args.dir2 is None):
         raise UserError("--dir1 and --dir2 come together, only one was given")
     if args.dir1:
-        return match_pairs(args.dir1, args.dir2, args.skip_unmatched), ""
-    pairs = task_pairs(args.data_dir, args.task, args.split, args.skip_unmatched, args.cases)
-    return pairs, args.task
+        return as_told(match_pairs(args.dir1, args.dir2, args.skip_unmatched), args.levels), ""
+    how = args.skip_unmatched, args.cases, args.case_pattern
+    pairs = task_pairs(args.data_dir, args.task, args.split, *how)
+    return as_told(pairs, args.levels), args.task
 
 
 def name_folders(given: Sequence[str]) -> dict[str, Path]:

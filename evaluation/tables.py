@@ -170,7 +170,7 @@ def report(
 ) -> None:
     """Print the tables of a command and write the files of `named_files`.
 
-    Nothing is printed or written before all of it is made.
+    Nothing is printed or written before all of it is made, and the files come first.
     """
     makers = {
         "csv": lambda _: to_csv(result),
@@ -180,11 +180,11 @@ def report(
         "plot": lambda path: plot(result, path.suffix.lstrip(".")),
     }
     contents = {path: makers[name](path) for name, path in files.items()}
+    for path, content in contents.items():
+        write_bytes(path, content if isinstance(content, bytes) else content.encode("utf-8"))
     print_table(result, args.rank)
     if rows:
         print_differences(result, rows, args.between)
-    for path, content in contents.items():
-        write_bytes(path, content if isinstance(content, bytes) else content.encode())
 
 
 def to_csv(result: Comparison) -> str:

@@ -1,6 +1,7 @@
 """Flags, one-line errors, and the set-up of a process."""
 
 import importlib.util
+import os
 import platform
 import subprocess
 import sys
@@ -75,6 +76,30 @@ def test_spelling_with_hyphens_works_too():
     assert parse_args(TestArgs, ["--contact-rows", "2"]).contact_rows == 2
 
 
+def test_device_is_spelled_either_way():
+    assert parse_args(TestArgs, ["--device", "cuda"]).DEVICE == "cuda"
+    assert parse_args(TestArgs, ["--DEVICE", "mps"]).DEVICE == "mps"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--patch", "3"], "there is no flag --patch, is --patch_size meant?"),
+        (["--patch=3"], "is --patch_size meant?"),
+        (["--val-c", "3"], "is --val_cases meant?"),
+        (["--pacth_size", "3"], "is --patch_size meant?"),
+        (["--save", "x"], "is --save_dir or --save_every meant?"),
+        (["--qqq"], "there is no flag --qqq, see --help"),
+        (["--lr", "1", "more"], "unrecognized arguments: more"),
+    ],
+)
+def test_an_unknown_flag_names_the_one_it_could_be(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(TrainArgs, argv)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and message in err and err.count("\n") == 1
+
+
 # --- errors ----------------------------------------------------------------------------------
 
 
@@ -96,6 +121,33 @@ def test_a_bug_of_ours_keeps_its_traceback(error):
 
     with pytest.raises(type(error), match="a bug"):
         run_script(main, None)
+
+
+PRINTED = """
+from cli import parse_args, run_script
+from args_setting import DataArgs
+def main(args):
+    print("SSIM ↑ 1.5 × 2 … é")
+    raise OSError("Größe ↓")
+run_script(main, parse_args(DataArgs, [], "↑ metrics"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("encoding", "out", "err"),
+    [
+        ("utf-8", "SSIM ↑ 1.5 × 2 … é", "Größe ↓"),
+        ("cp1252", "SSIM ^ 1.5 × 2 … é", "Größe v"),
+        ("ascii", r"SSIM ^ 1.5 x 2 ... \xe9", r"Gr\xf6\xdfe v"),
+    ],
+)
+def test_a_terminal_without_a_character_gets_another(encoding, out, err):
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", PRINTED]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment)
+    assert done.returncode == 2
+    assert done.stdout.decode(encoding).strip() == out
+    assert done.stderr.decode(encoding).strip().endswith(err)
 
 
 # --- the process -----------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 from task_files import files, write_task
 
-import images
 import test_asfe
 from args_setting import ALL_TASKS, ROOT, TASKS
 from dataset import match_pairs, read_pair, task_pairs
@@ -74,7 +73,7 @@ def test_contact_sheet_shows_sources_and_result(call, weights, tmp_path):
     argv = ["--data_dir", data, "--weights", weights, "--out", tmp_path / "out"]
     assert call(*argv, "--contact_rows", 2)[0] == 0
     sheet = cv2.imread(str(tmp_path / "out_contact_sheet.png"))
-    cell, gap, header = images.CELL, images.GAP, images.HEADER
+    cell, gap, header = test_asfe.CELL, test_asfe.GAP, test_asfe.HEADER
     assert sheet.shape == (header + 2 * (cell + gap), 3 * (cell + gap) + gap, 3)
     ct = cv2.resize(phantom_pair("CT-MRI", 64)[0], (cell, cell), interpolation=cv2.INTER_NEAREST)
     shown = sheet[header : header + cell - 30, gap : gap + cell, 0]  # above the name
@@ -148,6 +147,70 @@ def test_a_stray_file_can_be_skipped(call, weights, tmp_path):
     assert files(tmp_path / "out") == {"a.png"}
 
 
+def test_what_is_left_out_is_named(call, brighter, tmp_path):
+    data = write_task(tmp_path / "data", "CT-MRI", "test", {"a": 32, "b": 32, "c": 32})
+    source = data / "CT-MRI" / "test"
+    (source / "MRI" / "b.png").unlink()
+    (source / "CT" / "c.png").unlink()
+    (source / "CT" / "._a.png").write_bytes(b"kept by macOS")
+    (source / "CT" / "folder.png").mkdir()
+    argv = ["--dir1", source / "CT", "--dir2", source / "MRI", "--out", tmp_path / "out"]
+    code, out, err = call(*argv, "--skip-unmatched")
+    assert code == 0 and "left out, without a partner: b, c\n" in out, err
+    assert files(tmp_path / "out") == {"a.png"}
+
+
+def test_one_folder_is_not_two(call, weights, tmp_path):
+    folder = write_task(tmp_path, "CT-MRI", "test", {"a": 32}) / "CT-MRI" / "test" / "CT"
+    (tmp_path / "link").symlink_to(folder)
+    for other in (folder, folder / ".." / "CT", tmp_path / "link"):
+        argv = ["--dir1", folder, "--dir2", other, "--out", tmp_path / "out"]
+        code, _, err = call(*argv, "--weights", weights)
+        assert code == 2 and "is given for both sources" in err and err.count("\n") == 1
+
+
+def test_out_does_not_lie_inside_a_source(call, weights, tmp_path):
+    source = write_task(tmp_path, "CT-MRI", "test", {"a": 32}) / "CT-MRI" / "test"
+    folders = ["--dir1", source / "CT", "--dir2", source / "MRI", "--weights", weights]
+    split = ["--data_dir", tmp_path, "--weights", weights]
+    (tmp_path / "link").symlink_to(source / "MRI")
+    before = files(tmp_path)
+    for out in (source / "MRI" / "fused", tmp_path / "link" / "fused"):
+        for argv in (folders, split):
+            code, _, err = call(*argv, "--out", out)
+            assert code == 2 and "inside of the source folder" in err and err.count("\n") == 1
+    assert files(tmp_path) == before
+
+
+def test_a_loop_of_links_and_too_long_a_name_are_one_line(call, weights, tmp_path):
+    source = write_task(tmp_path, "CT-MRI", "test", {"a": 32}) / "CT-MRI" / "test"
+    argv = ["--dir1", source / "CT", "--dir2", source / "MRI", "--weights", weights]
+    code, _, err = call(*argv, "--out", tmp_path / ("a" * 250))  # and _contact_sheet.png
+    assert code == 2 and "File name too long" in err and err.count("\n") == 1
+    assert call(*argv, "--out", tmp_path / ("a" * 250), "--contact_rows", 0)[0] == 0
+    for name in ("CT", "MRI"):
+        (source / name / "b.png").symlink_to("b.png")
+    code, _, err = call(*argv, "--out", tmp_path / "out")
+    assert code == 2 and "symbolic links" in err and "b.png" in err and err.count("\n") == 1
+    (tmp_path / "loop").symlink_to("loop")
+    code, _, err = call(*argv[:4], "--weights", weights, "--out", tmp_path / "loop" / "out")
+    assert code == 2 and err.count("\n") == 1
+
+
+def test_the_weights_are_named(call, tmp_path):
+    for name, image in zip("ab", phantom_pair("PET-MRI", 32), strict=True):
+        write_png(tmp_path / f"{name}.png", image)
+    argv = ["--img1", tmp_path / "a.png", "--img2", tmp_path / "b.png", "--out", tmp_path / "o.png"]
+    path = ROOT / "model_pre" / "compact_PET-MRI.safetensors"
+    _, metadata = load_weights(path)
+    line = f"weights: {path} (compact, PET-MRI, {metadata['date']})\n"
+    code, out, _ = call(*argv, "--task", "PET-MRI")
+    assert code == 0 and line in out and "note:" not in out
+    code, out, _ = call(*argv, "--weights", path, "--task", "SPECT-MRI")
+    assert code == 0 and line in out
+    assert "note: these weights learned PET-MRI, but the task is SPECT-MRI\n" in out
+
+
 def test_a_constant_image_works(call, weights, tmp_path):
     for level in (0, 255):
         write_png(tmp_path / "flat.png", np.full((40, 40), level, np.uint8))
@@ -209,7 +272,7 @@ def broken(tmp_path: Path, weights: Path, kind: str) -> tuple[list, str]:
         pair = ["--img1", ct / "a.png", "--img2", mri / "a.png", "--weights", weights]
         return [*pair, "--out", tmp_path / "out.jpg"], "ends in .png"
     if kind == "unwritable folder":
-        return [*plain[:4], "--out", "/proc/self"], "/.probe"
+        return [*plain[:4], "--out", "/proc/self"], "cannot write into this folder"
     if kind == "batch":
         return [*plain, "--batch_size", "0"], "batch_size is 0, expected at least 1"
     if kind == "threads":

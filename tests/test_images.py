@@ -2,13 +2,23 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from images import read_image, read_luma8, to_uint8, writable_folder, write_bytes, write_png
+from images import (
+    read_image,
+    read_luma8,
+    to_uint8,
+    whole_file,
+    writable_folder,
+    write_bytes,
+    write_png,
+)
 from phantom import phantom_pair
 
 
@@ -168,6 +178,27 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
         write_bytes(tmp_path / "b", b"new")
     assert (tmp_path / "b").read_bytes() == b"old"
     assert {p.name for p in tmp_path.iterdir()} == {"a.png", "b"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")
+@pytest.mark.parametrize("count", [10, 10**6])
+def test_a_full_disk_is_named_with_the_file(tmp_path, count):
+    """Also by torch.save, which hides it behind an error of its own."""
+    path = tmp_path / "a.pt"
+    write_bytes(path, b"old")
+    for write in (torch.save, lambda values, file: file.write(values.numpy().tobytes())):
+        (tmp_path / "a.pt.part").symlink_to("/dev/full")
+        with pytest.raises(OSError, match=r"No space left on device: .*a\.pt'"):
+            with whole_file(path) as file:
+                write(torch.zeros(count), file)
+        assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_the_longest_name_can_be_written(tmp_path):
+    for name in ("a" * 251 + ".png", "é" * 120 + ".png"):
+        write_png(tmp_path / name, random_image(16, 16))
+        assert np.array_equal(read_luma8(tmp_path / name), random_image(16, 16))
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_folder_may_be_tried_by_many_at_once(tmp_path):

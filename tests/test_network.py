@@ -299,6 +299,8 @@ def test_fuse_takes_arrays_and_integers(compact):
     assert torch.equal(fused, compact.fuse(*(img / np.float32(255))))
     wide = img.astype(np.uint16) * 257
     assert torch.allclose(fused, compact.fuse(wide[0], wide[1]), atol=1e-6)
+    for foreign in (wide.astype(">u2"), (wide / 65535).astype(">f4")):  # bytes in another order
+        assert torch.allclose(fused, compact.fuse(foreign[0], foreign[1]), atol=1e-6)
     read_only = img[:, ::-1].copy()[:, ::-1]
     read_only.setflags(write=False)
     assert torch.equal(fused, compact.fuse(read_only[0], read_only[1]))

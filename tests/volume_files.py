@@ -83,7 +83,7 @@ class Brighter:
 
     multiple = 16
 
-    def fuse(self, img1, img2):
+    def fuse(self, img1, img2, stretch=False):
         assert img1.shape == img2.shape and min(img1.shape[-2:]) >= 16
         assert img1.dtype == np.float32 and 0 <= img1.min() and img2.max() <= 1
         return torch.from_numpy(np.maximum(img1, img2))
