@@ -47,6 +47,8 @@ def make_parser(cls: type, description: str = "") -> argparse.ArgumentParser:
         else:
             extras["type"] = plain_type(hints[f.name])
         spellings = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
+        if extras.pop("positional", False):
+            spellings, extras["nargs"] = (f.name,), "?"
         parser.add_argument(*spellings, default=f.default, **extras)
     return parser
 
