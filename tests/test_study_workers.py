@@ -97,7 +97,7 @@ def check_kills(folder: Path, table: Path, broken: set[str], rounds: int, count:
         if turn % 2 == 0 and victims:
             kill(dice.choice(victims))
             continue
-        kill(process.pid)
+        process.kill()
         process.wait()
         wait_for(lambda victims=victims: not any(Path(f"/proc/{pid}").exists() for pid in victims))
         before, process = records_of(out), None
