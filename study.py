@@ -37,6 +37,7 @@ except ModuleNotFoundError as error:
 else:
     missing = None
 
+CONNECT = 20  # seconds that a cluster may take to answer
 # Of Dask, for the processes of this machine. A case whose worker died is tried once more. A worker
 # holds one case and nothing in store, so that no other case has part in a death. A worker never
 # pauses: PyTorch keeps its memory between cases, and that would stop it for good.
@@ -122,7 +123,7 @@ def workers(args: StudyArgs, jobs: int) -> Iterator["Client"]:
             where = {"address": args.scheduler, "scheduler_file": args.scheduler_file}
             where = {key: str(value) for key, value in where.items() if value}
             try:
-                client = Client(**where, timeout=20)
+                client = Client(**where, timeout=CONNECT)
             except (ValueError, TypeError) as error:
                 raise UserError(f"--scheduler: {error}") from None
             print(f"cluster at {client.scheduler.address}")

@@ -15,6 +15,7 @@ import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
 from functools import cache
+from glob import escape
 from pathlib import Path
 
 import test_asfe
@@ -126,11 +127,18 @@ def weights_hash(path: Path, time_ns: int) -> str:
 
 
 def tree_hash(path: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of a folder's files."""
-    if not path.is_dir():
+    """SHA-256 of a file, or of the names and contents of a folder's files.
+
+    A header whose voxels are in a file of their own counts with all files of its name.
+    """
+    if path.is_dir():
+        folder, files = path, path.rglob("*")
+    elif path.suffix.lower() in (".mhd", ".nhdr"):
+        folder, files = path.parent, path.parent.glob(f"{escape(path.stem)}.*")
+    else:
         return file_hash(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    parts = [f"{file.relative_to(path).as_posix()} {file_hash(file)}" for file in files]
+    files = sorted(file for file in files if file.is_file())
+    parts = [f"{file.relative_to(folder).as_posix()} {file_hash(file)}" for file in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

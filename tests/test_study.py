@@ -211,6 +211,20 @@ def test_what_is_done_is_not_done_again(table, tmp_path, brighter):
     assert fused_again() and not fused_again()
 
 
+def test_an_input_counts_with_all_its_files(tmp_path):
+    for name in ("a.mhd", "a.raw", "b.raw", "in/1.dcm"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    paths = tmp_path / "a.mhd", tmp_path / "in"
+    before = [run.tree_hash(path) for path in paths]
+    (tmp_path / "b.raw").write_text("other")
+    assert [run.tree_hash(path) for path in paths] == before
+    (tmp_path / "a.raw").write_text("other")
+    (tmp_path / "in/1.dcm").rename(tmp_path / "in/2.dcm")
+    after = [run.tree_hash(path) for path in paths]
+    assert after[0] != before[0] and after[1] != before[1]
+
+
 def test_a_case_that_is_stopped_starts_again(table, tmp_path, brighter, monkeypatch):
     case = cases_of(tmp_path / "o", table=table)[0]
     run.run_case(case.packed())

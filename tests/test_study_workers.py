@@ -16,6 +16,7 @@ from study_files import rows_of, write_study, written
 pytest.importorskip("distributed", reason="needs requirements-study.txt")
 import study
 from args_setting import ROOT, StudyArgs
+from cli import parse_args
 from studies.cases import RECORDS, find_cases
 from studies.run import run_case
 
@@ -173,11 +174,10 @@ def test_a_case_that_kills_its_worker_twice_has_failed(tmp_path, monkeypatch):
     assert "died twice" in records["c00"]["message"]
 
 
-def test_a_cluster_that_is_not_there_is_one_line(tmp_path):
+def test_a_cluster_that_is_not_there_is_one_line(tmp_path, monkeypatch, in_process):
     table, _ = write_study(tmp_path / "in", 4)
-    log = tmp_path / "log"
-    process = start(table, "--out", tmp_path / "out", "--scheduler", "tcp://127.0.0.1:9", log=log)
-    assert process.wait(PATIENCE) == 2
-    lines = log.read_text().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("study.py: error: "), lines
+    monkeypatch.setattr(study, "CONNECT", 1)
+    argv = [str(table), "--out", str(tmp_path / "out"), "--scheduler", "tcp://127.0.0.1:9"]
+    code, _, err = in_process(study, lambda: parse_args(StudyArgs, argv))
+    assert code == 2 and err.startswith("study.py: error: ") and err.count("\n") == 1, err
     assert not (tmp_path / "out" / "report.html").exists()
