@@ -44,6 +44,7 @@ CONNECT = 20  # seconds that a cluster may take to answer
 CONFIG = {
     "distributed.scheduler.allowed-failures": 1,
     "distributed.scheduler.worker-saturation": 1.0,
+    "distributed.worker.profile.enabled": False,
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
@@ -134,11 +135,11 @@ def workers(args: StudyArgs, jobs: int) -> Iterator["Client"]:
                 threads_per_worker=1,
                 memory_limit=int(args.memory * 1e9),
                 host="127.0.0.1",
-                dashboard_address=None,
+                dashboard_address="127.0.0.1:0",  # Dask's, on a port that is free
                 silence_logs=logging.CRITICAL,
             )
             client = Client(stack.enter_context(cluster))
-            print(f"{jobs} workers, each {args.threads} threads and up to {args.memory:.1f} GB")
+            print(f"workers: {jobs}; of each: threads {args.threads}, GB at most {args.memory:.1f}")
         yield stack.enter_context(client)
 
 
