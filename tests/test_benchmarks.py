@@ -156,7 +156,7 @@ def test_study_speed_has_each_way_fuse_every_case(run, monkeypatch):
     seconds_of = study_speed.seconds_of
     monkeypatch.setattr(study_speed, "seconds_of", plain)  # workers are tested elsewhere
     out = run(study_speed, "--cases", 2, "--slices", 1, "--side", 32, "--repeats", 2)
-    assert ways == [0, 1, 2] * 2 and out.count("plain loop: ") == 2
+    assert ways == [0, 1, 2] * 2 and out.count("\nplain loop: ") == 2
     assert "two workers: " in out and "% by the clock, " in out
 
 
