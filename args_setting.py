@@ -243,6 +243,36 @@ class TestArgs(VolumeArgs):
 
 
 @dataclass(frozen=True)
+class StudyArgs(VolumeArgs):
+    """Settings of study.py; those of one pair count for every case that its table leaves open."""
+
+    table: Path | None = setting(
+        None, "CSV with the columns img1, img2 and settings of a case", positional=True
+    )
+    bids: Path | None = setting(
+        None, "BIDS folder: *_ct and *_pet with *_T1w and *_T2w of one subject and session"
+    )
+    dir1: Path | None = setting(None, "two folders: source 1, images or volumes")
+    dir2: Path | None = setting(None, "two folders: source 2, paired by file name")
+    skip_unmatched: bool = setting(False, "two folders: leave out files without a partner")
+    out: Path | None = setting(
+        None, "folder of everything that is written; --bids: its derivatives/asfe-fusion"
+    )
+    inside: bool = setting(False, "refuse paths that lie outside of the table's folder")
+    stretch: bool = setting(
+        TestArgs.stretch, "images: min-max stretch of each fused image", "published code"
+    )
+    jobs: int = setting(0, "processes on this machine; 0: one for every two cores", minimum=0)
+    memory: float = setting(
+        0, "GB that each process may use; 0: an equal share of the machine's", minimum=0
+    )
+    scheduler: str | None = setting(
+        None, "address of a Dask cluster that runs the cases in place of --jobs"
+    )
+    scheduler_file: Path | None = setting(None, "the same, by the file that its scheduler wrote")
+
+
+@dataclass(frozen=True)
 class DataArgs:
     """Settings of dataset.py run as a script."""
 

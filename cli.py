@@ -65,6 +65,9 @@ def make_parser(cls: type, description: str = "") -> argparse.ArgumentParser:
         spelled = f.name, f.name.replace("_", "-"), f.name.lower()
         spellings = dict.fromkeys(f"--{name}" for name in spelled)
         extras["dest"] = f.name
+        if extras.pop("positional", False):
+            spellings, extras["nargs"] = (f.name,), "?"
+            del extras["dest"]
         parser.add_argument(*spellings, default=f.default, **extras)
     return parser
 

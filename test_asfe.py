@@ -45,16 +45,17 @@ MODES = {
 }
 
 
-def main(args: TestArgs) -> None:
+def main(args: TestArgs, network: ASFEFusion | None = None) -> None:
+    """Fuse what the settings name; for one pair, `network` may be at hand from the pair before."""
     mode = mode_of(args)
     check_flags(args, mode)
     device = setup_runtime(args)
     if mode == "the demo":
         fuse_demo(args, device)
     elif mode == "volumes":
-        fuse_pair_of_volumes(args, device)
+        fuse_pair_of_volumes(args, device, network)
     elif mode == "one pair of images":
-        fuse_one(args, device)
+        fuse_one(args, device, network)
     elif mode == "two folders":
         pairs = match_pairs(args.dir1, args.dir2, args.skip_unmatched)
         fuse_folder(args, pairs, args.out, device)
@@ -188,14 +189,14 @@ def look_at(pair: Pair) -> list[np.ndarray]:
     return list(map(read_uint8, (pair.path1, pair.path2), pair.readings))
 
 
-def fuse_one(args: TestArgs, device: torch.device) -> None:
+def fuse_one(args: TestArgs, device: torch.device, model: ASFEFusion | None = None) -> None:
     """Fuse --img1 and --img2 into the file --out."""
     if args.out.suffix.lower() != ".png" or args.out.is_dir():
         raise UserError(f"--out is {args.out}, expected a file name that ends in .png")
     pair = Pair(args.img1.stem, args.img1, args.img2)
     [pair] = as_told([pair], args.levels, args.page)
     check_pairs([pair], [args.out], args.task)
-    model = optimise(load_model(args, args.task, device))
+    model = model or optimise(load_model(args, args.task, device))
     writable_folder(Path(os.path.realpath(args.out)).parent)
     for _, fused in fuse_pairs(model, [pair], 1, args.stretch):
         write_png(args.out, fused)
@@ -204,7 +205,9 @@ def fuse_one(args: TestArgs, device: torch.device) -> None:
         print_metrics({pair.name: args.out}, [pair], args.task)
 
 
-def fuse_pair_of_volumes(args: TestArgs, device: torch.device) -> None:
+def fuse_pair_of_volumes(
+    args: TestArgs, device: torch.device, model: ASFEFusion | None = None
+) -> None:
     """Hand --img1 and --img2 over to volumes/, whose packages are an extra."""
     try:
         from volumes import fuse_volumes
@@ -212,7 +215,7 @@ def fuse_pair_of_volumes(args: TestArgs, device: torch.device) -> None:
         raise UserError(
             f"volumes need {error.name}: pip install -r requirements-volumes.txt"
         ) from None
-    fuse_volumes(args, optimise(load_model(args, args.task, device)))
+    fuse_volumes(args, model or optimise(load_model(args, args.task, device)))
 
 
 def fuse_demo(args: TestArgs, device: torch.device) -> None:

@@ -22,9 +22,11 @@ import metric_times
 import page
 import published
 import speed
+import study_speed
 import volume_memory
 
-SCRIPTS = brightness, loss_on_pixels, metric_times, page, published, speed, volume_memory
+SCRIPTS = brightness, loss_on_pixels, metric_times, page, published, speed, study_speed
+SCRIPTS += (volume_memory,)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +144,20 @@ def test_volume_memory_lets_the_network_fuse_the_first_slices_only(tmp_path, mon
     volume_memory.fuse(tmp_path, 8)
     assert len(passes) == 2, "of six batches of four"
     assert (tmp_path / "fused.nii").is_file() and "peak " in capsys.readouterr().out
+
+
+def test_study_speed_has_each_way_fuse_every_case(run, monkeypatch):
+    ways = []
+
+    def plain(table, jobs):
+        ways.append(jobs)
+        return seconds_of(table, 0)
+
+    seconds_of = study_speed.seconds_of
+    monkeypatch.setattr(study_speed, "seconds_of", plain)  # workers are tested elsewhere
+    out = run(study_speed, "--cases", 2, "--slices", 1, "--side", 32, "--repeats", 2)
+    assert ways == [0, 1, 2] * 2 and out.count("\nplain loop: ") == 2
+    assert "two workers: " in out and "% by the clock, " in out
 
 
 def test_page_without_a_browser_is_one_line(in_process, monkeypatch):

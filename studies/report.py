@@ -1,0 +1,179 @@
+"""The report of a study: a table, and one page that needs nothing else, failures on top.
+
+The pictures lie in the page as JPEG, small enough that 200 cases open in a browser at once.
+
+Legend: H W pixels; images are uint8, (H, W, 3) RGB.
+"""
+
+import base64
+import csv
+import io
+import json
+import os
+import re
+from html import escape
+from pathlib import Path
+from urllib.parse import quote
+
+import cv2
+import numpy as np
+
+from cli import UserError
+from images import contact_sheet, read_uint8, write_bytes
+from studies.cases import Case, stem
+
+WIDTH = 520  # pixels of a picture at most
+COLUMNS = ("name", "status", "task", "seconds", "moved_mm", "overlap_percent", "doubts")
+COLUMNS += ("message", "img1", "img2", "out")
+ORDER = ("failed", "not run", "done")
+STYLE = """
+body { font: 15px/1.4 system-ui, sans-serif; margin: 1.5em; background: #14161a; color: #e6e6e6 }
+a { color: #8ec7ff } h1 { font-size: 1.4em } h2 { font-size: 1.1em; margin: 0 0 .3em }
+table { border-collapse: collapse } td, th { padding: .2em .8em .2em 0; text-align: left }
+main { display: flex; flex-wrap: wrap; gap: 1em }
+article { background: #20242b; padding: .8em; border-radius: 6px; max-width: 540px }
+img { max-width: 100%; display: block; margin-top: .4em }
+.failed, .bad { color: #ff8f84 } p { margin: .2em 0 }
+"""
+
+
+def write_report(out: Path, cases: list[Case], records: dict[str, dict]) -> Path:
+    """Write report.csv and report.html into `out`, each whole or not at all; the page's path.
+
+    `records` are those of `run_case` by the name of the case; a case without one was not run.
+    """
+    rows = [row_of(case, records.get(case.name)) for case in cases]
+    rows.sort(key=lambda row: ORDER.index(row["status"]))  # keeps the order otherwise
+    text = io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_bytes(out / "report.csv", text.getvalue().encode())
+    by_name = {case.name: case for case in cases}
+    page = page_of(rows, [article(row, by_name[row["name"]], out) for row in rows])
+    write_bytes(out / "report.html", page.encode())
+    return out / "report.html"
+
+
+def row_of(case: Case, record: dict | None) -> dict:
+    """The cells of a case; what its sidecar does not tell is empty."""
+    record = record or {"status": "not run", "message": ""}
+    settings = case.settings
+    told = sidecar_of(settings.out) if record["status"] == "done" else {}
+    registration = told.get("registration") or {}
+    covered = re.search(r"covers ([\d.]+) ?%", " ".join(told.get("report", [])))
+    moved = registration.get("moved_mm")
+    return {
+        "name": case.name,
+        "status": record["status"],
+        "task": settings.task,
+        "seconds": record.get("seconds", ""),
+        "moved_mm": "" if moved is None else largest(moved),
+        "overlap_percent": covered[1] if covered else "",
+        "doubts": "; ".join(map(str, registration.get("doubts") or [])),
+        "message": record["message"],
+        "img1": settings.img1,
+        "img2": settings.img2,
+        "out": settings.out,
+    }
+
+
+def largest(moved) -> float | str:
+    """Millimetres moved: a number as it is, the largest of several, rounded."""
+    values = moved.values() if isinstance(moved, dict) else np.ravel(moved).tolist()
+    numbers = [value for value in values if isinstance(value, (int, float))]
+    return round(max(numbers), 2) if numbers else ""
+
+
+def sidecar_of(out: Path) -> dict:
+    """What is said beside a fused volume; {} if nothing is."""
+    try:
+        return json.loads(out.with_name(f"{stem(out)}.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+# --- the page --------------------------------------------------------------------------------
+
+
+def page_of(rows: list[dict], articles: list[str]) -> str:
+    """The whole page: counts, failures, the slowest cases, then an article for each case."""
+    done = [row for row in rows if row["status"] == "done"]
+    failures = [row for row in rows if row["status"] == "failed"]
+    slowest = sorted(done, key=lambda row: -row["seconds"])[:3]
+    lines = "".join(
+        f"<tr><th>{link(row['name'])}</th><td>{escape(row['message'])}</td></tr>"
+        for row in failures
+    )
+    slow = ", ".join(f"{link(row['name'])} ({row['seconds']:.1f} s)" for row in slowest)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Fused study</title>'
+        f"<style>{STYLE}</style></head><body>"
+        f"<h1>{len(rows)} cases: {len(done)} done, {len(failures)} failed, "
+        f"{len(rows) - len(done) - len(failures)} not run</h1>"
+        + (f'<table class="failed">{lines}</table>' if lines else "")
+        + (f"<p>Slowest: {slow}</p>" if slow else "")
+        + f"<main>{''.join(articles)}</main></body></html>\n"
+    )
+
+
+def link(name: str) -> str:
+    """A link to the article of a case."""
+    return f'<a href="#{quote(name)}">{escape(name)}</a>'
+
+
+def article(row: dict, case: Case, out: Path) -> str:
+    """What the page shows of a case."""
+    if row["status"] != "done":
+        text = f'<p class="failed">{escape(row["status"])}: {escape(row["message"])}</p>'
+    else:
+        facts = [row["task"], f"{row['seconds']:.1f} s"]
+        if row["moved_mm"] != "":
+            facts.append(f"moved {row['moved_mm']} mm")
+        if row["overlap_percent"]:
+            facts.append(f"overlap {row['overlap_percent']} %")
+        text = f"<p>{escape(' · '.join(facts))}</p>"
+        if row["doubts"]:
+            text += f'<p class="bad">{escape(row["doubts"])}</p>'
+        text += "".join(embedded(*picture) for picture in pictures(case))
+    file = quote(Path(os.path.relpath(case.settings.out, out)).as_posix())
+    name = escape(row["name"])
+    heading = f'<a href="{file}">{name}</a>' if row["status"] == "done" else name
+    return f'<article id="{escape(row["name"])}"><h2>{heading}</h2>{text}</article>'
+
+
+def pictures(case: Case) -> list[tuple[str, np.ndarray]]:
+    """Titles and images of a case: its mosaic, or sources and result; and its registration."""
+    settings = case.settings
+    found = []
+    if settings.mosaic is None:
+        paths = settings.img1, settings.img2, settings.out
+        images = [image for image in map(picture, paths) if image is not None]
+        if len(images) == 3:
+            sheet = contact_sheet([(case.name, images)], ["source 1", "source 2", "fused"])
+            found.append(("sources and fused", sheet))
+    elif (image := picture(settings.mosaic)) is not None:
+        found.append(("fused", image))
+    beside = settings.out.with_name(f"{stem(settings.out)}_registration.png")
+    if (image := picture(beside)) is not None:
+        found.append(("registration", image))
+    return found
+
+
+def picture(path: Path) -> np.ndarray | None:
+    """An image, or None where there is none to show."""
+    try:
+        return read_uint8(path)
+    except (UserError, OSError):
+        return None
+
+
+def embedded(title: str, image: np.ndarray) -> str:
+    """An image as JPEG inside of the page, at most WIDTH wide."""
+    scale = min(1, WIDTH / image.shape[1])
+    size = [max(1, round(n * scale)) for n in image.shape[1::-1]]
+    image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    image = image if image.ndim == 2 else image[..., ::-1]
+    data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 80])[1]
+    text = base64.b64encode(data.tobytes()).decode()
+    return f'<img alt="{escape(title)}" src="data:image/jpeg;base64,{text}">'

@@ -1,0 +1,192 @@
+"""Fuse many pairs with one command, on this machine or on a cluster, and report on all of them.
+
+    python study.py pairs.csv --out fused/             a table: img1,img2 and settings of a case
+    python study.py --bids bids/                       CT and PET with MRI of a BIDS folder
+    python study.py --dir1 ct/ --dir2 mri/ --out fused/    two folders, paired by file name
+    python study.py pairs.csv --out fused/ --scheduler tcp://10.0.0.1:8786    a Dask cluster
+
+Each case runs as in test_asfe.py. A case that fails does not stop the others, and what is done is
+not done again: stop it at any moment and start it again. report.html shows every case. Dask hands
+the cases out and restarts what dies; see docs/study.md. Settings: args_setting.py.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, contextmanager
+from hashlib import sha256
+from pathlib import Path
+
+from tqdm import tqdm
+
+from args_setting import StudyArgs
+from cli import UserError, parse_args, pick_device, run_script
+from images import writable_folder, write_bytes
+from studies.cases import Case, find_cases
+from studies.report import write_report
+from weights import load_model
+
+try:
+    import dask
+    from distributed import Client, KilledWorker, LocalCluster, as_completed
+    from distributed.system import MEMORY_LIMIT
+except ModuleNotFoundError as error:
+    missing = error.name
+else:
+    missing = None
+
+CONNECT = 20  # seconds that a cluster may take to answer
+# Of Dask, for the processes of this machine. A case whose worker died is tried once more. A worker
+# holds one case and nothing in store, so that no other case has part in a death. A worker never
+# pauses: PyTorch keeps its memory between cases, and that would stop it for good.
+CONFIG = {
+    "distributed.scheduler.allowed-failures": 1,
+    "distributed.scheduler.worker-saturation": 1.0,
+    "distributed.worker.profile.enabled": False,
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": False,
+    "distributed.worker.memory.terminate": 0.95,
+}
+
+
+def main(args: StudyArgs) -> None:
+    if missing:
+        raise UserError(f"study.py needs {missing}: pip install -r requirements-study.txt")
+    if bool(args.scheduler) and bool(args.scheduler_file):
+        raise UserError("give --scheduler or --scheduler-file, not both")
+    if (args.scheduler or args.scheduler_file) and (args.jobs or args.memory):
+        raise UserError("--jobs and --memory are for this machine, a cluster has its own")
+    args, jobs = shares(args)
+    out, cases = find_cases(args)
+    check_weights(args, cases)
+    writable_folder(out)
+    if args.bids:
+        write_bytes(out / "dataset_description.json", description(args.bids).encode())
+    records: dict[str, dict] = {}
+    with workers(args, jobs) as client:
+        try:
+            fuse_all(client, cases, records)
+        finally:  # also of a run that is stopped
+            page = write_report(out, cases, records)
+            print(f"report: {page}")
+    failed = [name for name, record in records.items() if record["status"] == "failed"]
+    if failed:
+        raise UserError(f"{len(failed)} of {len(cases)} cases failed, {page} names them")
+
+
+def shares(args: StudyArgs) -> tuple[StudyArgs, int]:
+    """The settings with the threads and GB of each process here, and how many processes."""
+    if args.scheduler or args.scheduler_file:
+        return args, 0
+    cores = os.cpu_count() or 1
+    jobs = args.jobs or max(1, cores // 2)
+    threads = args.threads or max(1, cores // jobs)
+    memory = args.memory or MEMORY_LIMIT / 1e9 / jobs
+    return StudyArgs(**{**vars(args), "threads": threads, "memory": memory}), jobs
+
+
+def check_weights(args: StudyArgs, cases: list[Case]) -> None:
+    """UserError if a case asks for weights that are not there or cannot be read."""
+    if not (args.scheduler or args.scheduler_file):
+        pick_device(args.DEVICE)
+    seen = set()
+    for settings in (case.settings for case in cases):
+        key = settings.weights, settings.size, settings.task, settings.aff
+        if key not in seen:
+            load_model(settings, settings.task, "cpu")
+        seen.add(key)
+
+
+def description(bids: Path) -> str:
+    """dataset_description.json of the derivatives of a BIDS folder."""
+    code = {"Name": "ASFE-Fusion", "Description": "fused CT or PET and MRI"}
+    content = {
+        "Name": f"Fused volumes of {bids.resolve().name}",
+        "BIDSVersion": "1.10.0",
+        "DatasetType": "derivative",
+        "GeneratedBy": [code],
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+@contextmanager
+def workers(args: StudyArgs, jobs: int) -> Iterator["Client"]:
+    """A client of Dask: of the cluster that the settings name, or of `jobs` processes here."""
+    with ExitStack() as stack:
+        for name in ("distributed", "tornado"):  # their words on a worker's death; ours say enough
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        if args.scheduler_file and not args.scheduler_file.is_file():
+            raise UserError(f"--scheduler-file is {args.scheduler_file}: no such file")
+        if args.scheduler or args.scheduler_file:
+            where = {"address": args.scheduler, "scheduler_file": args.scheduler_file}
+            where = {key: str(value) for key, value in where.items() if value}
+            try:
+                client = Client(**where, timeout=CONNECT)
+            except (ValueError, TypeError) as error:
+                raise UserError(f"--scheduler: {error}") from None
+            print(f"cluster at {client.scheduler.address}")
+        else:
+            stack.enter_context(dask.config.set(CONFIG))
+            cluster = LocalCluster(
+                n_workers=jobs,
+                threads_per_worker=1,
+                memory_limit=int(args.memory * 1e9),
+                host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",  # Dask's, on a port that is free
+                silence_logs=logging.CRITICAL,
+            )
+            client = Client(stack.enter_context(cluster))
+            print(f"workers: {jobs}; of each: threads {args.threads}, GB at most {args.memory:.1f}")
+        yield stack.enter_context(client)
+
+
+def fuse_all(client: "Client", cases: list[Case], records: dict[str, dict]) -> None:
+    """Have the workers fuse the cases, and put each record into `records` once it is there."""
+    waiting = {}
+    for case in cases:
+        packed = case.packed()
+        key = f"{case.name}-{sha256(packed.encode()).hexdigest()}"
+        waiting[client.submit(remote, packed, key=key, pure=False)] = case
+    with tqdm(total=len(cases), unit="case", desc="study") as progress:
+        for future in as_completed(list(waiting)):
+            case = waiting.pop(future)
+            record = records[case.name] = result_of(future, case)
+            if record["status"] == "failed":
+                progress.write(f"{case.name}: failed: {record['message']}")
+            slow = max(records.values(), key=lambda r: r["seconds"])
+            progress.set_postfix_str(f"slowest {slow['name']}, {slow['seconds']:.0f} s")
+            progress.update()
+            future.release()
+    again = sum(record["again"] for record in records.values())
+    done = sum(record["status"] == "done" for record in records.values())
+    print(f"{done} of {len(cases)} cases done, {again} of them before")
+    slow = sorted(records.values(), key=lambda r: -r["seconds"])[:3]
+    print("slowest: " + ", ".join(f"{r['name']} {r['seconds']:.1f} s" for r in slow))
+
+
+def result_of(future, case: Case) -> dict:
+    """The record of a case that has ended; a case whose worker died has failed."""
+    try:
+        return future.result()
+    except KilledWorker:
+        message = "its worker died twice, maybe for lack of memory: see --memory and --tile"
+    except CancelledError:
+        raise UserError("the cluster is gone; start again to go on") from None
+    except Exception as error:  # such as a worker that lacks a package
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+    record = {"name": case.name, "status": "failed", "message": message, "again": False}
+    return record | {"seconds": 0.0}
+
+
+def remote(packed: str) -> dict:
+    """`run_case` of a packed case, imported where it runs: a scheduler needs nothing of ours."""
+    from studies.run import run_case
+
+    return run_case(packed)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args(StudyArgs, description=__doc__))

@@ -1,0 +1,183 @@
+"""study.py with workers: they die, the run dies, and another cluster gives the same files."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from study_files import rows_of, write_study, written
+
+pytest.importorskip("distributed", reason="needs requirements-study.txt")
+import study
+from args_setting import ROOT, StudyArgs
+from cli import parse_args
+from studies.cases import RECORDS, find_cases
+from studies.run import run_case
+
+PATIENCE = 300  # seconds for a start or an end; a busy machine is slow
+
+
+def start(*argv, log: Path) -> subprocess.Popen:
+    """study.py in a process of its own."""
+    command = [sys.executable, ROOT / "study.py", *argv]
+    with open(log, "w") as file:
+        return subprocess.Popen([*map(str, command)], stdout=file, stderr=file, cwd=log.parent)
+
+
+def records_of(out: Path) -> dict[str, int]:
+    """When each case was written down as done, in ns."""
+    paths = sorted((out / RECORDS).glob("*.json"))
+    return {p.stem: p.stat().st_mtime_ns for p in paths if '"done"' in p.read_text()}
+
+
+def wait_for(what, process: subprocess.Popen | None = None) -> None:
+    """Wait until `what()` is true, or the process has ended."""
+    end = time.monotonic() + PATIENCE
+    while not what() and (process is None or process.poll() is None):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
+    """The ids of a study's workers: its children that run Dask, but not their resource tracker."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            command = (path.parent / "cmdline").read_bytes()
+            if parent == process.pid and b"spawn_main" in command:
+                found.append(int(path.parent.name))
+    return found
+
+
+def kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def plain_loop(table: Path, out: Path) -> dict[str, bytes]:
+    """What a study should write, fused one by one in this process."""
+    for case in find_cases(StudyArgs(table=table, out=out, threads=1))[1]:
+        run_case(case.packed())
+    return written(out)
+
+
+def test_workers_and_runs_that_are_killed_leave_nothing_behind(tmp_path):
+    table, broken = write_study(tmp_path / "in", 8)
+    check_kills(tmp_path, table, broken, rounds=2, count=8)
+
+
+@pytest.mark.slow
+def test_sixty_cases_and_ten_kills(tmp_path):
+    table, broken = write_study(tmp_path / "in", 60)
+    check_kills(tmp_path, table, broken, rounds=10, count=60)
+
+
+def check_kills(folder: Path, table: Path, broken: set[str], rounds: int, count: int) -> None:
+    """Kill a worker and the run by turns, at random moments; then finish, and finish again."""
+    dice = random.Random(0)
+    expected = plain_loop(table, folder / "expected")
+    out, log = folder / "out", folder / "log"
+    argv = [table, "--out", out, "--jobs", 2, "--threads", 1]
+    process, before, step = None, {}, max(1, (count - 10) // rounds)
+    for turn in range(rounds):
+        if process is None:
+            process = start(*argv, log=log)
+        goal = len(before) + dice.randint(1, step)
+        wait_for(lambda goal=goal: len(records_of(out)) >= goal, process)
+        time.sleep(dice.random())
+        assert before.items() <= records_of(out).items(), "a case that was done was done again"
+        before = records_of(out)
+        victims = workers_of(process)
+        if turn % 2 == 0 and victims:
+            kill(dice.choice(victims))
+            continue
+        process.kill()
+        process.wait()
+        wait_for(lambda victims=victims: not any(Path(f"/proc/{pid}").exists() for pid in victims))
+        before, process = records_of(out), None
+    if process:
+        process.wait(PATIENCE)
+    for again in (False, True):
+        process = start(*argv, log=log)
+        assert process.wait(PATIENCE) == 2, log.read_text()
+        assert before.items() <= records_of(out).items(), "a case that was done was done again"
+        before = records_of(out)
+        assert written(out) == expected
+        rows = rows_of(out)
+        assert {name for name in rows if rows[name]["status"] == "failed"} == broken
+        assert f"{count - 3} of {count} cases done" in log.read_text()
+        if again:
+            assert f"{count - 3} of them before" in log.read_text()
+    text = log.read_text()
+    assert all(f"{name}: failed: " in text for name in broken)
+    assert f"3 of {count} cases failed" in text.splitlines()[-1]
+
+
+def test_another_cluster_gives_the_same_files(tmp_path):
+    table, broken = write_study(tmp_path / "in", 5)
+    expected = plain_loop(table, tmp_path / "expected")
+    file, env = tmp_path / "scheduler.json", os.environ | {"PYTHONPATH": str(ROOT)}
+    dask = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1"]
+    dask += ["--port", "0", "--no-dashboard", "--scheduler-file", str(file)]
+    worker = [sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", str(file)]
+    worker += ["--host", "127.0.0.1", "--nthreads", "1", "--no-nanny", "--no-dashboard"]
+    quiet = {"env": env, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    cluster = [subprocess.Popen(dask, cwd=tmp_path, **quiet)]
+    try:
+        wait_for(file.is_file)
+        cluster += [subprocess.Popen(worker, cwd=tmp_path, **quiet) for _ in range(2)]
+        argv = [table, "--out", tmp_path / "out", "--threads", 1]
+        process = start(*argv, "--scheduler-file", file, log=tmp_path / "log")
+        assert process.wait(PATIENCE) == 2, (tmp_path / "log").read_text()
+        address = re.search(r"tcp://127.0.0.1:\d+", file.read_text())[0]
+        process = start(*argv, "--scheduler", address, log=tmp_path / "log2")
+        assert process.wait(PATIENCE) == 2
+    finally:
+        for process in cluster:
+            process.kill()
+            process.wait()
+    assert f"cluster at {address}" in (tmp_path / "log").read_text()
+    assert "2 of 5 cases done, 2 of them before" in (tmp_path / "log2").read_text()
+    assert written(tmp_path / "out") == expected and broken <= rows_of(tmp_path / "out").keys()
+
+
+def dies(packed: str) -> dict:
+    """In place of `remote`: the case c00 kills its worker, c01 only the first that takes it."""
+    name = "c00" if '"c00"' in packed else "c01" if '"c01"' in packed else ""
+    mark = Path(os.environ["ASFE_TEST_MARK"])
+    if name == "c00" or (name == "c01" and not mark.exists()):
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"name": "?", "status": "done", "message": "", "again": False, "seconds": 0.0}
+
+
+def test_a_case_that_kills_its_worker_twice_has_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "remote", dies)
+    monkeypatch.setenv("ASFE_TEST_MARK", str(tmp_path / "mark"))
+    table, _ = write_study(tmp_path / "in", 4)
+    args, jobs = study.shares(StudyArgs(table=table, out=tmp_path / "out", jobs=1))
+    cases = find_cases(args)[1]
+    records = {}
+    with study.workers(args, jobs) as client:
+        study.fuse_all(client, cases[1:] + cases[:1], records)
+    assert {n: r["status"] for n, r in records.items()} == {
+        "c00": "failed",
+        **dict.fromkeys(("c01", "c02", "c03"), "done"),
+    }
+    assert "died twice" in records["c00"]["message"]
+
+
+def test_a_cluster_that_is_not_there_is_one_line(tmp_path, monkeypatch, in_process):
+    table, _ = write_study(tmp_path / "in", 4)
+    monkeypatch.setattr(study, "CONNECT", 1)
+    argv = [str(table), "--out", str(tmp_path / "out"), "--scheduler", "tcp://127.0.0.1:9"]
+    code, _, err = in_process(study, lambda: parse_args(StudyArgs, argv))
+    assert code == 2 and err.startswith("study.py: error: ") and err.count("\n") == 1, err
+    assert not (tmp_path / "out" / "report.html").exists()
