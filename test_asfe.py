@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from args_setting import ROOT, TASKS, TestArgs, VolumeArgs, WeightsArgs
 from cli import UserError, parse_args, run_script, setup_runtime
 from dataset import Pair, as_told, decode_pair, match_pairs, read_pair, task_pairs
+from evaluation.sheets import contact_sheet
 from images import EXTENSIONS, Doubts, read_uint8, to_uint8, writable_folder, write_png
 from inference import optimise
 from network import MIN_SIDE, ASFEFusion
@@ -33,7 +33,6 @@ from phantom import phantom_pair
 from weights import load_model
 
 VOLUMES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".dcm", ".ima")
-CELL, GAP, HEADER = 256, 6, 26  # pixels of a contact sheet
 READING = {"levels", "page"}
 # What to fuse, in the words of the errors, and the settings that count there only.
 MODES = {
@@ -246,43 +245,6 @@ def print_metrics(outputs: dict[str, Path], pairs: list[Pair], title: str) -> No
 
     # in this process: a fork after CUDA has started would hang
     print_table(compare({"ASFE-Fusion": outputs}, pairs, jobs=1, title=title))
-
-
-# --- contact sheet ---------------------------------------------------------------------------
-
-
-def contact_sheet(rows: list[tuple[str, list[np.ndarray]]], titles: list[str]) -> np.ndarray:
-    """Rows of (name, images) under column titles, as one RGB image."""
-    height = HEADER + len(rows) * (CELL + GAP)
-    sheet = np.full((height, len(titles) * (CELL + GAP) + GAP, 3), 24, np.uint8)
-    for column, title in enumerate(titles):
-        left = GAP + column * (CELL + GAP)
-        write_text(sheet, title, (left + 4, HEADER - 8))
-        for row, (name, images) in enumerate(rows):
-            top = HEADER + row * (CELL + GAP)
-            sheet[top : top + CELL, left : left + CELL] = fitted(images[column])
-            if column == 0:
-                write_text(sheet, name, (left + 4, top + CELL - 6))
-    return sheet
-
-
-def fitted(image: np.ndarray) -> np.ndarray:
-    """The image, fitted into a square RGB cell of a contact sheet."""
-    scale = CELL / max(image.shape[:2])
-    size = [max(1, round(n * scale)) for n in image.shape[1::-1]]
-    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
-    image = cv2.resize(np.ascontiguousarray(image), size, interpolation=how)
-    image = image if image.ndim == 3 else cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
-    cell = np.zeros((CELL, CELL, 3), np.uint8)
-    top, left = (CELL - image.shape[0]) // 2, (CELL - image.shape[1]) // 2
-    cell[top : top + image.shape[0], left : left + image.shape[1]] = image
-    return cell
-
-
-def write_text(sheet: np.ndarray, text: str, origin: tuple[int, int]) -> None:
-    """Draw a line of text, its lower left corner at `origin` (x, y)."""
-    font = cv2.FONT_HERSHEY_SIMPLEX
-    cv2.putText(sheet, text, origin, font, 0.45, (220, 220, 220), 1, cv2.LINE_AA)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ import cv2
 import numpy as np
 
 from cli import UserError
-from images import contact_sheet, read_uint8, write_bytes
+from evaluation.sheets import contact_sheet
+from images import read_uint8, write_bytes
 from studies.cases import Case, stem
 
 WIDTH = 520  # pixels of a picture at most
