@@ -24,7 +24,16 @@ from tqdm import tqdm
 from args_setting import ROOT, TASKS, TestArgs, VolumeArgs, WeightsArgs
 from cli import UserError, parse_args, run_script, setup_runtime
 from dataset import Pair, match_pairs, read_pair, task_pairs
-from images import EXTENSIONS, contact_sheet, read_uint8, to_uint8, writable_folder, write_png
+from images import (
+    EXTENSIONS,
+    contact_sheet,
+    read_image,
+    read_uint8,
+    to_uint8,
+    writable_folder,
+    write_bytes,
+    write_png,
+)
 from inference import optimise
 from network import MIN_SIDE, ASFEFusion
 from phantom import phantom_pair
@@ -35,7 +44,7 @@ VOLUMES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".dcm", ".ima")
 MODES = {
     "the test split": {"cases", "skip_unmatched", "contact_rows"},
     "two folders": {"skip_unmatched", "contact_rows"},
-    "one pair of images": set(),
+    "one pair of images": {"register", "force"},
     "volumes": {f.name for f in fields(VolumeArgs)} - {f.name for f in fields(WeightsArgs)},
     "the demo": set(),
 }
@@ -128,15 +137,20 @@ def check_pairs(pairs: list[Pair], outputs: list[Path]) -> None:
 
     Nor may an output take the place of a source.
     """
-    sources = {path.resolve() for pair in pairs for path in (pair.path1, pair.path2)}
-    for path in outputs:
-        if path.resolve() in sources:
-            raise UserError(f"{path} is a source and would be overwritten, choose another --out")
+    check_outputs(pairs, outputs)
     for pair in pairs:
         height, width = read_pair(pair)[0].shape
         if min(height, width) < MIN_SIDE:
             side = f"{MIN_SIDE}x{MIN_SIDE}"
             raise UserError(f"{pair.path1} is {height}x{width}, expected at least {side}")
+
+
+def check_outputs(pairs: list[Pair], outputs: list[Path]) -> None:
+    """UserError if an output would take the place of a source."""
+    sources = {path.resolve() for pair in pairs for path in (pair.path1, pair.path2)}
+    for path in outputs:
+        if path.resolve() in sources:
+            raise UserError(f"{path} is a source and would be overwritten, choose another --out")
 
 
 def fuse_folder(args: TestArgs, pairs: list[Pair], out: Path, device: torch.device) -> None:
@@ -171,6 +185,8 @@ def fuse_one(args: TestArgs, device: torch.device) -> None:
     if args.out.suffix.lower() != ".png" or args.out.is_dir():
         raise UserError(f"--out is {args.out}, expected a file name that ends in .png")
     pair = Pair(args.img1.stem, args.img1, args.img2)
+    if args.register not in ("auto", "off"):
+        pair = registered(pair, args)
     check_pairs([pair], [args.out])
     model = optimise(load_model(args, args.task, device))
     writable_folder(args.out.resolve().parent)
@@ -179,6 +195,35 @@ def fuse_one(args: TestArgs, device: torch.device) -> None:
     print(f"fused image: {args.out}")
     if args.metrics:
         print_metrics({pair.name: args.out}, [pair], args.task)
+
+
+def registered(pair: Pair, args: TestArgs) -> Pair:
+    """The pair with source 2 moved onto source 1 as `--register` says: written beside `--out`.
+
+    The pair itself where it is only measured.
+    """
+    try:
+        from volumes.flat import register_image
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--register needs {error.name}: pip install -r requirements-volumes.txt"
+        ) from None
+    moved, transform, picture = (
+        args.out.with_name(args.out.stem + end)
+        for end in ("_img2.png", ".tfm", "_registration.png")
+    )
+    check_outputs([pair], [args.out, moved, transform, picture])
+    luma1, (luma2, chroma2) = read_image(pair.path1)[0], read_image(pair.path2)
+    done = register_image(luma1, luma2, chroma2, args.register, args.force)
+    print(done.line)
+    if done.text is None:
+        return pair
+    writable_folder(args.out.resolve().parent)
+    write_png(moved, to_uint8(done.luma, done.chroma))
+    write_bytes(transform, done.text)
+    write_png(picture, done.picture)
+    print(f"moved source 2: {moved}", f"transform: {transform}", f"overlay: {picture}", sep="\n")
+    return Pair(pair.name, pair.path1, moved)
 
 
 def fuse_pair_of_volumes(args: TestArgs, device: torch.device) -> None:

@@ -31,14 +31,20 @@ def overlay(source1: Volume, before: Volume, after: Volume, low_high: tuple) -> 
         for data, (low, high) in zip(volumes, (low_high[0], low_high[1], low_high[1]), strict=True)
     )
     middle = middle_of(others[-1])
-    rows = []
+    named = []
     for name, second in zip(("before", "after"), others, strict=True):
         planes = [plane_of(first, second, grid, axis, middle) for axis in AXES[::-1]]
+        named.append((name, planes))
+    return compared(named)
+
+
+def compared(named: list[tuple[str, list]]) -> np.ndarray:
+    """Two rows for each name, checkerboard and edges; a column for each of its pairs of (H, W)."""
+    rows, font = [], cv2.FONT_HERSHEY_SIMPLEX
+    for name, pairs in named:
         for draw in (checkerboard, edges):
-            rows.append(np.hstack([framed(draw(*pair)) for pair in planes]))
-            cv2.putText(
-                rows[-1], name, (6, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, EDGE, 1, cv2.LINE_AA
-            )
+            rows.append(np.hstack([framed(draw(*pair)) for pair in pairs]))
+            cv2.putText(rows[-1], name, (6, 18), font, 0.5, EDGE, 1, cv2.LINE_AA)
     return np.vstack(rows)[:-GAP, :-GAP]
 
 

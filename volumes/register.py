@@ -36,7 +36,8 @@ HU = (-1000, 1000)
 # what is needed to trust a result
 AGREE = 3.0  # mm between what two starts arrive at
 EQUAL = 0.97  # of the best mutual information: a start that reaches it is as good
-SHARP = 1.05  # the mutual information must fall by so much when 15 mm off
+SHARP = 1.15  # how many times the mutual information of 15 mm off
+LEAST = 0.05  # nats: less is what noise has
 OVERLAP = 0.5  # of the smaller head
 FARTHEST = 45.0  # degrees
 
@@ -326,7 +327,7 @@ def judged(best: Candidate, level: Level, points, others, doubts: list[str], beg
         doubts.append(f"only {share:.0%} of the smaller head would be in both, expected half")
     after = information(level, transform)
     off = [information(level, shifted(transform, (0, 0, 0), s)) for s in away(15.0)]
-    if after < SHARP * max(off) or after <= 0:
+    if after < max(SHARP * max(off), LEAST):
         doubts.append("its mutual information is hardly better than 15 mm off")
     return result(level, transform, points, doubts, began)
 
