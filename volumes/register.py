@@ -252,7 +252,8 @@ def top(points: np.ndarray) -> np.ndarray:
 def method(level: Level) -> sitk.ImageRegistrationMethod:
     """Mattes mutual information over the head of source 2, in one thread."""
     search = sitk.ImageRegistrationMethod()
-    search.SetNumberOfThreads(1)  # the order of sums is then always the same
+    search.SetNumberOfThreads(1)
+    search.SetNumberOfWorkUnits(1)  # the order of sums is then always the same
     search.SetMetricAsMattesMutualInformation(BINS)
     search.SetMetricFixedMask(level.mask)
     search.SetInterpolator(sitk.sitkLinear)
