@@ -201,8 +201,29 @@ class VolumeArgs(WeightsArgs):
     png: Path | None = setting(None, "folder for the fused slices as PNG")
     mosaic: Path | None = setting(None, "PNG with a choice of fused slices to look at")
     nan_to_zero: bool = setting(False, "take voxels that are not finite as 0")
-    force: bool = setting(
-        False, "fuse although modality, frame of reference, overlap or place is in doubt"
+    grid: str = setting(
+        "auto",
+        "voxels of the output: those of source 1 or 2, or cubes of so many mm; auto: the MRI's for "
+        "PET and SPECT, the finer ones in plane for CT",
+        metavar="auto|1|2|MM",
+    )
+    register: str = setting(
+        "auto",
+        "rigid: move source 2 onto source 1; check: only measure; off; or an ITK transform or a "
+        "DICOM spatial registration; auto: check in one frame of reference, else rigid; images "
+        "also: similarity, and auto is off",
+        metavar="auto|off|check|rigid|FILE",
+    )
+    via: Path | None = setting(
+        None, "a CT that came with --img1, a PET or SPECT: it is registered in its place"
+    )
+    force: str = setting(
+        "",
+        "fuse although something is in doubt: of modality, space, place, overlap, registration, "
+        "with commas between; without a name all of them",
+        nargs="?",
+        const="all",
+        metavar="WHAT",
     )
 
 

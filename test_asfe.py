@@ -26,7 +26,17 @@ from args_setting import ROOT, TASKS, TestArgs, VolumeArgs, WeightsArgs
 from cli import UserError, parse_args, run_script, setup_runtime
 from dataset import Pair, as_told, decode_pair, match_pairs, read_pair, task_pairs
 from evaluation.sheets import contact_sheet
-from images import EXTENSIONS, Doubts, read_uint8, to_uint8, writable_folder, write_png
+from images import (
+    AS_STORED,
+    EXTENSIONS,
+    Doubts,
+    read_image,
+    read_uint8,
+    to_uint8,
+    writable_folder,
+    write_bytes,
+    write_png,
+)
 from inference import optimise
 from network import MIN_SIDE, ASFEFusion
 from phantom import phantom_pair
@@ -38,7 +48,7 @@ READING = {"levels", "page"}
 MODES = {
     "the test split": {"cases", "case_pattern", "skip_unmatched", "contact_rows"} | READING,
     "two folders": {"skip_unmatched", "contact_rows"} | READING,
-    "one pair of images": READING,
+    "one pair of images": {"register", "force"} | READING,
     "volumes": {f.name for f in fields(VolumeArgs)} - {f.name for f in fields(WeightsArgs)},
     "the demo": set(),
 }
@@ -133,11 +143,7 @@ def check_pairs(pairs: list[Pair], outputs: list[Path], task: str) -> None:
 
     Nor may an output take the place of a source. What is odd about the sources is printed.
     """
-    sources = {os.path.realpath(path) for pair in pairs for path in (pair.path1, pair.path2)}
-    for path in outputs:
-        path.exists()  # OSError if the name is too long
-        if os.path.realpath(path) in sources:
-            raise UserError(f"{path} is a source and would be overwritten, choose another --out")
+    check_outputs(pairs, outputs)
     doubts = Doubts(task)
     for pair in pairs:
         height, width = decode_pair(pair, doubts)[0].values.shape[:2]
@@ -152,6 +158,15 @@ def refuse_inside(out: Path, pairs: list[Pair]) -> None:
     for folder in sorted({path.parent for pair in pairs for path in (pair.path1, pair.path2)}):
         if out.is_relative_to(os.path.realpath(folder)):
             raise UserError(f"--out is {out}, inside of the source folder {folder}, choose another")
+
+
+def check_outputs(pairs: list[Pair], outputs: list[Path]) -> None:
+    """UserError if an output would take the place of a source."""
+    sources = {os.path.realpath(path) for pair in pairs for path in (pair.path1, pair.path2)}
+    for path in outputs:
+        path.exists()  # OSError if the name is too long
+        if os.path.realpath(path) in sources:
+            raise UserError(f"{path} is a source and would be overwritten, choose another --out")
 
 
 def fuse_folder(args: TestArgs, pairs: list[Pair], out: Path, device: torch.device) -> None:
@@ -194,6 +209,8 @@ def fuse_one(args: TestArgs, device: torch.device, model: ASFEFusion | None = No
         raise UserError(f"--out is {args.out}, expected a file name that ends in .png")
     pair = Pair(args.img1.stem, args.img1, args.img2)
     [pair] = as_told([pair], args.levels, args.page)
+    if args.register not in ("auto", "off"):
+        pair = registered(pair, args)
     check_pairs([pair], [args.out], args.task)
     model = model or optimise(load_model(args, args.task, device))
     writable_folder(Path(os.path.realpath(args.out)).parent)
@@ -202,6 +219,36 @@ def fuse_one(args: TestArgs, device: torch.device, model: ASFEFusion | None = No
     print(f"fused image: {args.out}")
     if args.metrics:
         print_metrics({pair.name: args.out}, [pair], args.task)
+
+
+def registered(pair: Pair, args: TestArgs) -> Pair:
+    """The pair with source 2 moved onto source 1 as `--register` says: written beside `--out`.
+
+    The pair itself where it is only measured.
+    """
+    try:
+        from volumes.flat import register_image
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--register needs {error.name}: pip install -r requirements-volumes.txt"
+        ) from None
+    moved, transform, picture = (
+        args.out.with_name(args.out.stem + end)
+        for end in ("_img2.png", ".tfm", "_registration.png")
+    )
+    check_outputs([pair], [args.out, moved, transform, picture])
+    luma1, _ = read_image(pair.path1, pair.readings[0])
+    luma2, chroma2 = read_image(pair.path2, pair.readings[1])
+    done = register_image(luma1, luma2, chroma2, args.register, args.force)
+    print(done.line)
+    if done.text is None:
+        return pair
+    writable_folder(Path(os.path.realpath(args.out)).parent)
+    write_png(moved, to_uint8(done.luma, done.chroma))
+    write_bytes(transform, done.text)
+    write_png(picture, done.picture)
+    print(f"moved source 2: {moved}", f"transform: {transform}", f"overlay: {picture}", sep="\n")
+    return pair._replace(path2=moved, readings=(pair.readings[0], AS_STORED))
 
 
 def fuse_pair_of_volumes(

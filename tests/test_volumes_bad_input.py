@@ -14,6 +14,7 @@ from volume_files import SHAPE, SPACING, affine_of, numbered, write
 from volumes.grid import RAS_LPS
 
 AFFINE, DATA = affine_of("identity"), numbered()
+OFF = ["--register", "off"]  # for volumes that show nothing to register by
 
 
 class Inputs:
@@ -59,7 +60,7 @@ class Inputs:
         """Arguments with an MRI that lies so far from the CT along x, y or z."""
         away = AFFINE.copy()
         away[axis, 3] += mm
-        return self.args(img1=self.good(), img2=self.nifti(affine=away))
+        return self.args(*OFF, img1=self.good(), img2=self.nifti(affine=away))
 
     def cut(self, path: Path, size: int) -> list:
         """Arguments with an MRI file that has only its first bytes."""
@@ -120,7 +121,7 @@ def empty_folder(on: Inputs) -> list:
 
 def two_frames_of_reference(on: Inputs) -> list:
     write_series(on.path / "ct", DATA, AFFINE, "CT", frame="1.2.99")
-    return on.args(img1=on.path / "ct", img2=on.series())
+    return on.args(*OFF, img1=on.path / "ct", img2=on.series())
 
 
 def rows_of_zeros(on: Inputs) -> list:
@@ -198,11 +199,11 @@ SPOILT: dict[str, tuple[str, Callable[[Inputs], list]]] = {
         lambda on: on.args(img1=on.series()),
     ),
     "frames": ("different DICOM frames of reference", two_frames_of_reference),
-    "apart": ("covers only 0% of img1's field", lambda on: on.shifted(500, 0)),
-    "under half": ("covers only 4", lambda on: on.shifted(0.55 * SHAPE[2] * SPACING[2], 2)),
+    "apart": ("share only 0% of the smaller field", lambda on: on.shifted(500, 0)),
+    "under half": ("share only 4", lambda on: on.shifted(0.55 * SHAPE[2] * SPACING[2], 2)),
     "other space": (
         "in the scanner's space, img2 in MNI152 space",
-        lambda on: on.args(img1=on.good(), img2=on.nifti(code=4)),
+        lambda on: on.args(*OFF, img1=on.good(), img2=on.nifti(code=4)),
     ),
     "no place": ("img2 does not say where it is", lambda on: on.args(img2=on.nifti(code=0))),
     # NIfTI, MetaImage, NRRD
@@ -233,7 +234,7 @@ SPOILT: dict[str, tuple[str, Callable[[Inputs], list]]] = {
     ),
     "thin": (
         "--axis",
-        lambda on: on.args("--axis", "coronal", img1=on.nifti(DATA[..., :12])),
+        lambda on: on.args(*OFF, "--axis", "coronal", img1=on.nifti(DATA[..., :12])),
     ),
     "image": ("not a DICOM image", png_source),
     "missing file": ("no such file", lambda on: on.args(img2=on.path / "no.nii")),
@@ -270,22 +271,33 @@ def test_bad_input_is_one_line_and_writes_nothing(call, brighter, heads, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("kind", "what", "words"),
     [
-        ("frames", "forced: img1 and img2 have different DICOM"),
-        ("under half", "forced: img2 covers only"),
-        ("no place", "forced: img2 does not say"),
-        ("wrong modality", "img1: forced: its modality is MR"),
+        ("frames", "space", "img1 and img2 have different DICOM"),
+        ("under half", "overlap", "img1 and img2 share only"),
+        ("no place", "place", "img2 does not say"),
+        ("wrong modality", "modality", "its modality is MR"),
     ],
 )
-def test_force_goes_on_and_says_so(call, brighter, heads, tmp_path, kind, words):
-    argv = SPOILT[kind][1](Inputs(tmp_path, heads))
-    code, stdout, err = call(*argv, "--force")
-    assert code == 0 and words in stdout, err
-    assert (tmp_path / "out" / "f.nii.gz").exists()
+def test_force_names_what_it_forces(call, brighter, heads, tmp_path, kind, what, words):
+    argv = [*SPOILT[kind][1](Inputs(tmp_path, heads)), "--force"]
+    names = {"space", "overlap", "place", "modality", "registration"} - {what}
+    code, _, err = call(*argv, ",".join(names))
+    assert code == 2 and words in err and f"--force {what}" in err, "the others do not help"
+    assert not (tmp_path / "out").exists()
+    for force in ((), (what,)) if kind in ("frames", "under half") else ((),):
+        code, stdout, err = call(*argv, *force)
+        assert code == 0 and f"forced ({what}): {words}" in stdout, err
+        assert (tmp_path / "out" / "f.nii.gz").exists()
+
+
+def test_force_knows_its_names(call, brighter, heads, tmp_path):
+    code, _, err = call(*Inputs(tmp_path, heads).args("--force", "overlap,hurry"))
+    assert code == 2 and "--force names 'hurry', expected all, or of modality, space" in err
 
 
 def test_nan_to_zero_goes_on_and_says_so(call, brighter, heads, tmp_path):
     argv = not_finite(Inputs(tmp_path, heads))
-    code, stdout, err = call(*argv, "--nan-to-zero", "--force")
+    argv += [*OFF, "--nan-to-zero", "--force", "overlap"]
+    code, stdout, err = call(*argv)
     assert code == 0 and "2 voxels are NaN or infinite" in stdout and "taken as 0" in stdout, err

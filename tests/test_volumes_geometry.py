@@ -66,9 +66,9 @@ def test_marks_stay_at_their_patient_coordinates(call, brighter, tmp_path, kinds
     img1 = write(tmp_path / "a", blob(affine1, [mark1]) - 1000, affine1, forms[0], "CT")
     img2 = write(tmp_path / "b", blob(affine2, [mark2]), affine2, forms[1], "MR")
     out = tmp_path / "fused.nii.gz"
-    window = "--window=-500,1000"
+    how = ["--window=-500,1000", "--register", "off", "--force", "overlap"]
     # the frames of reference of two formats are unknown; some of the boxes overlap by halves
-    code, stdout, err = call("--img1", img1, "--img2", img2, "--out", out, window, "--force")
+    code, stdout, err = call("--img1", img1, "--img2", img2, "--out", out, *how)
     assert code == 0, err
     fused = nib.load(out)
     source = read_volume(img1, None, "")

@@ -2,8 +2,9 @@
 
     python test_asfe.py --task CT-MRI --img1 ct.nii.gz --img2 dicom_folder/ --out fused.nii.gz
 
-The fused volume lies on source 1's grid; source 2 is resampled onto it where its own differs.
-Files are in io.py and dicom.py (with planes.py and suv.py), geometry in grid.py, intensities in
+Both are registered where they need it, and the fused volume lies on the grid of one of them.
+Files are in io.py and dicom.py (with planes.py and suv.py), geometry in grid.py, registration in
+pair.py (with register.py, transforms.py and overlay.py; flat.py for images), intensities in
 intensity.py, the network in tiles.py, and what is written in outputs.py and pictures.py. The
 packages for them are an extra, requirements-volumes.txt.
 
@@ -11,7 +12,6 @@ Legend: I J K voxels as stored; N slices of (H, W) pixels, see grid.py.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,11 @@ import SimpleITK as sitk  # noqa: N813
 from args_setting import TASKS, TestArgs
 from cli import UserError
 from network import MIN_SIDE, ASFEFusion
-from volumes.grid import Volume, check_space, onto_grid, pick_axis, slices, straightened
+from volumes.grid import Volume, forces, pick_axis, slices
 from volumes.intensity import DICOM_MODALITY, STORED_ONE, Scaling, scaling_of
 from volumes.io import read_volume
 from volumes.outputs import FusedVolume, make_folders, plan_outputs, write_outputs
+from volumes.pair import Together, bring_together
 from volumes.tiles import check_tiles, fuse_slices
 
 __all__ = ["FusedVolume", "fuse_volumes"]
@@ -54,12 +55,16 @@ def fuse_volumes(
     check_tiles(settings.tile, settings.overlap, model.multiple)
     if settings.threads:
         sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(settings.threads)
-    fixed, moved = read_pair(settings, tell)
+    together = read_pair(settings, tell)
+    fixed, moved = together.fixed, together.moving
+    outputs = outputs.without(together.matrix is None, together.picture is None)
     scalings = scale_pair(fixed, moved, settings, tell)
     axis = pick_axis(fixed.affine, settings.axis)
     luma = np.empty(fixed.data.shape, np.int16, order="F")  # as NIfTI stores it
     scale = 1 / STORED_ONE
-    fused = FusedVolume(luma, scale, fixed.affine, fixed.code, axis, scalings, report, outputs)
+    fused = FusedVolume(
+        luma, scale, fixed.affine, fixed.code, axis, scalings, report, outputs, together
+    )
     check_sides(fused.stack, axis)
     count, height, width = fused.stack.shape
     tell(f"{count} {axis} slices of {height}x{width}")
@@ -73,18 +78,22 @@ def fuse_volumes(
     return fused
 
 
-def read_pair(settings: TestArgs, tell: Callable[..., None]) -> tuple[Volume, Volume]:
-    """Source 1, and source 2 on the grid of source 1; `tell` gets what was done to them."""
+def read_pair(settings: TestArgs, tell: Callable[..., None]) -> Together:
+    """Source 1 and source 2, registered and on one grid; `tell` gets what was done to them."""
+    forces(settings.force, "all")  # before anything is read, whether it can be
     fixed = read_source(settings, 1, tell)
     moving = read_source(settings, 2, tell)
-    tell(*check_space(fixed, moving, settings.force))
-    data, line = onto_grid(moving, fixed)
-    tell(line)
-    return fixed, replace(moving, data=data, affine=fixed.affine)
+    via = None
+    if settings.via:
+        if settings.task == "CT-MRI":
+            raise UserError("--via is for PET and SPECT, a CT is registered itself")
+        via = read_volume(settings.via, None, "--via")
+        make_finite(via, settings.via, settings.nan_to_zero)
+    return bring_together(fixed, moving, via, settings, tell)
 
 
 def read_source(settings: TestArgs, i: int, tell: Callable[..., None]) -> Volume:
-    """Source `i`, 1 or 2, with finite values; source 1 with orthogonal axes.
+    """Source `i`, 1 or 2, with finite values.
 
     Raises UserError for a modality that the task does not expect, unless it is forced.
     """
@@ -92,16 +101,16 @@ def read_source(settings: TestArgs, i: int, tell: Callable[..., None]) -> Volume
     path, series = (getattr(settings, f"{name}{i}") for name in ("img", "series"))
     volume = read_volume(path, series, f"--series{i}")
     make_finite(volume, path, settings.nan_to_zero)
+    if volume.data.min() == volume.data.max():
+        raise UserError(f"{path}: all voxels are {volume.data.flat[0]:g}, there is nothing to fuse")
     expected = DICOM_MODALITY[kind]
     if volume.modality not in (None, expected):
         doubt = f"its modality is {volume.modality}, {settings.task} expects {expected}"
-        if not settings.force:
-            raise UserError(f"{path}: {doubt} as img{i}; --force fuses all the same")
-        volume.notes.append(f"forced: {doubt}")
+        if not forces(settings.force, "modality"):
+            raise UserError(f"{path}: {doubt} as img{i}; --force modality fuses all the same")
+        volume.notes.append(f"forced (modality): {doubt}")
     if kind == "CT" and volume.data.min() >= 0:
         volume.notes.append("no value below 0: is it in HU? --window can take another scale")
-    if i == 1:
-        volume = straightened(volume)
     tell(f"img{i}: {kind}, {volume.describe()}", *(f"img{i}: {note}" for note in volume.notes))
     return volume
 

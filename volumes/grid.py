@@ -1,7 +1,8 @@
 """A volume and its grid: where voxels lie in the patient, resampling, and slices to look at.
 
 Sources: affines and space codes as in the NIfTI-1 header (nifti1.h: sform, qform); axis orders
-through nibabel's orientations; linear resampling through SimpleITK.
+through nibabel's orientations; linear resampling through SimpleITK; the low-pass before a coarser
+grid through scipy, a Gaussian as wide at half its height as the new voxels.
 
 Legend: I J K voxels of a volume as stored. An affine is (4, 4), from a voxel index (i, j, k, 1) to
 millimetres in RAS+: x grows to the patient's right, y to anterior, z to superior, as in NIfTI.
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 from nibabel import orientations
+from scipy import ndimage
 
 from cli import UserError
 
@@ -22,10 +24,14 @@ RAS_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # its own inverse
 SCANNER = 1  # NIfTI code: coordinates of the scanner
 SPACES = {1: "the scanner's", 2: "another scan's", 3: "Talairach", 4: "MNI152", 5: "a template's"}
 STANDARD = (3, 4, 5)  # spaces of a template, never a patient's own
-REGISTER = "register them first (ANTs, elastix, FSL FLIRT or 3D Slicer do)"
+REGISTER = "--register rigid moves img2 onto img1"
 NEAR = 0.01  # of a voxel: positions closer than this are the same
 SHEAR = 0.1  # of a voxel: how far a voxel may lie from where orthogonal axes would put it
 AXES = ("sagittal", "coronal", "axial")  # the axes L, P, S of a patient
+FORCED = ("modality", "space", "place", "overlap", "registration")  # what --force can name
+GRIDS = ("auto", "1", "2")  # what --grid takes beside a side in mm
+FWHM = 2 * np.sqrt(2 * np.log(2))  # width at half height of a Gaussian, in its sigma
+MAX_VOXELS = 1024**3  # of a grid by --grid MM
 
 
 @dataclass
@@ -79,6 +85,11 @@ def reordered(volume: Volume, affine: np.ndarray) -> Volume:
     return replace(volume, data=data, affine=turned)
 
 
+def same_voxels(a: Volume, b: Volume) -> bool:
+    """Whether two volumes have their voxels at the same positions, in any order."""
+    return same_grid(a, reordered(b, a.affine))
+
+
 def coverage(fixed: Volume, moving: Volume) -> float:
     """The share of `fixed`'s field that `moving`'s field covers, on about 40 points an axis."""
     shape = np.array(fixed.data.shape)
@@ -89,6 +100,26 @@ def coverage(fixed: Volume, moving: Volume) -> float:
     index = np.tensordot(to_moving[:3], grid, 1)  # (3, …) in moving's voxels
     last = np.array(moving.data.shape)[:, None, None, None] - 0.5
     return float(((index >= -0.5 - NEAR) & (index <= last + NEAR)).all(0).mean())
+
+
+def common(a: Volume, b: Volume) -> float:
+    """The share of the smaller field, of two, that the other one covers."""
+    sizes = [abs(np.linalg.det(v.affine[:3, :3])) * np.prod(v.data.shape) for v in (a, b)]
+    return coverage(a, b) if sizes[0] <= sizes[1] else coverage(b, a)
+
+
+def low_passed(moving: Volume, affine: np.ndarray) -> Volume:
+    """`moving` without what a coarser grid cannot hold, along those of its axes where that is so.
+
+    Point by point, stripes finer than the new voxels would come out as other stripes.
+    """
+    axes = moving.affine[:3, :3] / moving.spacing
+    step = np.linalg.norm(axes.T @ affine[:3, :3], axis=1) / moving.spacing  # in moving's voxels
+    sigma = np.sqrt(np.maximum(step**2 - 1, 0)) / FWHM
+    sigma[step < 1.1] = 0
+    if not sigma.any():
+        return moving
+    return replace(moving, data=ndimage.gaussian_filter(moving.data, sigma, mode="nearest"))
 
 
 def resample(moving: Volume, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
@@ -140,49 +171,126 @@ def _orthogonal(volume: Volume) -> np.ndarray:
     return affine
 
 
-def check_space(fixed: Volume, moving: Volume, force: bool) -> list[str]:
+def forces(force: str, what: str) -> bool:
+    """Whether `--force` names `what`, one of FORCED; UserError if it names anything else."""
+    names = [name.strip() for name in force.split(",") if name.strip()]
+    if wrong := [name for name in names if name not in (*FORCED, "all")]:
+        raise UserError(f"--force names {wrong[0]!r}, expected all, or of {', '.join(FORCED)}")
+    return what in names or "all" in names
+
+
+def passed_over(doubts: list[tuple[str, str]], force: str) -> list[str]:
+    """Doubts, as what to force and a line, as lines; UserError for those that are not forced."""
+    left = dict.fromkeys(what for what, _ in doubts if not forces(force, what))
+    if left:
+        lines = "; ".join(line for what, line in doubts if what in left)
+        raise UserError(f"{lines}; --force {','.join(left)} fuses all the same")
+    return [f"forced ({what}): {line}" for what, line in doubts]
+
+
+def check_place(fixed: Volume, moving: Volume, force: str) -> list[str]:
+    """Lines on volumes that do not say where they are; UserError without `force`.
+
+    A registration does not help: left and right would be in doubt.
+    """
+    line = "does not say where it is in the patient (no sform, qform, space)"
+    pairs = (("img1", fixed), ("img2", moving))
+    return passed_over([("place", f"{n} {line}") for n, v in pairs if not v.placed], force)
+
+
+def check_space(fixed: Volume, moving: Volume, force: str, registered: bool = False) -> list[str]:
     """Lines on what is in doubt about two volumes being in one patient space.
 
-    Raises UserError for what must not be passed over without `force`.
+    Args:
+        force: which of FORCED may be passed over.
+        registered: one was moved onto the other, so that frames and spaces no longer count.
+
+    Raises:
+        UserError: what must not be passed over without `force`.
     """
-    doubts, notes = [], []
-    for name, volume in (("img1", fixed), ("img2", moving)):
-        if not volume.placed:
-            doubts.append(
-                f"{name} does not say where it is in the patient (no sform, qform, space)"
-            )
+    doubts, notes = [], []  # doubts as what to force and a line
     spaces = {v.code for v in (fixed, moving)}
-    if len(spaces) == 2 and spaces & set(STANDARD):
-        first, second = (SPACES.get(v.code, "unknown") for v in (fixed, moving))
-        doubts.append(f"img1 is in {first} space, img2 in {second} space, {REGISTER}")
     frames = fixed.frame, moving.frame
-    if all(frames) and frames[0] != frames[1]:
-        doubts.append(f"img1 and img2 have different DICOM frames of reference, {REGISTER}")
-    elif not all(frames):
-        notes.append(
-            "not both files name a DICOM frame of reference: taken as one patient space, unchecked"
-        )
-    share = coverage(fixed, moving)
+    if not registered:
+        if len(spaces) == 2 and spaces & set(STANDARD):
+            first, second = (SPACES.get(v.code, "unknown") for v in (fixed, moving))
+            line = f"img1 is in {first} space, img2 in {second} space, {REGISTER}"
+            doubts.append(("space", line))
+        if all(frames) and frames[0] != frames[1]:
+            line = f"img1 and img2 have different DICOM frames of reference, {REGISTER}"
+            doubts.append(("space", line))
+        elif not all(frames):
+            notes.append(
+                "not both files name a DICOM frame of reference: taken as one patient space, "
+                "unchecked"
+            )
+    share = common(fixed, moving)
     if share < 0.5:
-        doubts.append(f"img2 covers only {share:.0%} of img1's field, expected half, {REGISTER}")
-    if doubts and not force:
-        raise UserError(f"{'; '.join(doubts)}; --force fuses all the same")
-    return [*(f"forced: {doubt}" for doubt in doubts), *notes]
+        line = f"img1 and img2 share only {share:.0%} of the smaller field, expected half"
+        doubts.append(("overlap", line if registered else f"{line}, {REGISTER}"))
+    return [*passed_over(doubts, force), *notes]
 
 
-def onto_grid(moving: Volume, fixed: Volume) -> tuple[np.ndarray, str]:
-    """`moving` on `fixed`'s voxels, (I, J, K) float32, and a line that says what was done to it."""
-    if same_grid(fixed, moving):
-        return moving.data, "img1 and img2 are on one grid, nothing was resampled"
-    turned = reordered(moving, fixed.affine)
-    if same_grid(fixed, turned):
-        return turned.data, "img2 is on img1's voxels in another order: reordered, not resampled"
-    share = coverage(fixed, moving)
-    data = resample(moving, fixed.data.shape, fixed.affine)
-    return data, (
-        f"img2 was resampled onto img1's grid (linear); it covers {share:.0%} of it. Nothing was "
-        f"registered: if they do not lie on each other, {REGISTER}"
-    )
+# --- the grid of the output ------------------------------------------------------------------
+
+
+def in_plane(volume: Volume) -> float:
+    """The side of a pixel, in mm, of the finest slices of a volume."""
+    return float(np.sqrt(np.prod(np.sort(volume.spacing)[:2])))
+
+
+def pick_grid(fixed: Volume, moving: Volume, kind: str, grid: str) -> tuple[int, Volume]:
+    """Which source has the grid of the output, 1 or 2, and that grid; its values do not count.
+
+    Args:
+        kind: CT, PET or SPECT, of source 1; source 2 is an MRI.
+        grid: auto, 1, 2 or the side of cubic voxels in mm. "auto" is the MRI's for PET and SPECT,
+            and for CT that with the finer pixels, source 1's if they are nearly equal.
+
+    Raises:
+        UserError: `grid` is anything else, or would have too many voxels.
+    """
+    if grid in ("1", "2"):
+        number = int(grid)
+    else:
+        finer = in_plane(moving) < 0.99 * in_plane(fixed)
+        number = 2 if kind != "CT" or finer else 1
+    chosen = straightened((fixed, moving)[number - 1])
+    if grid in GRIDS:
+        return number, chosen
+    try:
+        mm = float(grid.lower().removesuffix("mm"))
+    except ValueError:
+        mm = 0.0
+    if not 0 < mm < np.inf:
+        raise UserError(f"--grid is {grid!r}, expected auto, 1, 2, or a side of voxels in mm")
+    if np.prod(chosen.data.shape * chosen.spacing / mm) > MAX_VOXELS:
+        raise UserError(f"--grid {grid} has too many voxels, choose a longer side than {mm:g} mm")
+    return number, cubic(chosen, mm)
+
+
+def cubic(volume: Volume, mm: float) -> Volume:
+    """The field of a volume in voxels of `mm` each way, about the same middle; without values."""
+    shape = np.maximum(np.rint(np.array(volume.data.shape) * volume.spacing / mm), 1).astype(int)
+    affine = volume.affine.copy()
+    affine[:3, :3] *= mm / volume.spacing
+    middle = volume.affine[:3] @ np.append((np.array(volume.data.shape) - 1) / 2, 1)
+    affine[:3, 3] = middle - affine[:3, :3] @ ((shape - 1) / 2)
+    data = np.broadcast_to(np.float32(0), tuple(shape))
+    return replace(volume, data=data, affine=affine, notes=[])
+
+
+def onto_grid(moving: Volume, target: Volume) -> tuple[np.ndarray, str]:
+    """`moving` on `target`'s voxels, (I, J, K) float32, and what was done to it in a few words."""
+    if same_grid(target, moving):
+        return moving.data, "not resampled"
+    turned = reordered(moving, target.affine)
+    if same_grid(target, turned):
+        return turned.data, "reordered, not resampled"
+    smooth = low_passed(moving, target.affine)
+    how = "linear" if smooth is moving else "linear, after a low-pass, as it is coarser"
+    data = resample(smooth, target.data.shape, target.affine)
+    return data, f"resampled ({how}); it covers {coverage(target, moving):.0%} of the grid"
 
 
 # --- slices ----------------------------------------------------------------------------------

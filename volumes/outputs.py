@@ -8,7 +8,7 @@ Legend: I J K voxels as stored; N slices of (H, W) pixels, see volumes/grid.py.
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,9 @@ from images import whole_file, writable_folder, write_png
 from volumes.grid import pixel_sides, slice_positions, slices
 from volumes.intensity import STORED_ONE, Scaling
 from volumes.io import NIFTI, stem_of, stream_nifti
+from volumes.pair import WAYS, Together
 from volumes.pictures import colour_slice, colour_table, eight_bit, mosaic
+from volumes.transforms import transform_text
 
 
 class Outputs(NamedTuple):
@@ -33,9 +35,18 @@ class Outputs(NamedTuple):
     colour: Path | None
     png: Path | None  # a folder
     mosaic: Path | None
+    transform: Path | None = None
+    overlay: Path | None = None  # a picture of the registration
+
+    def without(self, transform: bool, overlay: bool) -> "Outputs":
+        """These but for the files of a registration that there is no use for."""
+        return self._replace(
+            transform=None if transform else self.transform,
+            overlay=None if overlay else self.overlay,
+        )
 
 
-FLAGS = Outputs("--out", "--out", "--out", "--png", "--mosaic")  # what names each
+FLAGS = Outputs("--out", "--out", "--out", "--png", "--mosaic", "--out", "--out")  # name each
 
 
 class FusedVolume(NamedTuple):
@@ -49,6 +60,7 @@ class FusedVolume(NamedTuple):
     scalings: tuple[Scaling, Scaling]  # of source 1 and source 2
     report: list[str]  # lines for the user, without paths and without anything of the patient
     outputs: Outputs
+    together: Together | None = None  # how the sources came onto one grid
 
     @property
     def stack(self) -> np.ndarray:
@@ -83,15 +95,21 @@ def plan_outputs(settings: TestArgs) -> Outputs:
         settings.png,
         settings.mosaic,
     )
+    sources = [settings.img1, settings.img2, *([settings.via] if settings.via else [])]
+    if settings.register != "off":
+        pair = (out.with_name(f"{stem}{end}") for end in (".tfm", "_registration.png"))
+        outputs = outputs._replace(**dict(zip(("transform", "overlay"), pair, strict=True)))
+        if settings.register not in WAYS:
+            sources.append(Path(settings.register))
     for flag, path in zip(FLAGS, outputs, strict=True):
         if path and path != settings.png and path.is_dir():
             raise UserError(f"{path} is a folder, choose another {flag}")
         if path:
-            check_no_source(path, flag, (settings.img1, settings.img2))
+            check_no_source(path, flag, sources)
     return outputs
 
 
-def check_no_source(path: Path, flag: str, sources: tuple[Path, ...]) -> None:
+def check_no_source(path: Path, flag: str, sources: Sequence[Path]) -> None:
     """UserError if writing `path`, which `flag` named, would hit a source or a source's sidecar."""
     target = path.resolve()
     for source in sources:
@@ -159,6 +177,11 @@ def write_outputs(settings: TestArgs, fused: FusedVolume, source1: np.ndarray) -
     }
     if outputs.colour:
         writers[outputs.colour] = partial(volume, data=rgb)
+    if outputs.transform:
+        text = transform_text(fused.together.matrix, fused.together.centre)
+        writers[outputs.transform] = lambda file: file.write(text)
+    if outputs.overlay:
+        write_png(outputs.overlay, fused.together.picture)
     write_together(writers)
 
 
@@ -195,7 +218,11 @@ def sidecar(settings: TestArgs, fused: FusedVolume) -> str:
         "network": settings.size,
         "values": "fused luma, 0 to 1",
         "levels": {f"source{i}": s.method for i, s in enumerate(fused.scalings, 1)},
-        "grid": {"of": "source 1", "affine_ras_mm": fused.affine.tolist()},
+        "grid": {
+            "of": fused.together.grid if fused.together else "source 1",
+            "affine_ras_mm": fused.affine.tolist(),
+        },
+        "registration": fused.together.method if fused.together else None,
         "slices": fused.axis,
         "tile": settings.tile or None,
         "overlap": settings.overlap if settings.tile else None,
