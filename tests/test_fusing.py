@@ -16,6 +16,7 @@ from task_files import files, write_task
 import test_asfe
 from args_setting import ALL_TASKS, ROOT, TASKS
 from dataset import match_pairs, read_pair, task_pairs
+from evaluation import sheets
 from images import read_luma8, to_uint8, write_png
 from losses import fusion_loss
 from phantom import phantom_pair
@@ -73,7 +74,7 @@ def test_contact_sheet_shows_sources_and_result(call, weights, tmp_path):
     argv = ["--data_dir", data, "--weights", weights, "--out", tmp_path / "out"]
     assert call(*argv, "--contact_rows", 2)[0] == 0
     sheet = cv2.imread(str(tmp_path / "out_contact_sheet.png"))
-    cell, gap, header = test_asfe.CELL, test_asfe.GAP, test_asfe.HEADER
+    cell, gap, header = sheets.CELL, sheets.GAP, sheets.HEADER
     assert sheet.shape == (header + 2 * (cell + gap), 3 * (cell + gap) + gap, 3)
     ct = cv2.resize(phantom_pair("CT-MRI", 64)[0], (cell, cell), interpolation=cv2.INTER_NEAREST)
     shown = sheet[header : header + cell - 30, gap : gap + cell, 0]  # above the name

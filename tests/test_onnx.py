@@ -1,6 +1,7 @@
 """The exported file gives the network's numbers, on any size, also without PyTorch."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -88,9 +89,40 @@ def test_the_example_writes_what_the_script_writes(exported, tmp_path):
     # PyTorch is out of reach
     barred = "import sys, runpy; sys.modules['torch'] = None; sys.argv = sys.argv[1:];"
     barred += "runpy.run_path(sys.argv[0])"
-    subprocess.run([sys.executable, "-c", barred, *command], check=True, capture_output=True)
+    command = [sys.executable, "-c", barred, *map(str, command)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout == f"fused image: {paths[3]}\n"
     ours, example = (cv2.imread(str(path)).astype(int) for path in paths[2:])
     assert np.ptp(ours) > 200 and np.abs(ours - example).max() <= 1
+
+
+def test_the_example_says_in_one_line_what_is_wrong(exported, tmp_path, monkeypatch, capsys):
+    for name, image in (
+        ("a", np.zeros((32, 48))),
+        ("b", np.zeros((32, 32))),
+        ("s", np.zeros((8, 8))),
+    ):
+        write_png(tmp_path / f"{name}.png", image.astype(np.uint8))
+    cv2.imwrite(str(tmp_path / "deep.png"), np.zeros((32, 32), np.uint16))
+    a, b, small, deep, out = (tmp_path / f"{n}.png" for n in ("a", "b", "s", "deep", "out"))
+    cases = {
+        "expected four files": (exported, a, b),
+        "FUSED.png": (exported, a, a, tmp_path / "out.jpg"),
+        "no.png: no such file": (exported, a, tmp_path / "no.png", out),
+        "is 32x48": (exported, a, b, out),
+        "expected 8 bits": (exported, deep, b, out),
+        "is 8x8, expected at least 16x16": (exported, small, small, out),
+        "no.onnx": (tmp_path / "no.onnx", a, a, out),
+        "cannot be written": (exported, a, a, tmp_path / "no" / "out.png"),
+    }
+    for message, argv in cases.items():
+        monkeypatch.setattr(sys, "argv", ["onnx_example.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / "onnx_example.py"))
+        err = capsys.readouterr().err.splitlines()
+        mine = [line for line in err if line.startswith("onnx_example.py: error:")]
+        assert stop.value.code == 2 and len(mine) == 1 and message in mine[0], (message, err)
+    assert not out.exists()
 
 
 def test_a_file_with_other_numbers_is_not_written(call, tmp_path, monkeypatch):
