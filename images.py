@@ -24,6 +24,8 @@ from cli import UserError
 
 EXTENSIONS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 FORMATS = ("PNG", "TIFF", "JPEG", "BMP")  # Pillow would also take others, whatever the name says
+MAX_PIXELS = 2**25  # of an image: a small file may claim, and unpack to, any number
+MAX_BYTES = 8 * MAX_PIXELS  # of a file: four channels of 16 bits
 BT601 = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # R, G, B
 CELL, GAP, HEADER = 256, 6, 26  # pixels of a contact sheet
 
@@ -86,11 +88,16 @@ def luma_and_chroma(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
 
 def decode(path: Path) -> np.ndarray:
     """The pixels of an image file: uint8 or uint16, (H, W) or (H, W, 3) in RGB order."""
+    if Path(path).stat().st_size > MAX_BYTES:
+        raise UserError(f"{path}: too large, expected at most {MAX_BYTES >> 20} MB")
     data = Path(path).read_bytes()
     try:
+        check_pixels(path, data)
         Image.open(io.BytesIO(data), formats=FORMATS).verify()
         pixels = pixels_of(Image.open(io.BytesIO(data), formats=FORMATS), data)
-    except (OSError, SyntaxError, ValueError, cv2.error, Image.DecompressionBombError):
+    except UserError:
+        raise
+    except (OSError, SyntaxError, ValueError, cv2.error):
         pixels = None
     if pixels is None:
         raise UserError(f"{path}: damaged or not an image, expected PNG, TIFF, JPEG or BMP")
@@ -101,6 +108,17 @@ def decode(path: Path) -> np.ndarray:
     if pixels.shape[2] == 4 and pixels[..., 3].min() < np.iinfo(pixels.dtype).max:
         raise UserError(f"{path}: has transparent pixels, expected an opaque image")
     return pixels[..., :3]
+
+
+def check_pixels(path: Path, data: bytes) -> None:
+    """Refuse an image by the size in its header, before its pixels take up time and memory."""
+    most = f"expected at most {MAX_PIXELS / 1e6:.0f} million"
+    try:
+        width, height = Image.open(io.BytesIO(data), formats=FORMATS).size
+    except Image.DecompressionBombError:
+        raise UserError(f"{path}: has far too many pixels, {most}") from None
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{path}: has {height}x{width} pixels, {most}")
 
 
 def pixels_of(image: Image.Image, data: bytes) -> np.ndarray | None:

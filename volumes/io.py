@@ -16,6 +16,7 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
 from cli import UserError
+from volumes.claims import check_claim
 from volumes.dicom import read_dicom
 from volumes.grid import RAS_LPS, SCANNER, SHEAR, Volume, displacement
 
@@ -28,7 +29,9 @@ DAMAGED = (  # what nibabel raises for a file that it cannot read
     OSError,
     EOFError,
     KeyError,
+    MemoryError,
     OverflowError,
+    TypeError,
     ValueError,
     zlib.error,
 )
@@ -88,6 +91,7 @@ def _nifti_values(path: Path, image: nib.Nifti1Image) -> np.ndarray:
     dtype = image.get_data_dtype()
     if dtype.fields or dtype.kind not in "iuf":
         raise UserError(f"{path}: voxels are RGB or complex, expected one grey value each")
+    check_claim(path, image.shape, dtype.itemsize, packed=path.name.lower().endswith(".gz"))
     data = np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"))
     return data.reshape(shape, order="A")
 
@@ -116,8 +120,14 @@ def read_itk(path: Path) -> Volume:
         UserError: damaged, not one 3-D volume, or several values for each voxel.
     """
     sitk.ProcessObject.GlobalWarningDisplayOff()
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
     try:
-        image = sitk.ReadImage(str(path))
+        reader.ReadImageInformation()
+        # what is packed does not say so here; the file of a header alone holds no voxels
+        size = 0 if path.suffix.lower() in (".mhd", ".nhdr") else 1
+        check_claim(path, reader.GetSize(), size, packed=True)
+        image = reader.Execute()
     except RuntimeError as error:
         reason = _first_line(str(error).rsplit("ERROR:", 1)[-1])
         raise UserError(f"{path}: damaged or not {path.suffix} ({reason})") from None
