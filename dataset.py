@@ -265,8 +265,15 @@ def people(root: Path) -> dict[tuple[str, str], str]:
     that is not listed is a person of its own.
     """
     path = Path(root) / PEOPLE.name
-    with (path if path.is_file() else PEOPLE).open(newline="", encoding="utf-8") as file:
-        return {(row["task"], row["case"]): row["person"] for row in csv.DictReader(file)}
+    path = path if path.is_file() else PEOPLE
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [(row["task"], row["case"], row["person"]) for row in csv.DictReader(file)]
+    except (csv.Error, KeyError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: expected a table in UTF-8 with columns task, case and person ({error})"
+        ) from None
+    return {(task, case): person for task, case, person in rows}
 
 
 def split_pairs(args: TrainArgs) -> tuple[list[Pair], list[Pair]]:

@@ -29,6 +29,8 @@ from cli import UserError
 
 EXTENSIONS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 FORMATS = ("PNG", "TIFF", "JPEG", "BMP")  # Pillow would also take others, whatever the name says
+MAX_PIXELS = 2**25  # of an image: a small file may claim, and unpack to, any number
+MAX_BYTES = 8 * MAX_PIXELS  # of a file: four channels of 16 bits
 BT601 = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # R, G, B
 # tags of TIFF; Orientation is one of EXIF, too
 BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION, MAX_SAMPLE_VALUE = 258, 262, 274, 281
@@ -124,15 +126,18 @@ def luma_and_chroma(pixels: Pixels) -> tuple[np.ndarray, np.ndarray | None]:
 
 def decode(path: Path, reading: Reading = AS_STORED) -> Pixels:
     """The pixels of an image file; UserError as `read_image`."""
+    if Path(path).stat().st_size > MAX_BYTES:
+        raise UserError(f"{path}: too large, expected at most {MAX_BYTES >> 20} MB")
     data = Path(path).read_bytes()
     try:
+        check_pixels(path, data)
         Image.open(io.BytesIO(data), formats=FORMATS).verify()
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         turn_to_page(image, path, reading.page)
         values = values_of(image, data)
     except UserError:
         raise
-    except (OSError, SyntaxError, ValueError, cv2.error, Image.DecompressionBombError):
+    except Exception:  # a parser of strange bytes may stumble in any way
         values = None
     if values is None:
         raise UserError(f"{path}: damaged or not an image, expected PNG, TIFF, JPEG or BMP")
@@ -143,6 +148,17 @@ def decode(path: Path, reading: Reading = AS_STORED) -> Pixels:
             raise UserError(f"{path}: has transparent pixels, expected an opaque image")
         values = values[..., :3]
     return Pixels(upright(values, image), *levels_of(values, image, data, reading.levels))
+
+
+def check_pixels(path: Path, data: bytes) -> None:
+    """Refuse an image by the size in its header, before its pixels take up time and memory."""
+    most = f"expected at most {MAX_PIXELS / 1e6:.0f} million"
+    try:
+        width, height = Image.open(io.BytesIO(data), formats=FORMATS).size
+    except Image.DecompressionBombError:
+        raise UserError(f"{path}: has far too many pixels, {most}") from None
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{path}: has {height}x{width} pixels, {most}")
 
 
 def values_of(image: Image.Image, data: bytes) -> np.ndarray | None:

@@ -40,6 +40,16 @@ RENAMED = tuple(
 )
 # Stored by the published code but never used in its forward pass, or rebuilt from a formula here.
 UNUSED = re.compile(r"\.QKV_Block\d\.(attn\.proj|norm2|mlp)\.|\.down_anti\.filt$")
+# The least and the most that a network in a file may have of each; the published one is within.
+BOUNDS = {
+    "channels": (2, 1024),
+    "tail": (2, 1024),
+    "patch": (1, 64),
+    "dim": (1, 4096),
+    "heads": (1, 64),
+    "experts": (1, 64),
+    "slots": (1, 4096),
+}
 
 
 def shipped_path(size: str, task: str) -> Path:
@@ -151,10 +161,25 @@ def described_by(metadata: dict, path: Path) -> ASFEFusion:
     """A network without values, as the metadata of a file say; UserError if they do not."""
     try:
         widths = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["widths"].items()}
+        size = ModelSize(**widths)
+        check_widths(size)
         with torch.device("meta"):  # no time spent on random weights that are replaced at once
-            return ASFEFusion(ModelSize(**widths), metadata["aff"])
+            return ASFEFusion(size, metadata["aff"])
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
         raise UserError(f"weights {path}: the metadata do not describe a network") from None
+
+
+def check_widths(size: ModelSize) -> None:
+    """ValueError for widths that no network has, before a crafted file costs time or memory."""
+    for name, default in asdict(ModelSize()).items():
+        value = getattr(size, name)
+        values, defaults = (v if isinstance(v, tuple) else (v,) for v in (value, default))
+        low, high = BOUNDS.get(name, (None, None))
+        alike = list(map(type, values)) == list(map(type, defaults))
+        if not alike or (name in BOUNDS and not low <= min(values) <= max(values) <= high):
+            raise ValueError(f"{name} is {value!r}, expected the like of {default!r}")
+    if size.dim % size.heads:
+        raise ValueError(f"dim is {size.dim}, expected a multiple of heads, {size.heads}")
 
 
 def check_finite(state: dict[str, Tensor], name: str) -> None:
@@ -170,7 +195,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get("asfe", "null"))
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, RecursionError, ValueError) as error:
         raise UserError(f"weights {path}: damaged or not safetensors ({error})") from None
     if not isinstance(metadata, dict) or not {"size", "widths", "aff"} <= metadata.keys():
         raise UserError(f"weights {path}: not made by this project, expected `asfe` metadata")

@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+import images
+from cli import UserError
 from images import (
     read_image,
     read_luma8,
@@ -206,3 +208,26 @@ def test_a_folder_may_be_tried_by_many_at_once(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(writable_folder, [tmp_path / "out"] * 2000)) == {tmp_path / "out"}
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_too_large_is_refused_by_its_header(tmp_path, monkeypatch):
+    """13000 x 13000 in 21 kB: decoded it would take 169 MB, and four times that as luma."""
+    Image.new("1", (13000, 13000)).save(tmp_path / "a.png")
+    monkeypatch.setattr(images, "pixels_of", None)
+    with pytest.raises(UserError, match="has 13000x13000 pixels, expected at most 34 million"):
+        read_image(tmp_path / "a.png")
+    Image.new("1", (20000, 20000)).save(tmp_path / "b.png")  # more than Pillow takes
+    with pytest.raises(UserError, match="far too many pixels, expected at most 34 million"):
+        read_image(tmp_path / "b.png")
+    with (tmp_path / "c.png").open("wb") as file:
+        file.truncate(images.MAX_BYTES + 1)
+    with pytest.raises(UserError, match="too large, expected at most 256 MB"):
+        read_image(tmp_path / "c.png")
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "EPS", "PPM", "PCX"])
+def test_other_formats_are_not_opened_whatever_the_name_says(tmp_path, kind):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png", kind)
+    with pytest.raises(UserError, match="damaged or not an image, expected PNG, TIFF, JPEG or BMP"):
+        read_image(tmp_path / "a.png")

@@ -1,5 +1,7 @@
 """Volumes: one line with exit code 2 for what cannot be trusted."""
 
+import gzip
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,6 +126,36 @@ def two_frames_of_reference(on: Inputs) -> list:
     return on.args(*OFF, img1=on.path / "ct", img2=on.series())
 
 
+def lying_nifti(on: Inputs, sizes: tuple[int, int, int], pack: bool = False) -> list:
+    """A good NIfTI file but for the sizes in its header."""
+    path = on.nifti()
+    content = bytearray(path.read_bytes())
+    content[42:48] = struct.pack("<3h", *sizes)
+    path.write_bytes(content)
+    if pack:
+        path = path.with_suffix(".nii.gz")
+        path.write_bytes(gzip.compress(bytes(content[:352])))
+    return on.args(img2=path)
+
+
+def lying_text(on: Inputs, form: str, sizes: bytes) -> list:
+    """A good MetaImage or NRRD file but for the sizes in its header."""
+    path = on.good(form)
+    good = " ".join(map(str, SHAPE)).encode()
+    assert path.read_bytes().count(good) == 1
+    path.write_bytes(path.read_bytes().replace(good, sizes))
+    return on.args(img2=path)
+
+
+def lying_enhanced(on: Inputs) -> list:
+    """Frames that are times or gates, so that none of them has a header of its own."""
+
+    def change(ds, k):
+        ds.NumberOfFrames, ds.ImageType = 99_999_999, ["ORIGINAL", "PRIMARY", "RECON TOMO"]
+
+    return on.args(img2=write_series(on.dicom, DATA, AFFINE, change=change)[0])
+
+
 def rows_of_zeros(on: Inputs) -> list:
     path = on.nifti()
     content = bytearray(path.read_bytes())
@@ -227,6 +259,14 @@ SPOILT: dict[str, tuple[str, Callable[[Inputs], list]]] = {
     "truncated mha": ("damaged or not", lambda on: on.cut(on.good("mha"), 5000)),
     "text nrrd": ("damaged or not .nrrd", lambda on: on.args(img2=on.text("a.nrrd"))),
     "empty nii": ("damaged or not NIfTI", lambda on: on.cut(on.mri, 0)),
+    # headers that claim what their file cannot hold
+    "huge nii": ("claims 20000x20000x20000 voxels", lambda on: lying_nifti(on, (20000,) * 3)),
+    "huge nii.gz": ("more than its", lambda on: lying_nifti(on, (20000,) * 3, pack=True)),
+    "negative nii": ("at least one along each", lambda on: lying_nifti(on, (24, -28, 20))),
+    "huge mha": ("claims 20000x20000x20000", lambda on: lying_text(on, "mha", b"20000 " * 3)),
+    "huge nrrd": ("claims 20000x20000x20000", lambda on: lying_text(on, "nrrd", b"20000 " * 3)),
+    "many frames": ("claims 99999999x28x24 voxels", lying_enhanced),
+    "huge dicom": ("claims 1x65535x24 voxels", lambda on: on.changed("Rows", 65535)),
     "nan": ("2 voxels are NaN or infinite, the first at (3, 4, 5)", not_finite),
     "constant": (
         "nothing to fuse",

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from cli import UserError
 from network import ASFEFusion
 from weights import from_published, load_weights, save_weights
 
@@ -109,12 +110,28 @@ def test_foreign_safetensors_are_refused(tmp_path):
         {"size": "compact", "aff": "full", "widths": {"head": "x"}},
         {"size": "compact", "aff": "full", "widths": {"fft_norm": "x"}},
         {"size": "compact", "aff": "Published", "widths": {}},
+        {"size": "compact", "aff": "full", "widths": {"channels": {}}},
+        {"size": "compact", "aff": "full", "widths": {"channels": [16, 16, 32, 48, 64.0]}},
+        {"size": "compact", "aff": "full", "widths": {"channels": [16, 16, 32, 48, 10**9]}},
+        {"size": "compact", "aff": "full", "widths": {"experts": 1_000_000}},
+        {"size": "compact", "aff": "full", "widths": {"slots": 10**12}},
+        {"size": "compact", "aff": "full", "widths": {"heads": 0}},
+        {"size": "compact", "aff": "full", "widths": {"heads": 7}},
+        {"size": "compact", "aff": "full", "widths": {"fft_norm": []}},
+        {"size": "compact", "aff": [], "widths": {}},
     ],
 )
 def test_odd_metadata_are_refused(tmp_path, metadata):
     path = tmp_path / "w.safetensors"
     path.write_bytes(save({"a": torch.zeros(2)}, {"asfe": json.dumps(metadata)}))
     with pytest.raises(ValueError, match="do not describe a network"):
+        load_weights(path)
+
+
+def test_metadata_nested_too_deep_are_refused(tmp_path):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(save({"a": torch.zeros(2)}, {"asfe": "[" * 200_000 + "]" * 200_000}))
+    with pytest.raises(UserError, match="damaged or not safetensors"):
         load_weights(path)
 
 

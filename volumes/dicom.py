@@ -20,6 +20,7 @@ from pydicom.errors import InvalidDicomError
 from pydicom.pixels import get_decoder, pixel_array
 
 from cli import UserError
+from volumes.claims import check_claim
 from volumes.grid import Volume
 from volumes.planes import Plane, stack
 from volumes.suv import suv_factor
@@ -27,7 +28,7 @@ from volumes.suv import suv_factor
 # Only these are read from the headers at first; a patient's name is not among them.
 TAGS = """
     SOPClassUID ImageType Modality SeriesInstanceUID SeriesNumber FrameOfReferenceUID Rows
-    Columns NumberOfFrames SamplesPerPixel PhotometricInterpretation
+    Columns NumberOfFrames BitsAllocated SamplesPerPixel PhotometricInterpretation
     ImagePositionPatient ImageOrientationPatient PixelSpacing
     SliceThickness SpacingBetweenSlices RescaleSlope RescaleIntercept
     SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence
@@ -136,8 +137,25 @@ def _check_fields(ds: pydicom.Dataset) -> None:
     for name in ("SeriesInstanceUID", "FrameOfReferenceUID", "Modality", "Rows", "Columns"):
         ds.get(name)
     ds.get("PhotometricInterpretation")
+    int(ds.Rows), int(ds.Columns), int(ds.get("BitsAllocated") or 8)
     if _frame_count(ds) < 1 or not all(np.isfinite(float(ds.get(n) or 0)) for n in NUMBERS):
         raise ValueError("not a number that makes sense")
+
+
+def _check_size(file: Path, ds: pydicom.Dataset) -> None:
+    """UserError if the file is too short for the image that its header claims.
+
+    A compressed frame takes 8 bytes or more. One that is black takes little else, so the ratio is
+    only bounded well above what such a frame of a usual size has.
+    """
+    syntax = ds.file_meta.get("TransferSyntaxUID")
+    shape = _frame_count(ds), int(ds.Rows), int(ds.Columns)
+    if syntax is not None and syntax.is_compressed:
+        check_claim(file, shape[:1], 8, packed=False)
+        check_claim(file, shape, 1 / 2**14, packed=False)
+    else:
+        size = int(ds.get("BitsAllocated") or 8) / 8
+        check_claim(file, shape, size, packed=syntax is not None and syntax.is_deflated)
 
 
 def _frame_count(ds: pydicom.Dataset) -> int:
@@ -180,6 +198,7 @@ def _choose(path: Path, groups: dict[str, Headers], series: str | None, flag: st
 
 def _planes(file: Path, ds: pydicom.Dataset) -> list[Plane]:
     """The planes of one file: itself, or its frames."""
+    _check_size(file, ds)
     colours = ds.get("PhotometricInterpretation", "unknown")
     if colours not in ("MONOCHROME1", "MONOCHROME2"):
         raise UserError(f"{file}: colours are {colours}, expected grey values (MONOCHROME)")

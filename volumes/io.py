@@ -8,6 +8,7 @@ Legend: I J K voxels as stored; affines are RAS in mm, see volumes/grid.py.
 
 import gzip
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,9 +17,11 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
 from cli import UserError
+from volumes.claims import check_claim
 from volumes.dicom import read_dicom
 from volumes.grid import RAS_LPS, SCANNER, SHEAR, Volume, displacement
 
+MAX_FIELD, MAX_HEADER = 512, 2**24  # bytes of a field, and of a line, in a header of text
 NIFTI = (".nii", ".nii.gz")
 ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
 DAMAGED = (  # what nibabel raises for a file that it cannot read
@@ -28,7 +31,9 @@ DAMAGED = (  # what nibabel raises for a file that it cannot read
     OSError,
     EOFError,
     KeyError,
+    MemoryError,
     OverflowError,
+    TypeError,
     ValueError,
     zlib.error,
 )
@@ -88,6 +93,7 @@ def _nifti_values(path: Path, image: nib.Nifti1Image) -> np.ndarray:
     dtype = image.get_data_dtype()
     if dtype.fields or dtype.kind not in "iuf":
         raise UserError(f"{path}: voxels are RGB or complex, expected one grey value each")
+    check_claim(path, image.shape, dtype.itemsize, packed=path.name.lower().endswith(".gz"))
     data = np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"))
     return data.reshape(shape, order="A")
 
@@ -115,9 +121,16 @@ def read_itk(path: Path) -> Volume:
     Raises:
         UserError: damaged, not one 3-D volume, or several values for each voxel.
     """
+    _check_lines(path)
     sitk.ProcessObject.GlobalWarningDisplayOff()
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
     try:
-        image = sitk.ReadImage(str(path))
+        reader.ReadImageInformation()
+        # what is packed does not say so here; the file of a header alone holds no voxels
+        size = 0 if path.suffix.lower() in (".mhd", ".nhdr") else 1
+        check_claim(path, reader.GetSize(), size, packed=True)
+        image = reader.Execute()
     except RuntimeError as error:
         reason = _first_line(str(error).rsplit("ERROR:", 1)[-1])
         raise UserError(f"{path}: damaged or not {path.suffix} ({reason})") from None
@@ -131,6 +144,22 @@ def read_itk(path: Path) -> Volume:
     placed = path.suffix.lower() in (".mha", ".mhd") or "NRRD_space" in image.GetMetaDataKeys()
     data = sitk.GetArrayFromImage(image).astype(np.float32, copy=False).T
     return Volume(data, _checked(RAS_LPS @ affine, path), placed=placed)
+
+
+def _check_lines(path: Path) -> None:
+    """UserError for an overlong field in the header of a MetaImage or NRRD file.
+
+    ITK's reader of NRRD copies a field into memory of a fixed size, and overruns it. Comments and
+    the pairs of `key:=value` may be long.
+    """
+    with path.open("rb") as file:
+        for line in iter(partial(file.readline, MAX_HEADER), b""):
+            if not line.strip() or line.startswith(b"ElementDataFile"):
+                return
+            if len(line) > MAX_FIELD and not line.startswith(b"#") and b":=" not in line:
+                raise UserError(
+                    f"{path}: damaged or not {path.suffix} (a field of over {MAX_FIELD} bytes)"
+                )
 
 
 def stream_nifti(
