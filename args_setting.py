@@ -167,6 +167,19 @@ class VolumeArgs(WeightsArgs):
         None, "which series of the DICOM folder --img1: its number in the list, or its UID"
     )
     series2: str | None = setting(None, "the same for --img2")
+    where: str = setting(
+        "",
+        "which images of a DICOM series with several at one place, as EchoTime=80,ImageType=M",
+        metavar="FIELD=VALUE",
+    )
+    frame: str = setting(
+        "",
+        "which point in time of a series or 4-D file, from 1; or the mean or the sum of all",
+        metavar="N|mean|sum",
+    )
+    affine: str = setting(
+        "sform", "which place counts in a NIfTI file with two", choices=("sform", "qform")
+    )
     window: str = setting(
         "wide", "CT in HU: LEVEL,WIDTH, or wide (-100 to 1000), brain, bone, subdural"
     )

@@ -24,7 +24,9 @@ from volumes.grid import Volume, check_space, onto_grid, pick_axis, slices, stra
 from volumes.intensity import DICOM_MODALITY, STORED_ONE, Scaling, scaling_of
 from volumes.io import read_volume
 from volumes.outputs import FusedVolume, make_folders, plan_outputs, write_outputs
+from volumes.series import check_patients
 from volumes.tiles import check_tiles, fuse_slices
+from volumes.varying import Choice
 
 __all__ = ["FusedVolume", "fuse_volumes"]
 
@@ -77,6 +79,7 @@ def read_pair(settings: TestArgs, tell: Callable[..., None]) -> tuple[Volume, Vo
     """Source 1, and source 2 on the grid of source 1; `tell` gets what was done to them."""
     fixed = read_source(settings, 1, tell)
     moving = read_source(settings, 2, tell)
+    check_patients(fixed.patient, moving.patient)
     tell(*check_space(fixed, moving, settings.force))
     data, line = onto_grid(moving, fixed)
     tell(line)
@@ -90,7 +93,8 @@ def read_source(settings: TestArgs, i: int, tell: Callable[..., None]) -> Volume
     """
     kind = TASKS[settings.task] if i == 1 else "MRI"
     path, series = (getattr(settings, f"{name}{i}") for name in ("img", "series"))
-    volume = read_volume(path, series, f"--series{i}")
+    choice = Choice(settings.where, settings.frame, settings.affine)
+    volume = read_volume(path, series, f"--series{i}", choice)
     make_finite(volume, path, settings.nan_to_zero)
     expected = DICOM_MODALITY[kind]
     if volume.modality not in (None, expected):
