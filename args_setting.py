@@ -193,10 +193,10 @@ class VolumeArgs(WeightsArgs):
     )
     tile: int = setting(0, "side of the tiles of a slice, in pixels; 0: none", minimum=0)
     overlap: int = setting(64, "pixels over which tiles blend", minimum=1)
-    colour: str | None = setting(
-        None,
-        "PET and SPECT: also write an RGB volume, in the colours of this table",
-        choices=("hot", "rainbow", "jet", "inferno"),
+    colour: str = setting(
+        "auto",
+        "PET and SPECT: colours of the RGB volume that is written beside the grey one; auto: warm",
+        choices=("auto", "none", "warm", "hot", "rainbow", "jet", "inferno"),
     )
     png: Path | None = setting(None, "folder for the fused slices as PNG")
     mosaic: Path | None = setting(None, "PNG with a choice of fused slices to look at")
