@@ -180,6 +180,19 @@ class VolumeArgs(WeightsArgs):
         None, "which series of the DICOM folder --img1: its number in the list, or its UID"
     )
     series2: str | None = setting(None, "the same for --img2")
+    where: str = setting(
+        "",
+        "which images of a DICOM series with several at one place, as EchoTime=80,ImageType=M",
+        metavar="FIELD=VALUE",
+    )
+    frame: str = setting(
+        "",
+        "which point in time of a series or 4-D file, from 1; or the mean or the sum of all",
+        metavar="N|mean|sum",
+    )
+    affine: str = setting(
+        "sform", "which place counts in a NIfTI file with two", choices=("sform", "qform")
+    )
     window: str = setting(
         "wide", "CT in HU: LEVEL,WIDTH, or wide (-100 to 1000), brain, bone, subdural"
     )
@@ -193,10 +206,10 @@ class VolumeArgs(WeightsArgs):
     )
     tile: int = setting(0, "side of the tiles of a slice, in pixels; 0: none", minimum=0)
     overlap: int = setting(64, "pixels over which tiles blend", minimum=1)
-    colour: str | None = setting(
-        None,
-        "PET and SPECT: also write an RGB volume, in the colours of this table",
-        choices=("hot", "rainbow", "jet", "inferno"),
+    colour: str = setting(
+        "auto",
+        "PET and SPECT: colours of the RGB volume that is written beside the grey one; auto: warm",
+        choices=("auto", "none", "warm", "hot", "rainbow", "jet", "inferno"),
     )
     png: Path | None = setting(None, "folder for the fused slices as PNG")
     mosaic: Path | None = setting(None, "PNG with a choice of fused slices to look at")

@@ -42,7 +42,7 @@ from network import MIN_SIDE, ASFEFusion
 from phantom import phantom_pair
 from weights import load_model
 
-VOLUMES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".dcm", ".ima")
+VOLUMES = tuple(".nii .nii.gz .hdr .img .img.gz .mgz .mgh .mha .mhd .nrrd .nhdr .dcm .ima".split())
 READING = {"levels", "page"}
 # What to fuse, in the words of the errors, and the settings that count there only.
 MODES = {

@@ -32,7 +32,7 @@ from volumes.intensity import (
     scaling_of,
 )
 from volumes.io import stream_nifti
-from volumes.pictures import CELL, GAP, mosaic
+from volumes.pictures import CELL, GAP, colour_slice, colour_table, colours, mosaic, with_bar
 
 
 def test_axis_reaches_the_run(call, brighter, heads, tmp_path):
@@ -168,12 +168,55 @@ def test_colour_png_and_mosaic(call, brighter, heads, tmp_path):
     assert image.GetPixel(20, 25, 22) == tuple(int(v) for v in rgb[20, 25, 22])
     k = 22
     picture = cv2.imread(str(tmp_path / "png" / f"axial_{k:04d}.png"))[..., ::-1]
+    bar, picture = picture[:, rgb.shape[0] :], picture[:, : rgb.shape[0]]
+    assert bar.std() > 20, "the bar of its colours"
     # RAS storage: rows run from the front, columns from the patient's right
     expected = rgb[::-1, ::-1, k].transpose(1, 0, 2)
     if grey.affine[0, 0] > 0:
         assert np.array_equal(picture, expected)
     sheet = cv2.imread(str(tmp_path / "m.png"))
     assert sheet.std() > 20 and sheet.shape[1] > 600
+
+
+def test_pet_and_spect_are_coloured_unless_grey_is_asked_for(call, brighter, heads, tmp_path):
+    argv = ["--task", "SPECT-MRI", "--img1", heads["pet"], "--img2", heads["mri"]]
+    assert call(*argv, "--out", tmp_path / "a.nii", "--mosaic", tmp_path / "a.png")[0] == 0
+    sheet = cv2.imread(str(tmp_path / "a.png"))
+    assert json.loads((tmp_path / "a.json").read_text())["colour"] == "warm"
+    assert (tmp_path / "a_colour.nii").exists()
+    argv += ["--colour", "none", "--out", tmp_path / "b.nii", "--mosaic", tmp_path / "b.png"]
+    assert call(*argv)[0] == 0
+    assert not (tmp_path / "b_colour.nii").exists()
+    grey = cv2.imread(str(tmp_path / "b.png"))
+    assert grey.shape[0] == sheet.shape[0] and grey.shape[1] < sheet.shape[1], "no bar"
+    argv = ["--img1", heads["ct"], "--img2", heads["mri"], "--out", tmp_path / "c.nii"]
+    assert call(*argv)[0] == 0 and not (tmp_path / "c_colour.nii").exists()
+
+
+def test_the_default_table_has_no_white_at_its_top():
+    warm, hot = colours("warm"), colours("hot")
+    assert np.ptp(warm[-1]) > 0.9 and np.ptp(hot[-1]) == 0
+    assert np.ptp(warm[40:], axis=1).min() > 0.3 and warm[0].max() == 0
+    fused = colour_slice(np.ones((1, 2)), np.array([[0.0, 1.0]]), colour_table("warm"))
+    assert fused[0, 0].tolist() == [255] * 3, "a bright MRI stays white"
+    assert fused[0, 1].min() < 40, "a high uptake on it does not"
+
+
+@pytest.mark.parametrize(
+    ("unit", "suv", "label"), [("Bq/ml", 15, "SUV"), ("Bq/ml", 0, "Bq/ml"), ("", 0, "as stored")]
+)
+def test_the_bar_has_the_unit(monkeypatch, unit, suv, label):
+    volume = Volume(np.arange(24.0).reshape(2, 3, 4) * 1000, np.eye(4), suv=1e-3, unit=unit)
+    drawn = []
+    monkeypatch.setattr("volumes.pictures._write_text", lambda image, text, at: drawn.append(text))
+    image = np.full((90, 70, 3), 9, np.uint8)
+    out = with_bar(image, "warm", scaling_of(volume, "PET", "wide", suv))
+    high = suv or 23000
+    assert drawn == [f"{high:.3g}", label, f"{high / 2:.3g}", "0"]
+    assert np.array_equal(out[:, :70], image)
+    bar = out[:, 70 + 7].astype(int)  # yellow at the top, black at the bottom
+    assert bar[0].min() < 20 and bar[0, :2].min() > 235 and bar[-1].max() == 0
+    assert with_bar(image, None, None) is image
 
 
 def test_a_mosaic_shows_slices_in_proportion():

@@ -91,8 +91,10 @@ def missing_slice(on: Inputs) -> list:
 
 
 def duplicate_slice(on: Inputs) -> list:
-    paths = write_series(on.dicom, DATA, AFFINE)
-    (on.dicom / "copy").write_bytes(paths[7].read_bytes())
+    """Another image at the place of one, not a copy of its file."""
+    ds = pydicom.dcmread(write_series(on.dicom, DATA, AFFINE)[7])
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = "1.2.77"
+    ds.save_as(on.dicom / "other")
     return on.args(img2=on.dicom)
 
 
@@ -197,10 +199,14 @@ SPOILT: dict[str, tuple[str, Callable[[Inputs], list]]] = {
     "duplicate slice": ("duplicate slices, 1 positions occur twice", duplicate_slice),
     "uneven": ("unevenly spaced", uneven),
     "mixed orientations": (
-        "mixed orientations",
+        "1 images with other orientations left out",
         lambda on: on.changed("ImageOrientationPatient", [1, 0, 0, 0, 0, -1]),
     ),
-    "mixed sizes": ("mixed sizes", lambda on: on.changed("Rows", 27)),
+    "mixed sizes": ("with other sizes left", lambda on: on.changed("Rows", 27)),
+    "half of each size": (
+        "mixed sizes in one series",
+        lambda on: on.changed("Rows", 27, range(0, 20, 2)),
+    ),
     "no position": ("does not say where", lambda on: on.changed("ImagePositionPatient", None)),
     "value table": (
         "table of values",
@@ -214,10 +220,6 @@ SPOILT: dict[str, tuple[str, Callable[[Inputs], list]]] = {
     "dicom cut in its header": ("IM0006: damaged", cut_in_the_header),
     "dicom with a broken field": ("IM0006: damaged", broken_field),
     "no frames": ("IM0000: damaged", lambda on: on.changed("NumberOfFrames", "-1", (0,))),
-    "plugin": (
-        "pip install pylibjpeg",
-        lambda on: on.args(img2=sample("MR_small_jpeg_ls_lossless.dcm")),
-    ),
     "not dicom": (
         "no DICOM image among its 1 files",
         lambda on: on.args(img2=on.text("dicom/a.dcm").parent),

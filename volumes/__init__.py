@@ -25,7 +25,9 @@ from volumes.intensity import DICOM_MODALITY, STORED_ONE, Scaling, scaling_of
 from volumes.io import read_volume
 from volumes.outputs import FusedVolume, make_folders, plan_outputs, write_outputs
 from volumes.pair import Together, bring_together
+from volumes.series import check_patients
 from volumes.tiles import check_tiles, fuse_slices
+from volumes.varying import Choice
 
 __all__ = ["FusedVolume", "fuse_volumes"]
 
@@ -83,11 +85,13 @@ def read_pair(settings: TestArgs, tell: Callable[..., None]) -> Together:
     forces(settings.force, "all")  # before anything is read, whether it can be
     fixed = read_source(settings, 1, tell)
     moving = read_source(settings, 2, tell)
+    check_patients(fixed.patient, moving.patient)
     via = None
     if settings.via:
         if settings.task == "CT-MRI":
             raise UserError("--via is for PET and SPECT, a CT is registered itself")
         via = read_volume(settings.via, None, "--via")
+        check_patients(fixed.patient, via.patient)
         make_finite(via, settings.via, settings.nan_to_zero)
     return bring_together(fixed, moving, via, settings, tell)
 
@@ -99,7 +103,8 @@ def read_source(settings: TestArgs, i: int, tell: Callable[..., None]) -> Volume
     """
     kind = TASKS[settings.task] if i == 1 else "MRI"
     path, series = (getattr(settings, f"{name}{i}") for name in ("img", "series"))
-    volume = read_volume(path, series, f"--series{i}")
+    choice = Choice(settings.where, settings.frame, settings.affine)
+    volume = read_volume(path, series, f"--series{i}", choice)
     make_finite(volume, path, settings.nan_to_zero)
     if volume.data.min() == volume.data.max():
         raise UserError(f"{path}: all voxels are {volume.data.flat[0]:g}, there is nothing to fuse")

@@ -3,8 +3,9 @@
 Sources: DICOM PS3.3 (C.7.6.2 image plane, C.7.6.3 MONOCHROME1, C.7.6.16 multi-frame functional
 groups, C.11.1 modality LUT) through pydicom.
 
-Nothing that identifies a patient leaves this file. Messages name files, numbers and geometry, never
-a header's text or UID. What pydicom has to say about odd values is not passed on.
+Nothing that identifies a patient leaves this room. Messages name files, numbers, codes and
+geometry, never a header's free text or UID. What pydicom has to say about odd values is not passed
+on.
 
 Legend: P planes, each a (rows, columns) image; I J K voxels of a volume, see volumes/grid.py.
 """
@@ -18,24 +19,49 @@ import numpy as np
 import pydicom
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels import get_decoder, pixel_array
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from cli import UserError
 from volumes.claims import check_claim
 from volumes.grid import Volume
-from volumes.planes import Plane, stack
-from volumes.suv import suv_factor
+from volumes.planes import Plane, Stack, evened, stack
+from volumes.series import (
+    Headers,
+    by_series,
+    choose,
+    frame_count,
+    once,
+    patient_of,
+    refuse_mosaic,
+)
+from volumes.suv import PHILIPS, suv_factor
+from volumes.varying import (
+    ALL,
+    B_VALUE,
+    CONTRASTS,
+    TIMES,
+    Choice,
+    chosen,
+    fields_of,
+    frame_fields,
+    frames,
+    largest,
+)
 
-# Only these are read from the headers at first; a patient's name is not among them.
+# Only these are read from the headers at first. A patient's name is not among them; ID and date of
+# birth are compared and go nowhere.
 TAGS = """
-    SOPClassUID ImageType Modality SeriesInstanceUID SeriesNumber FrameOfReferenceUID Rows
+    SOPClassUID SOPInstanceUID PatientID PatientBirthDate
+    ImageType Modality SeriesInstanceUID SeriesNumber FrameOfReferenceUID Rows
     Columns NumberOfFrames BitsAllocated SamplesPerPixel PhotometricInterpretation
     ImagePositionPatient ImageOrientationPatient PixelSpacing
     SliceThickness SpacingBetweenSlices RescaleSlope RescaleIntercept
     SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence
     DetectorInformationSequence ModalityLUTSequence Units DecayCorrection PatientWeight
     RadiopharmaceuticalInformationSequence SeriesDate SeriesTime AcquisitionDate
-    AcquisitionTime
+    AcquisitionTime SUVType ContrastBolusAgent
 """.split()
+TAGS += [*CONTRASTS, *TIMES, 0x00190010, B_VALUE, *PHILIPS]
 NUMBERS = ("SeriesNumber", "SliceThickness", "SpacingBetweenSlices")  # a file may lack them
 UNREADABLE = (  # what pydicom and numpy raise for fields that are missing or make no sense
     AttributeError,
@@ -50,6 +76,7 @@ UNREADABLE = (  # what pydicom and numpy raise for fields that are missing or ma
 # Values that are a measure (HU, Bq/ml, counts) stay what they are in MONOCHROME1, which is about
 # showing them. In other modalities, as MR, the picture that was meant is the inverted one.
 MEASURED = ("CT", "PT", "NM")
+UNITS = {"BQML": "Bq/ml", "CNTS": "counts", "GML": "SUV", "NM": "counts"}
 PLUGINS = {
     "JPEG 2000": "pylibjpeg pylibjpeg-openjpeg",
     "JPEG": "pylibjpeg pylibjpeg-libjpeg",
@@ -57,40 +84,58 @@ PLUGINS = {
     "RLE": "pylibjpeg pylibjpeg-rle",
 }
 
-Headers = list[tuple[Path, pydicom.Dataset]]  # files, each with its header
 
-
-def read_dicom(path: Path, series: str | None = None, flag: str = "--series1") -> Volume:
+def read_dicom(
+    path: Path, series: str | None = None, flag: str = "--series1", choice: Choice = ALL
+) -> Volume:
     """The volume of a DICOM folder (searched with its subfolders) or file, in rescaled values.
 
     Args:
         path: the folder or file.
         series: which series of several: its number in the list that the error shows, or its UID.
         flag: the name of that argument, for the error.
+        choice: what to take of a series with several images at one place.
 
     Raises:
-        UserError: no DICOM, several series and no choice, RGB, slices missing, doubled, uneven or
-            in several orientations, no position, damaged or compressed pixels that cannot be read.
+        UserError: no DICOM, several series or images at one place and no choice, two patients, RGB,
+            a mosaic, slices missing or in several orientations, no position, damaged or compressed
+            pixels that cannot be read.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's quote the header's values
         headers, strays = _read_headers(path)
-        headers = _choose(path, _by_series(headers), series, flag)
+        headers = choose(path, by_series(headers), series, flag)
+        patient = patient_of(path, headers)
+        headers, copies = once(headers)
         first = headers[0][1]
+        refuse_mosaic(path, first)
         planes = [plane for file, ds in headers for plane in _planes(file, ds)]
+        planes, *notes = chosen(path, planes, choice.where)
+        planes, note = largest(path, planes)
+        times, when = frames(path, planes, choice.frame)
         thickness = first.get("SliceThickness") or first.get("SpacingBetweenSlices") or 1
-        planes, affine = stack(path, planes, float(thickness))
-        volume = Volume(_pixels(planes), affine)
+        try:
+            stacks = [stack(path, planes, float(thickness)) for planes in times]
+        except UserError as error:
+            raise UserError(f"{error} ({note})" if note else error) from None
+        volume = Volume(_values(stacks, choice.frame), stacks[0].affine)
+        volume.notes = [line for line in (*notes, note, when, stacks[0].note) if line]
+        volume.patient, volume.origin = patient, planes[0].path
         volume.frame = str(first.get("FrameOfReferenceUID") or "") or None
         volume.modality = str(first.get("Modality") or "") or None
         try:
             volume.suv, volume.no_suv = suv_factor([ds for _, ds in headers])
         except UNREADABLE:
             volume.no_suv = "its fields for SUV cannot be read"
+        if len(stacks) > 1 and choice.frame == "sum":
+            volume.suv, volume.no_suv = None, "points in time were summed"
+        volume.unit = UNITS.get(str(first.get("Units") or first.get("Modality")), "")
+    if copies:
+        volume.notes.append(f"{copies} files are copies of others, counted once")
     if strays:
         volume.notes.append(f"{strays} files are not DICOM images, left out")
     _as_displayed(path, volume, {str(ds.PhotometricInterpretation) for _, ds in headers})
-    if len(planes) == 1:
+    if len(stacks[0].planes) == 1:
         volume.notes.append("a single slice")
     return volume
 
@@ -113,7 +158,7 @@ def _read_headers(path: Path) -> tuple[Headers, int]:
 def _image_header(file: Path) -> pydicom.Dataset | None:
     """The header of a DICOM image; None for any other file, UserError for a damaged one."""
     try:
-        ds = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=TAGS)
+        ds = _dataset(file, stop_before_pixels=True, specific_tags=TAGS)
         is_image = "Rows" in ds and "Columns" in ds
         kind = ds.file_meta.get("MediaStorageSOPClassUID")
         if not is_image and kind is not None and kind.name.endswith("Image Storage"):
@@ -129,6 +174,26 @@ def _image_header(file: Path) -> pydicom.Dataset | None:
     return ds if is_image else None
 
 
+def _dataset(file: Path, **how) -> pydicom.Dataset:
+    """A file's data set, also of DICOM without its preamble and meta information.
+
+    Such a file begins with a field of the first groups. It is not compressed.
+    """
+    try:
+        return pydicom.dcmread(file, **how)
+    except InvalidDicomError:
+        with open(file, "rb") as content:
+            start = content.read(4)
+        if start[:2] not in (b"\2\0", b"\x08\0", b"\0\x08") or len(start) < 4:
+            raise
+    ds = pydicom.dcmread(file, force=True, **how)
+    implicit, little = ds.original_encoding
+    syntax = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+    if "TransferSyntaxUID" not in ds.file_meta:
+        ds.file_meta.TransferSyntaxUID = syntax if little else ExplicitVRBigEndian
+    return ds
+
+
 def _check_fields(ds: pydicom.Dataset) -> None:
     """Any exception if a field that sorts images into series, or a number, makes no sense.
 
@@ -138,7 +203,7 @@ def _check_fields(ds: pydicom.Dataset) -> None:
         ds.get(name)
     ds.get("PhotometricInterpretation")
     int(ds.Rows), int(ds.Columns), int(ds.get("BitsAllocated") or 8)
-    if _frame_count(ds) < 1 or not all(np.isfinite(float(ds.get(n) or 0)) for n in NUMBERS):
+    if frame_count(ds) < 1 or not all(np.isfinite(float(ds.get(n) or 0)) for n in NUMBERS):
         raise ValueError("not a number that makes sense")
 
 
@@ -149,48 +214,13 @@ def _check_size(file: Path, ds: pydicom.Dataset) -> None:
     only bounded well above what such a frame of a usual size has.
     """
     syntax = ds.file_meta.get("TransferSyntaxUID")
-    shape = _frame_count(ds), int(ds.Rows), int(ds.Columns)
+    shape = frame_count(ds), int(ds.Rows), int(ds.Columns)
     if syntax is not None and syntax.is_compressed:
         check_claim(file, shape[:1], 8, packed=False)
         check_claim(file, shape, 1 / 2**14, packed=False)
     else:
         size = int(ds.get("BitsAllocated") or 8) / 8
         check_claim(file, shape, size, packed=syntax is not None and syntax.is_deflated)
-
-
-def _frame_count(ds: pydicom.Dataset) -> int:
-    return int(ds.get("NumberOfFrames") or 1)
-
-
-def _by_series(headers: Headers) -> dict[str, Headers]:
-    """Headers by series UID, in the order of the series' numbers."""
-    groups: dict[str, Headers] = {}
-    for file, ds in headers:
-        groups.setdefault(str(ds.get("SeriesInstanceUID", "")), []).append((file, ds))
-
-    def number(uid: str) -> tuple[int, str]:
-        return int(groups[uid][0][1].get("SeriesNumber") or 0), uid
-
-    return {uid: groups[uid] for uid in sorted(groups, key=number)}
-
-
-def _choose(path: Path, groups: dict[str, Headers], series: str | None, flag: str) -> Headers:
-    """The series that `series` names, or the only one; else a UserError that lists them."""
-    if series in groups:
-        return groups[series]
-    if series is not None and series.isdecimal() and 1 <= int(series) <= len(groups):
-        return list(groups.values())[int(series) - 1]
-    if series is None and len(groups) == 1:
-        return next(iter(groups.values()))
-    lines = []
-    for i, group in enumerate(groups.values(), 1):
-        ds = group[0][1]
-        images = sum(_frame_count(header) for _, header in group)
-        modality = ds.get("Modality") or "unknown modality"
-        lines.append(f"{i}: {modality}, {images} images of {ds.Rows}x{ds.Columns}")
-    wrong = "" if series is None else f"no series {series!r}; "
-    listed = "; ".join(lines)
-    raise UserError(f"{path}: {wrong}choose by {flag} one of {len(groups)} series: {listed}")
 
 
 # --- planes ----------------------------------------------------------------------------------
@@ -204,25 +234,48 @@ def _planes(file: Path, ds: pydicom.Dataset) -> list[Plane]:
         raise UserError(f"{file}: colours are {colours}, expected grey values (MONOCHROME)")
     if "ModalityLUTSequence" in ds:
         raise UserError(f"{file}: has a table of values, expected a rescale slope and intercept")
+    count = frame_count(ds)
+    if count > 1:
+        _check_nuclear(file, ds)
     try:
         if "PerFrameFunctionalGroupsSequence" in ds:
-            return [_enhanced_plane(file, ds, i) for i in range(_frame_count(ds))]
+            return [_enhanced_plane(file, ds, i) for i in range(frame_count(ds))]
         geometry = ds
         if "ImagePositionPatient" not in ds and "DetectorInformationSequence" in ds:  # NM
             geometry = ds.DetectorInformationSequence[0]
         first = _plane(file, 0, geometry, geometry, ds, ds)
-        frames = _frame_count(ds)
-        if frames == 1:
+        first = first._replace(fields=fields_of(ds))
+        if count == 1:
             return [first]
-        if "RECON TOMO" not in ds.ImageType:  # else the frames are times or gates, not slices
+        if "RECON TOMO" not in ds.ImageType:
             raise ValueError("frames without a position")
         gap = float(ds.get("SpacingBetweenSlices") or ds.SliceThickness)
         step = np.cross(*first.directions) * gap
-        return [first._replace(frame=i, position=first.position + i * step) for i in range(frames)]
+        return [first._replace(frame=i, position=first.position + i * step) for i in range(count)]
     except UNREADABLE:
         raise UserError(
-            f"{file}: does not say where its image lies (position, orientation, pixel spacing)"
+            f"{file}: does not say where its image lies (position, orientation, pixel spacing); "
+            "give the original slices of the scan"
         ) from None
+
+
+def _check_nuclear(file: Path, ds: pydicom.Dataset) -> None:
+    """UserError for frames of nuclear medicine that are views or gates, not slices."""
+    kind = str((*(ds.get("ImageType") or ()), "", "", "")[2]) if ds.get("Modality") == "NM" else ""
+    what = {
+        "TOMO": "raw views of a SPECT",
+        "GATED TOMO": "raw views of a gated SPECT",
+        "RECON GATED TOMO": "gated slices",
+        "GATED": "gated frames",
+        "DYNAMIC": "frames over time",
+        "STATIC": "planar images",
+        "WHOLE BODY": "planar images",
+    }.get(kind)
+    if what:
+        raise UserError(
+            f"{file}: its frames are {what} ({kind}), expected reconstructed slices (RECON TOMO); "
+            "choose that series of the same examination, or have it reconstructed"
+        )
 
 
 def _enhanced_plane(file: Path, ds: pydicom.Dataset, i: int) -> Plane:
@@ -237,7 +290,8 @@ def _enhanced_plane(file: Path, ds: pydicom.Dataset, i: int) -> Plane:
     measures.Rows, measures.Columns = ds.Rows, ds.Columns
     rescale = group("PixelValueTransformationSequence")
     position, orientation = group("PlanePositionSequence"), group("PlaneOrientationSequence")
-    return _plane(file, i, position, orientation, measures, rescale)
+    plane = _plane(file, i, position, orientation, measures, rescale)
+    return plane._replace(fields=frame_fields(groups))
 
 
 def _plane(
@@ -266,8 +320,9 @@ def _plane(
         (int(measures.Rows), int(measures.Columns)),
         1.0 if slope is None else float(slope),
         0.0 if intercept is None else float(intercept),
+        float(measures.get("SliceThickness") or 0),
     )
-    if not all(np.isfinite(v).all() for v in plane[2:]) or plane.spacing.min() <= 0:
+    if not all(np.isfinite(v).all() for v in plane[2:9]) or plane.spacing.min() <= 0:
         raise ValueError("not finite")
     return plane
 
@@ -275,26 +330,37 @@ def _plane(
 # --- pixels ----------------------------------------------------------------------------------
 
 
-def _pixels(planes: list[Plane]) -> np.ndarray:
-    """Rescaled values (I, J, K) float32 of ordered planes; each file is opened once."""
-    rows, columns = planes[0].size
-    volume = np.empty((len(planes), rows, columns), np.float32)
-    wanted: dict[Path, dict[int, int]] = {}  # file -> frame -> index of the plane
-    for k, plane in enumerate(planes):
-        wanted.setdefault(plane.path, {})[plane.frame] = k
-    for path, frames in wanted.items():
+def _values(stacks: list[Stack], frame: str) -> np.ndarray:
+    """Rescaled values (I, J, K) float32 of a stack, or the mean or sum of several."""
+    data = _pixels([stack.planes for stack in stacks])
+    if frame == "mean" and len(stacks) > 1:
+        data /= len(stacks)
+    return data if stacks[0].at is None else evened(data, stacks[0].at)
+
+
+def _pixels(times: list[list[Plane]]) -> np.ndarray:
+    """Sum of the rescaled values (I, J, P) float32 of ordered planes; each file is opened once."""
+    planes = times[0]
+    volume = np.zeros((len(planes), *planes[0].size), np.float32)
+    scaled = np.empty(planes[0].size, np.float32)
+    wanted: dict[Path, dict[int, tuple[int, Plane]]] = {}  # file -> frame -> index of the plane
+    for planes in times:
+        for k, plane in enumerate(planes):
+            wanted.setdefault(plane.path, {})[plane.frame] = k, plane
+    for path, here in wanted.items():
         for i, pixels in enumerate(_decoded(path)):
-            if i in frames:
-                k = frames[i]
-                np.multiply(pixels, planes[k].slope, out=volume[k], casting="unsafe")
-                volume[k] += planes[k].intercept
+            if i in here:
+                k, plane = here[i]
+                np.multiply(pixels, plane.slope, out=scaled, casting="unsafe")
+                scaled += plane.intercept
+                volume[k] += scaled
     return volume.T
 
 
 def _decoded(path: Path) -> Iterator[np.ndarray]:
     """The stored values of a file's frames, one (rows, columns) after the other."""
     try:
-        ds = pydicom.dcmread(path)
+        ds = _dataset(path)
         syntax = ds.file_meta.get("TransferSyntaxUID")
         compressed = syntax is not None and syntax.is_compressed
     except Exception:  # as in a header
@@ -304,7 +370,7 @@ def _decoded(path: Path) -> Iterator[np.ndarray]:
     if compressed:
         _check_decoder(path, syntax)
     try:
-        for i in range(_frame_count(ds)):
+        for i in range(frame_count(ds)):
             yield pixel_array(ds, index=i)
     except Exception as error:  # decoders of strange bytes may stumble in any way
         reason = " ".join(str(error).split())[:200]

@@ -12,6 +12,7 @@ anterior or superior on top.
 """
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
@@ -46,6 +47,9 @@ class Volume:
     modality: str | None = None  # DICOM's: CT, MR, PT or NM
     suv: float | None = None  # body-weight SUV of a value of 1
     no_suv: str = "the file has no DICOM fields"  # why `suv` is None
+    unit: str = ""  # of the values, where DICOM tells it: SUV, Bq/ml or counts
+    patient: tuple[str, str] | None = field(default=None, repr=False)  # to be compared only
+    origin: Path | None = None  # a DICOM file of it
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -1,7 +1,7 @@
-"""Files of volumes: NIfTI, MetaImage, NRRD and, through volumes/dicom.py, DICOM in; NIfTI out.
+"""Files of volumes: NIfTI, Analyze, FreeSurfer, MetaImage, NRRD and DICOM in; NIfTI out.
 
-Sources: the NIfTI-1 header (nifti1.h: sform, qform, codes) through nibabel; MetaImage and NRRD
-through SimpleITK.
+Sources: the NIfTI-1 header (nifti1.h: sform, qform, codes), Analyze 7.5 and FreeSurfer's MGH
+through nibabel; MetaImage and NRRD through SimpleITK; DICOM in volumes/dicom.py.
 
 Legend: I J K voxels as stored; affines are RAS in mm, see volumes/grid.py.
 """
@@ -20,9 +20,12 @@ from cli import UserError
 from volumes.claims import check_claim
 from volumes.dicom import read_dicom
 from volumes.grid import RAS_LPS, SCANNER, SHEAR, Volume, displacement
+from volumes.varying import ALL, Choice, number_of
 
 MAX_FIELD, MAX_HEADER = 512, 2**24  # bytes of a field, and of a line, in a header of text
 NIFTI = (".nii", ".nii.gz")
+PAIRS = (".hdr", ".img", ".img.gz")  # NIfTI or Analyze in two files
+MGH = (".mgz", ".mgh")
 ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
 DAMAGED = (  # what nibabel raises for a file that it cannot read
     nib.filebasedimages.ImageFileError,
@@ -41,17 +44,20 @@ DAMAGED = (  # what nibabel raises for a file that it cannot read
 
 def stem_of(path: Path) -> str:
     """A file's name without the ending of its format: "ct" of "ct.nii.gz"."""
-    ends = [suffix for suffix in (*NIFTI, *ITK) if path.name.lower().endswith(suffix)]
+    ends = [suffix for suffix in (*NIFTI, *PAIRS, *MGH, *ITK) if path.name.lower().endswith(suffix)]
     return path.name[: -len(max(ends, key=len))] if ends else path.stem
 
 
-def read_volume(path: Path, series: str | None = None, flag: str = "--series1") -> Volume:
+def read_volume(
+    path: Path, series: str | None = None, flag: str = "--series1", choice: Choice = ALL
+) -> Volume:
     """A volume of any kind that we read.
 
     Args:
-        path: a NIfTI, MetaImage, NRRD or DICOM file, or a folder of DICOM files.
+        path: a NIfTI, Analyze, MGH, MetaImage, NRRD or DICOM file, or a folder of DICOM files.
         series: which series of a DICOM folder, see `read_dicom`.
         flag: the name of that argument, for messages.
+        choice: what to take of a source that holds several volumes, or says two places.
 
     Raises:
         UserError: no such file, a series of a file that has none, and what its reader raises.
@@ -59,59 +65,102 @@ def read_volume(path: Path, series: str | None = None, flag: str = "--series1") 
     name = path.name.lower()
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    if path.is_file() and name.endswith((*NIFTI, *ITK)):
+    nibabel = name.endswith((*NIFTI, *PAIRS, *MGH))
+    if path.is_file() and (nibabel or name.endswith(ITK)):
         if series is not None:
             raise UserError(f"{flag} is for DICOM, but {path} is none")
-        return read_nifti(path) if name.endswith(NIFTI) else read_itk(path)
-    return read_dicom(path, series, flag)
+        return read_nifti(path, choice) if nibabel else read_itk(path)
+    return read_dicom(path, series, flag, choice)
 
 
-def read_nifti(path: Path) -> Volume:
-    """A NIfTI-1 or -2 file (.nii, .nii.gz) of one grey volume; the sform wins over the qform.
+def read_nifti(path: Path, choice: Choice = ALL) -> Volume:
+    """A grey volume of a NIfTI-1 or -2 file, or another that nibabel reads: Analyze, MGH.
+
+    Args:
+        choice: its `frame` of a 4-D file; its `affine` where sform and qform differ.
 
     Raises:
-        UserError: damaged, not one 3-D volume, colour or complex voxels, not in millimetres.
+        UserError: damaged, not 3-D and no frame chosen, colour or complex voxels, not in
+            millimetres.
     """
     try:
         image = nib.load(path)
-        data = _nifti_values(path, image)
-        return _nifti_volume(path, image.header, image.affine, data)
+        data, note = _nifti_values(path, image, choice.frame)
+        if isinstance(image.header, nib.Nifti1Header):
+            volume = _nifti_volume(path, image, data, choice.affine)
+        else:
+            volume = Volume(data, _checked(image.affine, path))
+            volume.placed = isinstance(image, nib.MGHImage) and image.header["goodRASFlag"] == 1
+        volume.notes += [note] if note else []
+        return volume
     except UserError:
         raise
     except DAMAGED as error:
         raise UserError(f"{path}: damaged or not NIfTI ({_first_line(error)})") from None
 
 
-def _nifti_values(path: Path, image: nib.Nifti1Image) -> np.ndarray:
-    """The values of nibabel's image, (I, J, K) float32."""
+def _nifti_values(path: Path, image: nib.Nifti1Image, frame: str) -> tuple[np.ndarray, str]:
+    """The values of nibabel's image, (I, J, K) float32, and a note on the frame taken of it."""
     shape = image.shape
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
-    if len(shape) != 3:
-        more = f" ({int(np.prod(shape[3:]))} volumes)" if len(shape) > 3 else ""
-        raise UserError(f"{path}: is {len(shape)}-D{more}, expected one 3-D volume")
     dtype = image.get_data_dtype()
     if dtype.fields or dtype.kind not in "iuf":
         raise UserError(f"{path}: voxels are RGB or complex, expected one grey value each")
     check_claim(path, image.shape, dtype.itemsize, packed=path.name.lower().endswith(".gz"))
+    if len(shape) == 4:
+        return _nifti_frame(path, image.dataobj, shape, frame)
+    if len(shape) != 3:
+        raise UserError(f"{path}: is {len(shape)}-D, expected one 3-D volume")
     data = np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"))
-    return data.reshape(shape, order="A")
+    return data.reshape(shape, order="A"), ""
 
 
-def _nifti_volume(
-    path: Path, header: nib.Nifti1Header, affine: np.ndarray, data: np.ndarray
-) -> Volume:
-    """Values (I, J, K) as a volume, with what its header says about its position."""
+def _nifti_frame(
+    path: Path, stored: nib.arrayproxy.ArrayProxy, shape: tuple[int, ...], frame: str
+) -> tuple[np.ndarray, str]:
+    """A frame (I, J, K) float32 of 4-D values, or the mean or sum of all, read one by one."""
+    count = shape[3]
+    number = number_of(frame, count, f"{path}: is 4-D ({count} volumes)")
+    one = [slice(None)] * 3 + [number] + [0] * (len(stored.shape) - 4)
+    if number is not None:
+        data = np.asarray(stored[tuple(one)], np.float32)
+        return data, f"volume {number + 1} of {count}"
+    data = np.zeros(shape[:3], np.float32, order="F")
+    for one[3] in range(count):
+        data += stored[tuple(one)]
+    if frame == "mean":
+        data /= count
+    return data, f"{frame} of {count} volumes"
+
+
+def _nifti_volume(path: Path, image: nib.Nifti1Image, data: np.ndarray, place: str) -> Volume:
+    """Values (I, J, K) as a volume, with what its header says about its position.
+
+    `place` is which counts where both are told, sform or qform.
+    """
+    header, affine = image.header, image.affine
     unit = header.get_xyzt_units()[0]
     if unit in ("meter", "micron"):
         raise UserError(f"{path}: lengths in {unit}, expected mm")
     codes = int(header["sform_code"]), int(header["qform_code"])
-    volume = Volume(data, _checked(affine, path), code=codes[0] or codes[1] or SCANNER)
+    code = codes[0] or codes[1] or SCANNER
+    if all(codes) and place == "qform":
+        affine, code = header.get_qform(), codes[1]
+    volume = Volume(data, _checked(affine, path), code=code)
     volume.placed = any(codes)
     if all(codes):
-        apart = displacement(data.shape, header.get_sform(), header.get_qform())
+        both = header.get_sform(), header.get_qform()
+        apart = displacement(data.shape, *both)
         if apart > SHEAR * volume.spacing.min():
-            volume.notes.append(f"sform and qform differ by up to {apart:.3g} mm; the sform counts")
+            middle = [(a @ np.append((np.array(data.shape) - 1) / 2, 1))[:3] for a in both]
+            at = [f"({', '.join(f'{v:.1f}' for v in xyz)})" for xyz in middle]
+            other = "qform" if place == "sform" else "sform"
+            volume.notes.append(
+                f"sform and qform differ by up to {apart:.3g} mm: the middle is at {at[0]} mm by "
+                f"the sform, {at[1]} by the qform; the {place} counts, --affine {other} takes the "
+                "other"
+            )
     return volume
 
 

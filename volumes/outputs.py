@@ -23,7 +23,7 @@ from volumes.grid import pixel_sides, slice_positions, slices
 from volumes.intensity import STORED_ONE, Scaling
 from volumes.io import NIFTI, stem_of, stream_nifti
 from volumes.pair import WAYS, Together
-from volumes.pictures import colour_slice, colour_table, eight_bit, mosaic
+from volumes.pictures import colour_slice, colour_table, eight_bit, mosaic, with_bar
 from volumes.transforms import transform_text
 
 
@@ -81,7 +81,8 @@ def plan_outputs(settings: TestArgs) -> Outputs:
         )
     if settings.task == "all":
         raise UserError(f"task is all, but volumes need to know what img1 is: {', '.join(TASKS)}")
-    if settings.colour and settings.task == "CT-MRI":
+    colour = colour_of(settings)
+    if colour and settings.task == "CT-MRI":
         raise UserError("--colour is for PET and SPECT, CT and MRI are grey")
     if settings.mosaic and settings.mosaic.suffix.lower() != ".png":
         raise UserError(f"--mosaic is {settings.mosaic}, expected a file name that ends in .png")
@@ -91,7 +92,7 @@ def plan_outputs(settings: TestArgs) -> Outputs:
     outputs = Outputs(
         out,
         out.with_name(f"{stem}.json"),
-        out.with_name(f"{stem}_colour{suffix}") if settings.colour else None,
+        out.with_name(f"{stem}_colour{suffix}") if colour else None,
         settings.png,
         settings.mosaic,
     )
@@ -107,6 +108,12 @@ def plan_outputs(settings: TestArgs) -> Outputs:
         if path:
             check_no_source(path, flag, sources)
     return outputs
+
+
+def colour_of(settings: TestArgs) -> str | None:
+    """The colour table of a run; None for a grey one."""
+    default = None if settings.task == "CT-MRI" else "warm"
+    return {"auto": default, "none": None}.get(settings.colour, settings.colour)
 
 
 def check_no_source(path: Path, flag: str, sources: Sequence[Path]) -> None:
@@ -153,15 +160,18 @@ def write_outputs(settings: TestArgs, fused: FusedVolume, source1: np.ndarray) -
     The volumes and the sidecar come last, so that with them everything is there.
     """
     outputs = fused.outputs
-    rgb = colour_volume(fused, source1, settings.colour) if settings.colour else None
+    colour = colour_of(settings)
+    rgb = colour_volume(fused, source1, colour) if colour else None
     pictures = fused.stack if rgb is None else slices(rgb, fused.affine, fused.axis)
     if outputs.png:
         for n, image in enumerate(pictures):
-            write_png(outputs.png / f"{fused.axis}_{n:04d}.png", eight_bit(image))
+            picture = with_bar(eight_bit(image), colour, fused.scalings[0])
+            write_png(outputs.png / f"{fused.axis}_{n:04d}.png", picture)
     if outputs.mosaic:
         labels = slice_positions(fused.luma.shape, fused.affine, fused.axis)
         pixel = pixel_sides(fused.affine, fused.axis)
-        write_png(outputs.mosaic, mosaic(pictures, labels, fused.axis, pixel))
+        sheet = mosaic(pictures, labels, fused.axis, pixel)
+        write_png(outputs.mosaic, with_bar(sheet, colour, fused.scalings[0]))
     text = f"ASFE {settings.task}; {'; '.join(scaling.text for scaling in fused.scalings)}"
     volume = partial(
         stream_nifti,
@@ -226,7 +236,7 @@ def sidecar(settings: TestArgs, fused: FusedVolume) -> str:
         "slices": fused.axis,
         "tile": settings.tile or None,
         "overlap": settings.overlap if settings.tile else None,
-        "colour": settings.colour,
+        "colour": colour_of(settings),
         "report": fused.report,
     }
     return json.dumps(content, indent=1) + "\n"

@@ -9,19 +9,34 @@ import matplotlib
 import numpy as np
 
 from images import BT601, to_uint8
-from volumes.intensity import STORED_ONE
+from volumes.intensity import STORED_ONE, Scaling
 
 CELL, COLUMNS, ROWS = 180, 6, 4  # of the mosaic: longest side of a cell in pixels, cells
 GAP = 2  # pixels between cells
 LETTERS = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}  # left, right, top, bottom
-COLOURS = {"hot": "hot", "rainbow": "nipy_spectral", "jet": "jet", "inferno": "inferno"}
+# matplotlib's tables, and up to where: "warm" ends at yellow, before the white of "hot", which
+# would be both the highest uptake and a bright MRI.
+COLOURS = {
+    "warm": ("hot", 0.746),
+    "hot": ("hot", 1.0),
+    "rainbow": ("nipy_spectral", 1.0),
+    "jet": ("jet", 1.0),
+    "inferno": ("inferno", 1.0),
+}
+BAR, MARGIN = 10, 5  # pixels: width of the colour bar, and around it
 FADE = 16  # of 256 steps: below, a colour table fades to black, so that no uptake has no colour
+
+
+def colours(name: str) -> np.ndarray:
+    """RGB (256, 3) in [0, 1] of 256 steps of uptake."""
+    table, end = COLOURS[name]
+    rgb = matplotlib.colormaps[table](np.linspace(0, end, 256))[:, :3]
+    return rgb * np.minimum(np.arange(256) / FADE, 1)[:, None]
 
 
 def colour_table(name: str) -> np.ndarray:
     """Chroma (256, 3) of 256 steps of uptake: what the table's colour adds to its luma."""
-    rgb = matplotlib.colormaps[COLOURS[name]](np.linspace(0, 1, 256))[:, :3]
-    rgb = rgb * np.minimum(np.arange(256) / FADE, 1)[:, None]
+    rgb = colours(name)
     return (rgb - (rgb @ BT601)[:, None]).astype(np.float32)
 
 
@@ -37,6 +52,29 @@ def eight_bit(image: np.ndarray) -> np.ndarray:
     """A slice of stored luma (H, W) as 8-bit grey; RGB as it is."""
     grey = image.dtype != np.uint8
     return to_uint8(image / np.float32(STORED_ONE)) if grey else np.ascontiguousarray(image)
+
+
+def with_bar(image: np.ndarray, colour: str | None, uptake: Scaling) -> np.ndarray:
+    """RGB (H, W', 3): an image with a bar at its right of what the colours stand for.
+
+    A grey image, without `colour`, stays as it is.
+    """
+    if not colour:
+        return image
+    suv = uptake.method["method"].startswith("SUV")
+    high, unit = uptake.method["high"], "SUV" if suv else uptake.method["unit"]
+    height = image.shape[0]
+    lines = {10: f"{high:.3g}", 22: unit, height // 2 + 4: f"{high / 2:.3g}", height - 4: "0"}
+    if height < 64:  # no room for the one in the middle
+        del lines[height // 2 + 4]
+    font = cv2.FONT_HERSHEY_SIMPLEX
+    widest = max(cv2.getTextSize(text, font, 0.38, 1)[0][0] for text in lines.values())
+    strip = np.zeros((height, BAR + 3 * MARGIN + widest, 3), np.uint8)
+    steps = np.linspace(255, 0, height).round().astype(int)
+    strip[:, MARGIN : MARGIN + BAR] = np.rint(colours(colour)[steps] * 255)[:, None]
+    for row, text in lines.items():
+        _write_text(strip, text, (BAR + 2 * MARGIN, row))
+    return np.hstack([image, strip])
 
 
 def mosaic(

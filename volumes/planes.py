@@ -1,11 +1,12 @@
-"""The planes of a DICOM series, and the one even stack that they must be.
+"""The planes of a DICOM series, and the one stack that they must be.
 
+Slices at uneven distances are interpolated to even ones, in the line that their positions form.
 Source: DICOM PS3.3 (C.7.6.2 image plane).
 
 Legend: P planes, each a (rows, columns) image. Positions are in mm, LPS+, see volumes/grid.py.
 """
 
-from itertools import pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from volumes.grid import RAS_LPS
 
 SAME = 0.01  # mm between slices that lie at one position
 UNEVEN = 0.1  # of the slice distance: how far a slice may lie from its position on an even grid
+ROUNDED = 0.1  # mm that it may always be off, since some scanners round positions to this
+BLOCK = 3  # steps of one length, from which on a change of slice distance is meant
 
 
 class Plane(NamedTuple):
@@ -29,6 +32,8 @@ class Plane(NamedTuple):
     size: tuple[int, int]  # rows, columns
     slope: float
     intercept: float
+    thickness: float = 0.0  # of the slice in mm; 0: not told
+    fields: dict[str, str] = {}  # what may tell it from others at its place, see varying.py
 
     @property
     def name(self) -> str:
@@ -36,72 +41,129 @@ class Plane(NamedTuple):
         return f"{self.path.name} frame {self.frame + 1}" if self.frame else self.path.name
 
 
-def stack(path: Path, planes: list[Plane], thickness: float) -> tuple[list[Plane], np.ndarray]:
-    """Planes ordered along their normal, and the affine (4, 4, RAS) of their stack.
+class Stack(NamedTuple):
+    """Planes in order, the affine of their volume, and how to interpolate them where uneven."""
+
+    planes: list[Plane]
+    affine: np.ndarray  # (4, 4), RAS mm
+    at: np.ndarray | None  # (K,), where slice k lies among the planes, 1.5: between 1 and 2
+    note: str  # for the user, or empty
+
+
+def stack(path: Path, planes: list[Plane], thickness: float) -> Stack:
+    """Planes ordered along their normal, and their volume.
 
     Args:
         path: the file or folder that messages name.
-        planes: in any order.
+        planes: of one orientation, size and spacing, in any order, one at each position.
         thickness: of a slice in mm, for a stack of one.
 
     Raises:
-        UserError: mixed orientations, sizes or spacings; doubled, missing or uneven slices.
+        UserError: doubled or missing slices, or slices that are not in one line.
     """
     first = planes[0]
-    _check_alike(path, planes)
     normal = np.cross(*first.directions)
     planes = sorted(planes, key=lambda p: float(p.position @ normal))
     depth = np.array([p.position @ normal for p in planes])  # (P,), mm
-    double = np.diff(depth) < SAME
-    if double.any():
-        i = int(np.argmax(double))
-        raise UserError(
-            f"{path}: duplicate slices, {int(double.sum())} positions occur twice or more: "
-            f"{planes[i].name} and {planes[i + 1].name} lie both at {depth[i]:.2f} mm"
-        )
-    step = normal * thickness
+    step, start, at, note = normal * thickness, planes[0].position, None, ""
     if len(planes) > 1:
-        _check_even(path, planes, depth)
-        step = (planes[-1].position - planes[0].position) / (len(planes) - 1)
+        _check_gaps(path, planes, np.diff(depth))
+        positions = np.array([p.position for p in planes])
+        along = (positions[-1] - positions[0]) / (depth[-1] - depth[0])  # mm for a mm of depth
+        step = along * (depth[-1] - depth[0]) / (len(planes) - 1)
+        _check_line(path, planes, positions - positions[0] - np.outer(depth - depth[0], along))
+        if not _even(depth):
+            slices, note = _even_depths(depth)
+            at = np.interp(slices, depth, np.arange(len(depth)))
+            step, start = along * (slices[1] - slices[0]), start + along * (slices[0] - depth[0])
     affine = np.eye(4)  # LPS
     affine[:3, 0] = first.directions[0] * first.spacing[1]
     affine[:3, 1] = first.directions[1] * first.spacing[0]
-    affine[:3, 2], affine[:3, 3] = step, planes[0].position
-    return planes, RAS_LPS @ affine
+    affine[:3, 2], affine[:3, 3] = step, start
+    return Stack(planes, RAS_LPS @ affine, at, note)
 
 
-def _check_alike(path: Path, planes: list[Plane]) -> None:
-    """UserError if orientations, sizes or pixel spacings are not those of the first plane."""
-    first = planes[0]
-    for what, same in (
-        ("orientations", lambda p: np.allclose(p.directions, first.directions, atol=1e-3)),
-        ("sizes", lambda p: p.size == first.size),
-        ("pixel spacings", lambda p: np.allclose(p.spacing, first.spacing, rtol=1e-3)),
-    ):
-        others = [p for p in planes if not same(p)]
-        if others:
-            raise UserError(
-                f"{path}: mixed {what} in one series: {len(planes) - len(others)} images as "
-                f"{first.name}, {len(others)} otherwise ({others[0].name}, …)"
-            )
+def evened(data: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """(I, J, P) planes, interpolated linearly to (I, J, K) at the fractional places `at`, (K,)."""
+    low = np.minimum(at.astype(int), data.shape[2] - 2)
+    out = np.empty((len(at), *data.shape[1::-1]), np.float32)  # as a series is stored
+    for k, (n, weight) in enumerate(zip(low, (at - low).astype(np.float32), strict=True)):
+        out[k] = (data[..., n] * (1 - weight) + data[..., n + 1] * weight).T
+    return out.T
 
 
-def _check_even(path: Path, planes: list[Plane], depth: np.ndarray) -> None:
-    """UserError if slices are missing, unevenly spaced, or not in one line; `depth` is (P,)."""
-    steps = np.diff(depth)
-    usual = float(np.sort(steps)[(len(steps) - 1) // 2])
-    gaps = [(a, b, s) for (a, b), s in zip(pairwise(planes), steps, strict=True) if s > 1.5 * usual]
-    if gaps and (np.abs(steps / usual - np.rint(steps / usual)) < UNEVEN).all():
-        a, b, step = gaps[0]
+def _usual(steps: np.ndarray) -> float:
+    """The usual slice distance, the lower median of (P - 1,) steps."""
+    return float(np.sort(steps)[(len(steps) - 1) // 2])
+
+
+def _tolerance(usual: float) -> float:
+    """How far a slice may be off, in mm, at a usual distance."""
+    return max(UNEVEN * usual, min(ROUNDED, usual / 3))
+
+
+def _even(depth: np.ndarray) -> bool:
+    """Whether depths (P,) are those of even slices."""
+    even = np.linspace(depth[0], depth[-1], len(depth))
+    return bool(np.abs(depth - even).max() <= _tolerance(_usual(np.diff(depth))))
+
+
+def _runs(steps: np.ndarray) -> list[tuple[int, int]]:
+    """Steps (P - 1,) as runs of nearly one length, each its first index and the one after."""
+    labels = np.concatenate([[0], np.cumsum(np.abs(np.diff(steps)) > _tolerance(_usual(steps)))])
+    found = [list(group) for _, group in groupby(range(len(steps)), key=lambda i: labels[i])]
+    return [(group[0], group[-1] + 1) for group in found]
+
+
+def _check_gaps(path: Path, planes: list[Plane], steps: np.ndarray) -> None:
+    """UserError if slices are missing: steps (P - 1,) that are longer without a reason.
+
+    A reason is that the slices themselves are thicker, or a block of slices at that distance.
+    """
+    usual, thin = _usual(steps), min(p.thickness for p in planes)
+    gaps = []
+    for first, end in _runs(steps):
+        for i in range(first, end):
+            a, b = planes[i], planes[i + 1]
+            thicker = thin and max(a.thickness, b.thickness) / thin >= 0.8 * steps[i] / usual
+            if steps[i] > 1.5 * usual and end - first < BLOCK and not thicker:
+                gaps.append((a, b, steps[i]))
+    if not gaps:
+        return
+    a, b, step = gaps[0]
+    where = f"{step:.2f} mm from {a.name} to {b.name}, expected {usual:.2f} mm"
+    if (np.abs(steps / usual - np.rint(steps / usual)) < UNEVEN).all():
         missing = sum(round(s / usual) - 1 for *_, s in gaps)
+        what = f"{missing} slices missing in {len(gaps)} gaps: {where}"
+    else:
+        what = f"slices are unevenly spaced, or some are missing: {where}"
+    raise UserError(f"{path}: {what}; export the whole series again")
+
+
+def _check_line(path: Path, planes: list[Plane], off: np.ndarray) -> None:
+    """UserError if slices lie off the line of the first and last; `off` is (P, 3), in mm."""
+    steps = np.diff([p.position @ np.cross(*planes[0].directions) for p in planes])
+    distance = np.linalg.norm(off, axis=1)
+    if distance.max() > 2 * _tolerance(_usual(steps)):
         raise UserError(
-            f"{path}: {missing} slices missing in {len(gaps)} gaps: {step:.2f} mm from {a.name} "
-            f"to {b.name}, expected {usual:.2f} mm"
+            f"{path}: slices are not in one line: {planes[int(distance.argmax())].name} is "
+            f"{distance.max():.2f} mm off; --series1 or --where chooses a part of the series"
         )
-    even = np.linspace(planes[0].position, planes[-1].position, len(planes))
-    off = np.linalg.norm([p.position for p in planes] - even, axis=1)
-    if off.max() > UNEVEN * usual:
-        raise UserError(
-            f"{path}: slices are unevenly spaced ({steps.min():.2f} to {steps.max():.2f} mm) or "
-            f"not in one line: {planes[int(off.argmax())].name} is {off.max():.2f} mm off"
-        )
+
+
+def _even_depths(depth: np.ndarray) -> tuple[np.ndarray, str]:
+    """Even depths (K,) over the range of uneven ones (P,), and a line that says so.
+
+    They are as close as the closest slices that follow each other in a block, and pass these.
+    """
+    steps = np.diff(depth)
+    blocks = [run for run in _runs(steps) if run[1] - run[0] >= BLOCK]
+    first, end = min(blocks, key=lambda run: steps[slice(*run)].mean(), default=(0, len(steps)))
+    step = float((depth[end] - depth[first]) / (end - first))
+    before = int((depth[first] - depth[0]) / step + 1e-6)
+    after = round((depth[-1] - depth[first]) / step)
+    note = (
+        f"slices {steps.min():.2f} to {steps.max():.2f} mm apart, interpolated to {step:.2f} mm "
+        f"({len(depth)} slices became {before + after + 1})"
+    )
+    return depth[first] + step * np.arange(-before, after + 1), note

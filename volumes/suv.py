@@ -1,12 +1,17 @@
 """Body-weight SUV of a PET series, from its DICOM header.
 
-Sources: DICOM PS3.3 (C.8.9 PET) and the QIBA FDG-PET profile.
+Sources: DICOM PS3.3 (C.8.9 PET), the QIBA FDG-PET profile and, for counts of Philips, their DICOM
+conformance statement (factors to SUV and to Bq/ml in private fields).
 """
 
 from datetime import datetime, timedelta
 
 import numpy as np
 import pydicom
+
+PHILIPS = (0x70530010, 0x70531000, 0x70531009)  # who made the two, factor to SUV, factor to Bq/ml
+BODIES = {"BSA": "body surface", "LBM": "lean mass", "LBMJAMES128": "lean mass",
+    "LBMJANMA": "lean mass", "IBW": "ideal weight"}  # fmt: skip
 
 
 def suv_factor(headers: list[pydicom.Dataset]) -> tuple[float | None, str]:
@@ -24,8 +29,16 @@ def suv_factor(headers: list[pydicom.Dataset]) -> tuple[float | None, str]:
     if ds.get("Modality") != "PT":
         return None, "not a PET series"
     if ds.get("Units") == "GML":
-        return 1.0, ""
-    if ds.get("Units") != "BQML":
+        kind = str(ds.get("SUVType") or "BW")
+        if kind == "BW":
+            return 1.0, ""
+        return None, f"its SUV is by {BODIES.get(kind, 'something else')}, not by body weight"
+    activity = 1.0  # Bq/ml of a value of 1
+    if ds.get("Units") == "CNTS":
+        suv, activity = (philips_factor(ds, tag) for tag in PHILIPS[1:])
+        if suv:
+            return suv, ""
+    if ds.get("Units") not in ("BQML", "CNTS") or not activity:
         return None, "its units are not Bq/ml"
     drug = (ds.get("RadiopharmaceuticalInformationSequence") or [pydicom.Dataset()])[0]
     weight = float(ds.get("PatientWeight") or 0)  # kg
@@ -35,7 +48,7 @@ def suv_factor(headers: list[pydicom.Dataset]) -> tuple[float | None, str]:
         if not (np.isfinite(value) and value > 0):
             return None, f"no {name} in its header"
     if ds.get("DecayCorrection") == "ADMIN":
-        return weight * 1000 / dose, ""
+        return activity * weight * 1000 / dose, ""
     if ds.get("DecayCorrection") != "START":
         return None, "its decay correction is neither START nor ADMIN"
     scan = scan_start(headers)
@@ -45,7 +58,17 @@ def suv_factor(headers: list[pydicom.Dataset]) -> tuple[float | None, str]:
     elapsed = (scan - injection).total_seconds()
     if not 0 <= elapsed <= 10 * half_life:
         return None, "its times of injection and scan do not fit"
-    return weight * 1000 / (dose * 2 ** (-elapsed / half_life)), ""
+    return activity * weight * 1000 / (dose * 2 ** (-elapsed / half_life)), ""
+
+
+def philips_factor(ds: pydicom.Dataset, tag: int) -> float:
+    """A private factor of Philips' PET counts, 0 where there is none that makes sense."""
+    if tag not in ds or "PHILIPS PET" not in str(ds.get(PHILIPS[0], "")).upper():
+        return 0.0
+    value = ds[tag].value
+    value = value.decode("ascii").strip("\0 ") if isinstance(value, bytes) else value
+    factor = float(value or 0)
+    return factor if np.isfinite(factor) and factor > 0 else 0.0
 
 
 def scan_start(headers: list[pydicom.Dataset]) -> datetime | None:
