@@ -3,8 +3,9 @@
     python app.py                 then open http://127.0.0.1:7860
 
 It runs on this machine and asks nothing of another one. Uploads and results lie in a temporary
-folder that goes when the program ends; a file goes earlier, at the age of --keep_minutes. Between
-clicks the program knows of a page only the paths of its last pair, so nobody sees another's images.
+folder that goes when the program ends, or, if it was killed, when the next one starts; a file goes
+earlier, at the age of --keep_minutes. Between clicks the program knows of a page only the paths of
+its last pair, so nobody sees another's images.
 
 Legend: H W pixels. Images are uint8, (H, W) or (H, W, 3) RGB; `file` is the path of an upload.
 """
@@ -17,13 +18,14 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from args_setting import TASKS, AppArgs
-from cli import UserError, parse_args, run_script, setup_runtime
+from cli import UserError, parse_args, run_script, setup_runtime, temporary_folder
 from dataset import Pair, read_pair
 from evaluation.tables import table
 from evaluation.trivial import TRIVIAL
@@ -56,7 +58,20 @@ them all where it matters, and no single figure says that it does.
 STYLE = """footer {display: none !important}
 #image1 img, #image2 img, #fused img, #blend img {
     width: 100%; max-height: 400px; object-fit: contain}
+#numbers {overflow-x: auto}
+#numbers th, #numbers td {white-space: nowrap; padding: 4px 8px !important}
+@media (max-width: 640px) {
+    #examples > *, #image1, #image2 {min-width: 0 !important; flex: 1 1 0 !important}
+    #examples > :first-child {flex-basis: 100% !important}
+    #fused {flex-basis: 100% !important}
+    #image1 img, #image2 img, #blend img {max-height: 200px}
+    #numbers table {font-size: 10.5px}
+    #numbers th, #numbers td {padding: 3px !important}
+    #numbers th {white-space: normal}
+}
 """
+# What was said of the images before, as "two images are needed", goes when others are chosen.
+CLOSE_MESSAGES = "() => document.querySelectorAll('.toast-close').forEach(b => b.click())"
 
 
 def sentence(error: Exception, *files: str) -> str:
@@ -74,11 +89,11 @@ def check_side(file: str, longest: int) -> None:
             width, height = image.size
     except Exception:  # whatever stumbles here is described by `read_image`
         return
-    if not MIN_SIDE <= min(width, height) <= max(width, height) <= longest:
-        raise UserError(
-            f"{file} is {height}x{width} pixels, expected sides from {MIN_SIDE} to {longest} "
-            "(test_asfe.py takes larger ones)"
-        )
+    got = f"{file} is {height}x{width} pixels, expected"
+    if min(width, height) < MIN_SIDE:
+        raise UserError(f"{got} sides of {MIN_SIDE} or more")
+    if max(width, height) > longest:
+        raise UserError(f"{got} sides of at most {longest} (test_asfe.py takes larger ones)")
 
 
 def uploaded_pair(file1: str | None, file2: str | None, args: AppArgs) -> Pair:
@@ -158,10 +173,9 @@ class Page:
 
     def picture(self, name: str, image: np.ndarray) -> str:
         """The image as a new file. Gradio would encode it again for each place on the page."""
-        descriptor, path = tempfile.mkstemp(prefix=f"{name}_", suffix=".png", dir=self.folder)
-        os.close(descriptor)
-        write_png(Path(path), image)
-        return path
+        path = Path(tempfile.mkdtemp(dir=self.folder), f"{name}.png")
+        write_png(path, image)
+        return str(path)
 
     def fuse(self, file1: str | None, file2: str | None, weights: str):
         """The fused image, and as the last what `measure` takes."""
@@ -169,7 +183,8 @@ class Page:
             pair = uploaded_pair(file1, file2, self.args)
             luma1, luma2, chroma = read_pair(pair)
             luma = self.models[weights].fuse(luma1, luma2).cpu().numpy()
-            fused = self.picture("fused", to_uint8(luma, chroma))
+            stems = "_".join(path.stem[:60] for path in (pair.path1, pair.path2))
+            fused = self.picture(f"{stems}_fused", to_uint8(luma, chroma))
             source = self.picture("source", read_uint8(pair.path1))
         except (UserError, OSError) as error:
             raise self.error(error, *filter(None, (file1, file2))) from None
@@ -207,13 +222,11 @@ class Page:
 
 
 def sweep(folder: Path, age: float) -> None:
-    """Remove the files below `folder` that nobody has written or taken up for `age` seconds."""
-    for path in folder.rglob("*"):
-        try:
-            if path.is_file() and time.time() - path.stat().st_ctime > age:
-                path.unlink()
-        except FileNotFoundError:
-            continue  # moved meanwhile
+    """Remove what lies below `folder` and nobody has written or taken up for `age` seconds."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # what is inside of a folder before it
+        with suppress(OSError):  # moved meanwhile, or a folder that is not empty
+            if time.time() - path.stat().st_ctime > age:
+                path.rmdir() if path.is_dir() else path.unlink()
 
 
 def keep_swept(folder: Path, age: float) -> None:
@@ -227,15 +240,33 @@ def keep_swept(folder: Path, age: float) -> None:
     threading.Thread(target=work, daemon=True).start()
 
 
+def quiet_blocks(gr) -> type:
+    """gradio.Blocks that answers a request it cannot take with one line in the log.
+
+    Gradio would print a traceback, as for an error of ours.
+    """
+
+    class QuietBlocks(gr.Blocks):
+        async def preprocess_data(self, *args, **kwargs):
+            try:
+                return await super().preprocess_data(*args, **kwargs)
+            except Exception as error:  # of whatever a stranger has sent
+                reason = f"{type(error).__name__}: {error}".encode("ascii", "replace").decode()
+                print(f"refused a request: {' '.join(reason.split())[:200]}", file=sys.stderr)
+                raise gr.Error("this request was refused", print_exception=False) from None
+
+    return QuietBlocks
+
+
 def build(page: Page, examples: dict[str, tuple[str, str]]):
     """The page as gradio.Blocks: what is on it, and which click does what."""
     gr, models = page.gr, page.models
     first = next(iter(TASKS))
     picture = {"format": "png", "image_mode": None, "type": "filepath", "interactive": False}
     picture |= {"buttons": ["fullscreen"]}
-    with gr.Blocks(title="ASFE-Fusion", analytics_enabled=False) as blocks:
+    with quiet_blocks(gr)(title="ASFE-Fusion", analytics_enabled=False) as blocks:
         gr.Markdown(INTRODUCTION)
-        with gr.Row():
+        with gr.Row(elem_id="examples"):
             gr.Markdown("No images at hand? Take a drawn head (no patient):")
             buttons = {t: gr.Button(t, elem_id=f"example-{t}", size="sm") for t in TASKS}
         names = [f"Image 1: {TASKS[first]}", "Image 2: MRI"]
@@ -277,8 +308,10 @@ def build(page: Page, examples: dict[str, tuple[str, str]]):
                 )
                 share = gr.Slider(0, 100, 50, step=1, label="Percent of image 2", elem_id="share")
         with gr.Row():
-            numbers = gr.Markdown(elem_id="numbers")
-            gr.Markdown(FIGURES)
+            with gr.Column():
+                numbers = gr.Markdown(elem_id="numbers")
+            with gr.Column():
+                gr.Markdown(FIGURES)
 
         made = gr.State()  # of this visitor: the last pair and its fused image, as paths
         results = [fused, wipe, numbers, under, made]
@@ -286,6 +319,7 @@ def build(page: Page, examples: dict[str, tuple[str, str]]):
         turn = {"concurrency_id": "turn", "concurrency_limit": 1, "api_visibility": "private"}
         quiet = turn | {"show_progress": "hidden"}
         for file, image in zip(files, shown, strict=True):
+            file.change(None, js=CLOSE_MESSAGES)
             file.change(page.show, file, [image, *results], **quiet).then(
                 page.blend, [share, *files], blend, **quiet
             )
@@ -323,6 +357,9 @@ def serve(args: AppArgs, folder: Path) -> None:
     }
     try:
         import gradio  # noqa: F401
+
+        Image.init()
+        Image.ID[:] = FORMATS  # all that Gradio, too, may have Pillow open
     except ImportError:
         raise UserError(MISSING) from None
     port = free_port(args.host, args.port)
@@ -334,7 +371,7 @@ def serve(args: AppArgs, folder: Path) -> None:
     _, address, _ = blocks.launch(
         server_name=args.host,
         server_port=port,
-        max_file_size=round(args.max_mb * 1e6),
+        max_file_size=round(args.max_mb * 2**20),
         share=False,
         ssr_mode=False,
         mcp_server=False,
@@ -350,8 +387,8 @@ def serve(args: AppArgs, folder: Path) -> None:
 
 def main(args: AppArgs) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder is removed
-    with tempfile.TemporaryDirectory(prefix="asfe-") as folder:
-        serve(args, Path(folder))
+    with temporary_folder("asfe-") as folder:
+        serve(args, folder)
 
 
 if __name__ == "__main__":

@@ -213,6 +213,12 @@ class VolumeArgs(WeightsArgs):
     )
     png: Path | None = setting(None, "folder for the fused slices as PNG")
     mosaic: Path | None = setting(None, "PNG with a choice of fused slices to look at")
+    dicom: Path | None = setting(
+        None, "new folder for the fused slices as a DICOM series, by highdicom; names nobody"
+    )
+    keep_patient: bool = setting(
+        False, "--dicom: copy patient and study from the DICOM source that has the grid"
+    )
     nan_to_zero: bool = setting(False, "take voxels that are not finite as 0")
     grid: str = setting(
         "auto",
@@ -384,7 +390,7 @@ class AppArgs:
     )
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 opens it to others")
     port: int = setting(7860, "port to listen on; 0 takes a free one", minimum=0)
-    max_mb: float = setting(16, "largest file that may be uploaded, in MB", minimum=0)
+    max_mb: float = setting(16, "largest upload, in MB (2^20 bytes)", minimum=0)
     max_side: int = setting(1024, "longest side of an image, in pixels", minimum=16)
     keep_minutes: float = setting(10, "age at which uploads and results are removed", minimum=1)
     threads: int = setting(0, "CPU threads; 0 leaves the choice to PyTorch", minimum=0)

@@ -10,11 +10,16 @@ import codecs
 import ctypes
 import difflib
 import io
+import os
 import platform
+import shutil
 import sys
+import tempfile
+import time
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -164,3 +169,51 @@ def pick_device(name: str) -> torch.device:
     if absent.get(device.type) or (device.index or 0) >= max(torch.cuda.device_count(), 1):
         raise UserError(f"DEVICE is {name!r}, but this machine has no such device; try auto")
     return device
+
+
+# --- a temporary folder ----------------------------------------------------------------------
+
+
+@contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """A folder that goes with the program; those of programs that were killed go before."""
+    remove_left(prefix)
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+        held = lock(Path(folder))
+        try:
+            yield Path(folder)
+        finally:
+            if held is not None:
+                os.close(held)
+
+
+def remove_left(prefix: str, age: float = 10) -> None:
+    """Remove the temporary folders of programs that no longer run.
+
+    One younger than `age` seconds may be of a program that starts just now and holds it soon.
+    """
+    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with suppress(OSError):  # it goes meanwhile, or is another user's
+            old = time.time() - folder.lstat().st_ctime > age
+            if old and not folder.is_symlink() and (held := lock(folder)) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(held)
+
+
+def lock(folder: Path) -> int | None:
+    """Hold a folder as long as this program lives, however it ends.
+
+    Returns the descriptor that holds it; None if another program does, or if the system cannot.
+    """
+    try:
+        import fcntl  # not on Windows
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor

@@ -16,14 +16,12 @@ import urllib.request
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 import images
@@ -160,16 +158,15 @@ class TrainPairs(torch.utils.data.Dataset):
                 sides = "x".join(map(str, lumas[0].shape))
                 raise UserError(f"{pair.path1} is {sides}, expected {patch}x{patch} or more")
             self.images.append(torch.from_numpy(np.stack(lumas)))  # (2, H, W)
-        self.augment = augmentation(patch)
-        self.seed, self.epoch = seed, 0
+        self.patch, self.seed, self.epoch = patch, seed, 0
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, str]:
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the default generator
+        with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_seed(self.seed, self.epoch, i))
-            images = vary(self.augment(self.images[i]).float() / 255)
+            images = vary(augment(self.images[i], self.patch).float() / 255)
             planted = plant(images)
         return images, planted, self.names[i]
 
@@ -189,10 +186,12 @@ def _seed(*numbers: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big") >> 1
 
 
-def augmentation(patch: int) -> v2.Transform:
-    """One random crop, flip and turn by right angles, the same for both images of a (2, H, W)."""
-    turns = [v2.Lambda(partial(torch.rot90, k=k, dims=(-2, -1))) for k in range(4)]
-    return v2.Compose([v2.RandomCrop(patch), v2.RandomHorizontalFlip(), v2.RandomChoice(turns)])
+def augment(images: Tensor, patch: int) -> Tensor:
+    """One random crop, flip and turn by right angles of a (2, H, W), the same for both images."""
+    top, left = (int(torch.randint(side - patch + 1, ())) for side in images.shape[1:])
+    images = images[:, top : top + patch, left : left + patch]
+    images = images.flip(2) if torch.rand(()) < 0.5 else images
+    return images.rot90(int(torch.randint(4, ())), (1, 2))
 
 
 def vary(images: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What happens on the page of app.py, without a browser; `test_browser.py` has the rest."""
 
+import json
 import os
 import signal
 import socket
@@ -7,14 +8,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-from args_setting import ROOT, TASKS, AppArgs
-from cli import UserError, parse_args
+from args_setting import ROOT, AppArgs
+from cli import UserError, parse_args, remove_left
 from images import write_png
 from phantom import phantom_pair
 
@@ -44,7 +46,7 @@ def rgb(path: str | Path) -> np.ndarray:
 
 def test_the_page_fuses_as_the_script_does(page, tmp_path):
     files = pair_of_files(tmp_path)
-    fused, (source, right), measuring, _, made = page.fuse(*files, "compact_PET-MRI")
+    fused, (source, right), measuring, _, made = page.fuse(*files, "compact_all")
     assert np.array_equal(rgb(source), phantom_pair("PET-MRI", 64)[0]) and right == fused
     assert measuring == "Measuring …"
     out = tmp_path / "script.png"
@@ -53,13 +55,14 @@ def test_the_page_fuses_as_the_script_does(page, tmp_path):
     assert np.array_equal(rgb(out), rgb(fused))
     text = page.measure(made)
     assert "| metric | fused | max | mean | source 1 | source 2 |" in text and "Qabf ↑" in text
+    assert Path(fused).name == "source_mri_fused.png", "the name of a download"
     # each click has files of its own
-    assert page.fuse(*files, "compact_PET-MRI")[0] != fused
+    assert page.fuse(*files, "compact_all")[0] != fused
 
 
 def test_there_are_no_figures_of_what_is_gone(page, tmp_path):
     assert page.measure(None) == "", "other images were chosen meanwhile"
-    *_, made = page.fuse(*pair_of_files(tmp_path), "compact_PET-MRI")
+    *_, made = page.fuse(*pair_of_files(tmp_path), "compact_all")
     Path(made[1]).unlink()
     text = page.measure(made)
     assert text.startswith("No figures: ") and Path(made[1]).name in text
@@ -73,8 +76,8 @@ def test_there_are_no_figures_of_what_is_gone(page, tmp_path):
         ("empty", "mri.png: damaged"),
         ("truncated", "mri.png: damaged"),
         ("other size", "source.png is 64x64, mri.png is 48x48, expected equal"),
-        ("too large", "mri.png is 64x201 pixels, expected sides from 16 to 200"),
-        ("too small", "mri.png is 64x15 pixels"),
+        ("too large", "mri.png is 64x201 pixels, expected sides of at most 200 (test_asfe.py"),
+        ("too small", "mri.png is 64x15 pixels, expected sides of 16 or more"),
         ("transparent", "mri.png: has transparent pixels"),
         ("absent", "two images are needed"),
         ("swept", "mri.png is gone, as files are kept for 10 minutes; choose it again"),
@@ -101,7 +104,7 @@ def test_bad_uploads_get_a_sentence(page, tmp_path, kind, message):
         path.unlink()
     given = (source, None) if kind == "absent" else (source, mri)
     with pytest.raises(gradio.Error) as error:
-        page.fuse(*given, "compact_PET-MRI")
+        page.fuse(*given, "compact_all")
     assert message in error.value.message and str(tmp_path) not in error.value.message
     assert page.blend(50, *given) is None
 
@@ -144,7 +147,7 @@ def test_weights_follow_the_task():
     assert app.weights_for("PET-MRI", names) == "compact_PET-MRI"
     assert app.weights_for("SPECT-MRI", [*names, "compact_all"]) == "compact_all"
     assert app.weights_for("SPECT-MRI", ["mine"]) == "mine"
-    assert set(app.load_all(AppArgs())) >= {f"compact_{task}" for task in TASKS}
+    assert set(app.load_all(AppArgs())) >= {"compact_all"}
 
 
 def test_old_files_are_swept_and_new_ones_stay(tmp_path):
@@ -155,6 +158,9 @@ def test_old_files_are_swept_and_new_ones_stay(tmp_path):
     new.write_text("")
     app.sweep(tmp_path, 0.5)
     assert not old.exists() and new.exists()
+    assert (tmp_path / "deep").exists(), "it has changed just now"
+    app.sweep(tmp_path, 0)
+    assert not list(tmp_path.iterdir())
 
 
 def start(*argv, **environment) -> subprocess.Popen:
@@ -171,6 +177,43 @@ def test_the_temporary_folder_goes_with_the_program(tmp_path):
         process.send_signal(signal.SIGTERM)
         assert process.wait(180) == 0
     assert not list(tmp_path.glob("asfe-*"))
+
+
+def test_what_a_killed_page_left_is_removed_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with start("--port", 0, TMPDIR=str(tmp_path)) as process:
+        assert process.stdout.readline().startswith("open ")
+        (folder,) = tmp_path.glob("asfe-*")
+        (folder / "uploads" / "scan.png").write_text("of a visitor")
+        remove_left("asfe-", age=0)
+        assert (folder / "uploads" / "scan.png").exists(), "its page still runs"
+        process.kill()
+    (tmp_path / "other").mkdir()
+    remove_left("asfe-", age=3600)
+    assert folder.exists(), "it may be of a page that starts just now"
+    remove_left("asfe-", age=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_a_refused_request_is_one_line_in_the_log():
+    """Gradio itself refuses a file that was not uploaded here, or that Pillow may not open."""
+    with start("--port", 0) as process:
+        address = process.stdout.readline().split()[1]
+        with urllib.request.urlopen(f"{address}config") as reply:
+            functions = json.load(reply)["dependencies"]
+        fuse = next(f["id"] for f in functions if f["api_name"].startswith("fuse"))
+        file = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+        ask = {"data": [file, file, "none"], "fn_index": fuse, "session_hash": "x"}
+        for route in ("queue/join", "queue/data?session_hash=x"):
+            body = json.dumps(ask).encode() if route == "queue/join" else None
+            headers = {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"{address}gradio_api/{route}", body, headers)
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                text = reply.read().decode()
+        assert "this request was refused" in text
+        process.terminate()
+        log = process.stderr.read()
+    assert log.startswith("refused a request: InvalidPathError: ") and log.count("\n") == 1, log
 
 
 @pytest.fixture

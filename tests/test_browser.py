@@ -51,7 +51,7 @@ def expected(folder, task: str, seed: int = 0) -> np.ndarray:
     path, (source, mri) = folder / "source.png", phantom_pair(task, seed=seed)
     write_png(path, source)
     luma, chroma = read_image(path)
-    model, _ = load_weights(ROOT / "model_pre" / f"compact_{task}.safetensors")
+    model, _ = load_weights(ROOT / "model_pre" / "compact_all.safetensors")
     return to_uint8(model.fuse(luma, mri).numpy(), chroma)
 
 

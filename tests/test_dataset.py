@@ -18,7 +18,7 @@ from args_setting import TASKS, DataArgs, TrainArgs
 from dataset import (
     Pair,
     TrainPairs,
-    augmentation,
+    augment,
     case_of,
     match_pairs,
     people,
@@ -100,10 +100,9 @@ def test_the_real_data(shared):
 
 def test_augmentation_treats_both_images_alike():
     image = torch.arange(64 * 64, dtype=torch.int32).view(64, 64)
-    augment = augmentation(32)
     seen = set()
     for _ in range(200):
-        one, two = augment(torch.stack([image, image + 5000]))
+        one, two = augment(torch.stack([image, image + 5000]), 32)
         assert one.shape == (32, 32) and torch.equal(one + 5000, two)
         step = (int(one[0, 1] - one[0, 0]), int(one[1, 0] - one[0, 0]))
         seen.add(step)

@@ -214,7 +214,7 @@ def test_a_folder_may_be_tried_by_many_at_once(tmp_path):
 def test_an_image_too_large_is_refused_by_its_header(tmp_path, monkeypatch):
     """13000 x 13000 in 21 kB: decoded it would take 169 MB, and four times that as luma."""
     Image.new("1", (13000, 13000)).save(tmp_path / "a.png")
-    monkeypatch.setattr(images, "pixels_of", None)
+    monkeypatch.setattr(images, "values_of", None)
     with pytest.raises(UserError, match="has 13000x13000 pixels, expected at most 34 million"):
         read_image(tmp_path / "a.png")
     Image.new("1", (20000, 20000)).save(tmp_path / "b.png")  # more than Pillow takes

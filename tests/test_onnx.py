@@ -60,7 +60,7 @@ def test_experts_with_their_logits_as_a_matrix(residual):
 
 @pytest.mark.parametrize("size", [(1, 16, 16), (1, 17, 240), (3, 90, 33)])
 def test_the_file_fuses_sizes_it_was_not_checked_on(exported, size):
-    model, _ = load_weights(ROOT / "model_pre" / "compact_PET-MRI.safetensors")
+    model, _ = load_weights(ROOT / "model_pre" / "compact_all.safetensors")
     batch, height, width = size
     img1, img2 = torch.rand(2, batch, 1, height, width)
     session = export_onnx.open_session(exported)

@@ -59,6 +59,8 @@ def fuse_volumes(
         sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(settings.threads)
     together = read_pair(settings, tell)
     fixed, moved = together.fixed, together.moving
+    if settings.keep_patient and together.giver.origin is None:
+        raise UserError("--keep-patient needs a DICOM source that has the grid; leave it out")
     outputs = outputs.without(together.matrix is None, together.picture is None)
     scalings = scale_pair(fixed, moved, settings, tell)
     axis = pick_axis(fixed.affine, settings.axis)

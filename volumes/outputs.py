@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -37,6 +38,7 @@ class Outputs(NamedTuple):
     mosaic: Path | None
     transform: Path | None = None
     overlay: Path | None = None  # a picture of the registration
+    dicom: Path | None = None  # a folder
 
     def without(self, transform: bool, overlay: bool) -> "Outputs":
         """These but for the files of a registration that there is no use for."""
@@ -46,7 +48,8 @@ class Outputs(NamedTuple):
         )
 
 
-FLAGS = Outputs("--out", "--out", "--out", "--png", "--mosaic", "--out", "--out")  # name each
+# what names each
+FLAGS = Outputs("--out", "--out", "--out", "--png", "--mosaic", "--out", "--out", "--dicom")
 
 
 class FusedVolume(NamedTuple):
@@ -95,6 +98,7 @@ def plan_outputs(settings: TestArgs) -> Outputs:
         out.with_name(f"{stem}_colour{suffix}") if colour else None,
         settings.png,
         settings.mosaic,
+        dicom=check_dicom(settings),
     )
     sources = [settings.img1, settings.img2, *([settings.via] if settings.via else [])]
     if settings.register != "off":
@@ -103,11 +107,26 @@ def plan_outputs(settings: TestArgs) -> Outputs:
         if settings.register not in WAYS:
             sources.append(Path(settings.register))
     for flag, path in zip(FLAGS, outputs, strict=True):
-        if path and path != settings.png and path.is_dir():
+        if path and path not in (settings.png, settings.dicom) and path.is_dir():
             raise UserError(f"{path} is a folder, choose another {flag}")
         if path:
             check_no_source(path, flag, sources)
     return outputs
+
+
+def check_dicom(settings: TestArgs) -> Path | None:
+    """The folder of `--dicom`; UserError if it has files, or highdicom is not installed."""
+    if settings.dicom is None:
+        if settings.keep_patient:
+            raise UserError("--keep-patient is for --dicom, no other output names a patient")
+        return None
+    if find_spec("highdicom") is None:
+        raise UserError("--dicom needs highdicom: pip install -r requirements-volumes.txt")
+    if settings.dicom.exists() and not (
+        settings.dicom.is_dir() and not any(settings.dicom.iterdir())
+    ):
+        raise UserError(f"{settings.dicom} is not an empty folder, choose another --dicom")
+    return settings.dicom
 
 
 def colour_of(settings: TestArgs) -> str | None:
@@ -147,7 +166,7 @@ def _same(path1: Path, path2: Path) -> bool:
 def make_folders(outputs: Outputs) -> None:
     """Make the folders of all outputs; OSError if one cannot be written to."""
     folders = {path.resolve().parent for path in outputs if path}
-    for folder in folders | ({outputs.png} if outputs.png else set()):
+    for folder in folders | {outputs.png, outputs.dicom} - {None}:
         writable_folder(folder)
 
 
@@ -167,6 +186,13 @@ def write_outputs(settings: TestArgs, fused: FusedVolume, source1: np.ndarray) -
         for n, image in enumerate(pictures):
             picture = with_bar(eight_bit(image), colour, fused.scalings[0])
             write_png(outputs.png / f"{fused.axis}_{n:04d}.png", picture)
+    if outputs.dicom:
+        from volumes.derived import write_series  # only --dicom needs highdicom
+
+        place = fused.affine, fused.luma.shape, fused.axis
+        giver = fused.together.giver
+        patient = giver.origin if settings.keep_patient else None
+        write_series(outputs.dicom, pictures, *place, giver.frame, patient)
     if outputs.mosaic:
         labels = slice_positions(fused.luma.shape, fused.affine, fused.axis)
         pixel = pixel_sides(fused.affine, fused.axis)

@@ -46,6 +46,11 @@ class Together(NamedTuple):
     centre: np.ndarray | None
     picture: np.ndarray | None  # uint8 RGB
 
+    @property
+    def giver(self) -> Volume:
+        """The source that has the grid."""
+        return self.fixed if self.grid.startswith("source 1") else self.moving
+
 
 def limit(fixed: Volume, moving: Volume) -> float:
     """How far, in mm, two scans of one frame of reference may lie apart without a warning."""

@@ -1,0 +1,124 @@
+"""The fused slices as a derived DICOM series, through highdicom.
+
+Each slice is a secondary capture image, which also says where it lies: it has the frame of
+reference, position, orientation and pixel spacing (a standard extended SOP class, PS3.2).
+Sources: DICOM PS3.3 (A.8.1 secondary capture, C.7.6.2 image plane), highdicom.sc.
+
+Legend: N slices of (H, W) pixels as a reader looks at them, see volumes/grid.py.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from highdicom.sc import SCImage
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+from images import write_bytes
+from volumes.grid import RAS_LPS, slices
+
+NOTE = "fused, not for diagnosis"
+PATIENT = {  # highdicom's name of an argument -> the field that is copied
+    "study_instance_uid": "StudyInstanceUID",
+    "patient_id": "PatientID",
+    "patient_name": "PatientName",
+    "patient_birth_date": "PatientBirthDate",
+    "patient_sex": "PatientSex",
+    "accession_number": "AccessionNumber",
+    "study_id": "StudyID",
+    "study_date": "StudyDate",
+    "study_time": "StudyTime",
+    "referring_physician_name": "ReferringPhysicianName",
+}
+
+
+def write_series(
+    folder: Path,
+    pictures: np.ndarray,
+    affine: np.ndarray,
+    shape: tuple[int, ...],
+    axis: str,
+    frame: str | None,
+    patient: Path | None,
+) -> None:
+    """Write slices as DICOM files, each whole or not at all.
+
+    Args:
+        folder: where to; it exists.
+        pictures: (N, H, W) stored luma, or (N, H, W, 3) uint8 RGB.
+        affine: of the volume (I, J, K) of `shape`, RAS mm.
+        axis: of the slices.
+        frame: UID of the frame of reference; None makes a new one.
+        patient: a DICOM file whose patient and study are copied; None names nobody.
+    """
+    who = patient_fields(patient)
+    series, frame = generate_uid(prefix=None), frame or generate_uid(prefix=None)
+    starts, directions, sides = places(affine, shape, axis)
+    for n, (picture, start) in enumerate(zip(pictures, starts, strict=True), 1):
+        ds = image(picture, n, series, who)
+        ds.FrameOfReferenceUID, ds.PositionReferenceIndicator = frame, ""
+        ds.ImagePositionPatient = [f"{v:.9g}" for v in start]
+        ds.ImageOrientationPatient = [f"{v:.9g}" for v in directions.ravel()]
+        ds.PixelSpacing = [f"{v:.9g}" for v in sides[:2]]
+        ds.SpacingBetweenSlices = f"{sides[2]:.9g}"
+        file = io.BytesIO()
+        ds.save_as(file, enforce_file_format=True)
+        write_bytes(folder / f"{axis}_{n:04d}.dcm", file.getvalue())
+
+
+def patient_fields(patient: Path | None) -> dict:
+    """Arguments for highdicom: of a DICOM file's patient and study, or of nobody."""
+    if patient is None:
+        return {"study_instance_uid": generate_uid(prefix=None)}
+    ds = pydicom.dcmread(patient, stop_before_pixels=True, specific_tags=[*PATIENT.values()])
+    found = {argument: ds.get(field) or None for argument, field in PATIENT.items()}
+    found["study_instance_uid"] = found["study_instance_uid"] or generate_uid(prefix=None)
+    return found
+
+
+def image(picture: np.ndarray, number: int, series: str, who: dict) -> SCImage:
+    """A slice (H, W) of stored luma, or (H, W, 3) RGB, as an image without a place yet."""
+    grey = picture.ndim == 2
+    ds = SCImage(
+        np.ascontiguousarray(picture.astype(np.uint16) if grey else picture),
+        "MONOCHROME2" if grey else "RGB",
+        16 if grey else 8,
+        "PATIENT",
+        series_instance_uid=series,
+        series_number=9001,
+        sop_instance_uid=generate_uid(prefix=None),
+        instance_number=number,
+        manufacturer="ASFE-Fusion",
+        patient_orientation=("L", "P"),
+        transfer_syntax_uid=ExplicitVRLittleEndian,
+        **who,
+    )
+    ds.ImageType = ["DERIVED", "SECONDARY"]
+    ds.SeriesDescription = ds.DerivationDescription = NOTE
+    ds.ImageComments, ds.BurnedInAnnotation = NOTE, "NO"
+    if grey:
+        ds.WindowCenter, ds.WindowWidth = "16384", "32768"
+    return ds
+
+
+def places(
+    affine: np.ndarray, shape: tuple[int, ...], axis: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the slices of a volume lie, in LPS mm.
+
+    Returns: the middle of each slice's first pixel (N, 3); the unit vectors along its rows and
+    columns (2, 3); the distances between rows, columns and slices (3,).
+    """
+    grid = np.indices(shape, sparse=True)  # no memory: each index, seen at every voxel
+    seen = [slices(np.broadcast_to(index, shape), affine, axis) for index in grid]
+
+    def xyz(n, h: int, w: int) -> np.ndarray:
+        index = np.stack([view[n, h, w] for view in seen] + [np.ones_like(seen[0][n, h, w])])
+        return ((RAS_LPS @ affine) @ index)[:3].T
+
+    starts = xyz(slice(None), 0, 0)
+    along = np.array([xyz(0, 0, 1) - starts[0], xyz(0, 1, 0) - starts[0]])  # a row, a column
+    columns, rows = np.linalg.norm(along, axis=1)
+    between = float(np.linalg.norm(starts[1] - starts[0])) if len(starts) > 1 else 1.0
+    return starts, along / np.array([[columns], [rows]]), np.array([rows, columns, between])
