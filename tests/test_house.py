@@ -13,7 +13,7 @@ LAYERS = (  # a file imports from layers before its own, or from its own without
     {"inference", "weights", "dataset", "checkpoints", "phantom"},
     {"volumes", "evaluation"},
     {"metrics"},
-    {"train_asfe", "test_asfe", "app", "export_onnx", "hubconf", "onnx_example"},
+    {"train_asfe", "test_asfe", "app", "classify_asfe", "export_onnx", "hubconf", "onnx_example"},
 )
 ROOMS = {"volumes", "evaluation", "benchmarks", "docs", "tests"}
 LAYER_OF = {name: i for i, layer in enumerate(LAYERS) for name in layer}
