@@ -394,3 +394,19 @@ class AppArgs:
     max_side: int = setting(1024, "longest side of an image, in pixels", minimum=16)
     keep_minutes: float = setting(10, "age at which uploads and results are removed", minimum=1)
     threads: int = setting(0, "CPU threads; 0 leaves the choice to PyTorch", minimum=0)
+
+
+@dataclass(frozen=True)
+class ClassifyArgs:
+    """Settings of classify_asfe.py."""
+
+    labels: Path | None = setting(None, "CSV with the columns image, person, label (two labels)")
+    dir1: Path | None = setting(None, "folder of source 1; with --labels")
+    dir2: Path | None = setting(None, "folder of source 2; with --labels")
+    fused: Path | None = setting(None, "folder of the fused images, of the same names")
+    leakage: bool = setting(False, "random labels of people, split by slices and by people")
+    data_dir: Path = setting(ROOT / "HMIFDatasets", "with --leakage: the HMIF data set")
+    folds: int = setting(5, "folds; no person is in two", minimum=2)
+    draws: int = setting(200, "permutations, bootstrap samples or random labels", minimum=1)
+    seed: int = setting(3407, "seed of the folds and draws", minimum=0)
+    plot: Path | None = setting(None, "with --leakage: write the figure (PNG)")

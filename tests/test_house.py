@@ -13,7 +13,7 @@ LAYERS = (  # a file imports from layers before its own, or from its own without
     {"inference", "weights", "dataset", "checkpoints", "phantom"},
     {"volumes", "evaluation"},
     {"metrics"},
-    {"train_asfe", "test_asfe", "app", "export_onnx", "hubconf", "onnx_example"}
+    {"train_asfe", "test_asfe", "app", "classify_asfe", "export_onnx", "hubconf", "onnx_example"}
     | {"study", "studies"},
 )
 ROOMS = {"volumes", "evaluation", "studies", "benchmarks", "docs", "tests"}

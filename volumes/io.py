@@ -107,9 +107,9 @@ def _nifti_values(path: Path, image: nib.Nifti1Image, frame: str) -> tuple[np.nd
     dtype = image.get_data_dtype()
     if dtype.fields or dtype.kind not in "iuf":
         raise UserError(f"{path}: voxels are RGB or complex, expected one grey value each")
-    check_claim(
-        path, image.shape, dtype.itemsize, packed=path.name.lower().endswith((".gz", ".mgz"))
-    )
+    stored = Path(image.file_map["image"].filename)  # of a .hdr, the .img beside it
+    packed = stored.name.lower().endswith((".gz", ".mgz"))
+    check_claim(stored, image.shape, dtype.itemsize, packed)
     if len(shape) == 4:
         return _nifti_frame(path, image.dataobj, shape, frame)
     if len(shape) != 3:
