@@ -405,7 +405,7 @@ class ClassifyArgs:
     dir2: Path | None = setting(None, "folder of source 2; with --labels")
     fused: Path | None = setting(None, "folder of the fused images, of the same names")
     leakage: bool = setting(False, "random labels of people, split by slices and by people")
-    data_dir: Path = setting(ROOT / "HMIFDatasets", "with --leakage: the HMIF data set")
+    data_dir: Path = setting(CommonArgs.data_dir, "with --leakage: the HMIF data set")
     folds: int = setting(5, "folds; no person is in two", minimum=2)
     draws: int = setting(200, "permutations, bootstrap samples or random labels", minimum=1)
     seed: int = setting(3407, "seed of the folds and draws", minimum=0)

@@ -58,7 +58,9 @@ class FirstSlices:
 def fuse(folder: Path, slices: int) -> None:
     """Fuse the volumes in the folder as test_asfe.py does; prints the peak memory."""
     paths = {"img1": folder / "ct.nii", "img2": folder / "mri.nii", "out": folder / "fused.nii"}
-    settings = TestArgs(**paths, size="compact", task="CT-MRI", threads=1, DEVICE="cpu")
+    settings = TestArgs(
+        **paths, register="off", size="compact", task="CT-MRI", threads=1, DEVICE="cpu"
+    )
     model = optimise(load_model(settings, settings.task, setup_runtime(settings)))
     fuse_volumes(settings, FirstSlices(model, slices))
     print(f"peak {peak_gb():.2f} GB")

@@ -37,7 +37,7 @@ def data(tmp_path_factory):
         write_task(root, task, "train", {"1001": 64, "2001": 64})
         write_task(root, task, "test", {"1001": 64, "2001": 64})
         (root / "mean" / task).mkdir(parents=True)
-        for name, *paths in task_pairs(root, task, "test"):
+        for name, *paths, _ in task_pairs(root, task, "test"):
             mean = sum(read_luma8(path) / 2 for path in paths)
             write_png(root / "mean" / task / f"{name}.png", np.rint(mean).astype(np.uint8))
     return root

@@ -137,7 +137,7 @@ def find(
     one_frame = shares_frame(source, moving)
     if way == "check" or (way == "auto" and (one_frame or same_voxels(source, moving))):
         found = check(source, moving, kind)
-        good = not found.doubts and found.moved <= limit(fixed, moving)
+        good = bool(found.doubts) or found.moved <= limit(fixed, moving)
         if way == "check" or one_frame or good:
             tell(*check_lines(found, limit(fixed, moving)))
             return "check", found
