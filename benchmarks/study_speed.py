@@ -36,7 +36,8 @@ def draw(folder: Path, count: int, slices: int, side: int) -> Path:
     for i in range(count):
         for kind, data in zip(("ct", "mri"), draw_pair(i, slices, side), strict=True):
             write_volume(folder / f"{kind}{i}.nii.gz", data)
-        rows.append({"img1": f"ct{i}.nii.gz", "img2": f"mri{i}.nii.gz", "name": f"c{i}"})
+        files = {"img1": f"ct{i}.nii.gz", "img2": f"mri{i}.nii.gz"}
+        rows.append({**files, "name": f"c{i}", "register": "off"})
     return write_table(folder / "pairs.csv", rows)
 
 

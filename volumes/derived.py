@@ -18,6 +18,8 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from images import write_bytes
 from volumes.grid import RAS_LPS, slices
 
+# where rows and columns go, as volumes/grid.py turns the slices
+ORIENTATION = {"axial": ("L", "P"), "coronal": ("L", "F"), "sagittal": ("P", "F")}
 NOTE = "fused, not for diagnosis"
 PATIENT = {  # highdicom's name of an argument -> the field that is copied
     "study_instance_uid": "StudyInstanceUID",
@@ -56,7 +58,7 @@ def write_series(
     series, frame = generate_uid(prefix=None), frame or generate_uid(prefix=None)
     starts, directions, sides = places(affine, shape, axis)
     for n, (picture, start) in enumerate(zip(pictures, starts, strict=True), 1):
-        ds = image(picture, n, series, who)
+        ds = image(picture, axis, n, series, who)
         ds.FrameOfReferenceUID, ds.PositionReferenceIndicator = frame, ""
         ds.ImagePositionPatient = [f"{v:.9g}" for v in start]
         ds.ImageOrientationPatient = [f"{v:.9g}" for v in directions.ravel()]
@@ -77,7 +79,7 @@ def patient_fields(patient: Path | None) -> dict:
     return found
 
 
-def image(picture: np.ndarray, number: int, series: str, who: dict) -> SCImage:
+def image(picture: np.ndarray, axis: str, number: int, series: str, who: dict) -> SCImage:
     """A slice (H, W) of stored luma, or (H, W, 3) RGB, as an image without a place yet."""
     grey = picture.ndim == 2
     ds = SCImage(
@@ -90,7 +92,7 @@ def image(picture: np.ndarray, number: int, series: str, who: dict) -> SCImage:
         sop_instance_uid=generate_uid(prefix=None),
         instance_number=number,
         manufacturer="ASFE-Fusion",
-        patient_orientation=("L", "P"),
+        patient_orientation=ORIENTATION[axis],
         transfer_syntax_uid=ExplicitVRLittleEndian,
         **who,
     )

@@ -215,6 +215,8 @@ def _check_size(file: Path, ds: pydicom.Dataset) -> None:
     """
     syntax = ds.file_meta.get("TransferSyntaxUID")
     shape = frame_count(ds), int(ds.Rows), int(ds.Columns)
+    if syntax is not None and not syntax.is_transfer_syntax:
+        raise UserError(f"{file}: its transfer syntax {syntax!r} is none of DICOM; damaged")
     if syntax is not None and syntax.is_compressed:
         check_claim(file, shape[:1], 8, packed=False)
         check_claim(file, shape, 1 / 2**14, packed=False)
