@@ -312,7 +312,7 @@ class ASFEFusion(nn.Module):
         if self.size.head == "image":
             return out
         gain1, gain2 = out.chunk(2, 1)  # (B, 1, H, W) each
-        white = ((img1 - 0.85) / 0.1).clamp(0, 1) * (img1 - 0.06)  # bone, calcium, fresh blood
+        white = ((img1 - 0.75) / 0.1).clamp(0, 1) * (img1 - 0.03)  # bone, calcium, fresh blood
         return torch.maximum(blend(img1, img2) + gain1 * img1 + gain2 * img2, white)
 
     @torch.no_grad()

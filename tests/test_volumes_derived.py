@@ -86,8 +86,9 @@ def test_colour_is_written_as_rgb(call, brighter, tmp_path, pair):
     argv = pair()
     write_series(tmp_path / "pt", numbered(), affine_of("oblique"), "PT")
     argv[1] = tmp_path / "pt"
-    code, _, err = call("--task", "PET-MRI", *argv)
+    code, _, err = call("--task", "PET-MRI", "--axis", "coronal", *argv)
     assert code == 0, err
     ds = pydicom.dcmread(next((tmp_path / "out").iterdir()))
+    assert list(ds.PatientOrientation) == ["L", "F"]
     assert ds.PhotometricInterpretation == "RGB" and ds.pixel_array.shape[2] == 3
     assert not missing_of_the_iod(ds)
