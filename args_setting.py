@@ -6,10 +6,13 @@ has such a setting. A default is our own choice unless its source is "published 
 repository.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
+
+MODULES = ("casf", "aff", "sfef", "blend")  # what a network can be trained without
 
 # task -> folder of source 1 (source 2 is always MRI); the published names
 TASKS = {"CT-MRI": "CT", "PET-MRI": "PET", "SPECT-MRI": "SPECT"}
@@ -33,6 +36,9 @@ class ModelSize:
     # "image": the decoder makes the fused image. "blend": it makes two gains for each pixel,
     # fused = blend(img1, img2) + g1 img1 + g2 img2; the blend has the strong details of both
     head: str = "image"
+    casf: bool = True  # these three can be left out: `train_asfe.py --without`, for an ablation
+    aff: bool = True
+    sfef: bool = True
 
     def __post_init__(self):
         choices = {"fft_norm": ("backward", "ortho"), "head": ("image", "blend")}
@@ -40,6 +46,11 @@ class ModelSize:
             if getattr(self, name) not in expected:
                 got = getattr(self, name)
                 raise ValueError(f"{name} is {got!r}, expected {' or '.join(expected)}")
+
+    def without(self, modules: Sequence[str]) -> "ModelSize":
+        """The same widths without some of MODULES."""
+        parts = {name: False for name in modules if name != "blend"}
+        return replace(self, **parts | ({"head": "image"} if "blend" in modules else {}))
 
 
 SIZES = {
@@ -115,6 +126,14 @@ class TrainArgs(CommonArgs):
         3407, "seed of weights, order and augmentation", "published code", minimum=0
     )
     init: Path | None = setting(None, "weights to start from instead of random ones")
+    without: tuple[str, ...] = setting(
+        (), "modules that the network lacks, for an ablation", nargs="+", choices=MODULES
+    )
+    aff: str = setting(
+        "full",
+        "inverse transform of AFF: as in the paper, or as in the authors' code",
+        choices=("full", "published"),
+    )
     freeze_batchnorm: bool = setting(
         False, "train with the statistics of --init, those that fusing uses"
     )

@@ -91,7 +91,8 @@ def parse_args(cls: type, argv: list[str] | None = None, description: str = ""):
     args = cls(**vars(parser.parse_args(argv)))
     for f in fields(cls):  # argparse does not check a default that was edited in args_setting.py
         value, choices = getattr(args, f.name), f.metadata.get("choices")
-        if choices and value is not None and value not in choices:
+        each = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
+        if choices and not set(each) <= set(choices):
             parser.error(f"{f.name} is {value!r}, expected one of {', '.join(choices)}")
         if "minimum" in f.metadata and not value >= f.metadata["minimum"]:
             parser.error(f"{f.name} is {value}, expected at least {f.metadata['minimum']}")

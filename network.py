@@ -221,17 +221,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class FusionModule(nn.Module):
-    """SFEF(concat[CASF(x, y), AFF2(x) + AFF1(y)]) at one scale (AFF numbers as published)."""
+    """SFEF(concat[CASF(x, y), AFF2(x) + AFF1(y)]) at one scale (AFF numbers as published).
+
+    Where `size` leaves one out, x + y, the spatial part or a 1x1 convolution takes its place.
+    """
 
     def __init__(self, channels: int, patch: int, size: ModelSize, aff: str):
         super().__init__()
-        self.casf = CASF(channels, patch, size.dim, size.heads)
-        self.aff1 = AFF(channels, size.fft_norm, aff)
-        self.aff2 = AFF(channels, size.fft_norm, aff)
-        self.sfef = SFEF(2 * channels, size.experts, size.slots, size.sfef_residual)
+        d, experts = 2 * channels, (size.experts, size.slots, size.sfef_residual)
+        self.casf = CASF(channels, patch, size.dim, size.heads) if size.casf else None
+        self.aff1 = AFF(channels, size.fft_norm, aff) if size.aff else None
+        self.aff2 = AFF(channels, size.fft_norm, aff) if size.aff else None
+        self.sfef = SFEF(d, *experts) if size.sfef else nn.Conv2d(d, d, 1)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:  # two (B, C, H, W) -> (B, 2C, H, W)
-        spatial, frequency = self.casf(x, y), self.aff2(x) + self.aff1(y)
+        spatial = self.casf(x, y) if self.casf else x + y
+        frequency = self.aff2(x) + self.aff1(y) if self.aff1 else spatial
         # Channels last in memory, unlike torch.cat(…, 1): SFEF's tokens need no copy then.
         maps = spatial.movedim(1, 3), frequency.to(spatial.dtype).movedim(1, 3)  # (B, H, W, C)
         return self.sfef(torch.cat(maps, 3).movedim(3, 1))
@@ -278,10 +283,8 @@ class ASFEFusion(nn.Module):
             raise ValueError(f"aff is {aff!r}, expected full or published")
         self.size = size = SIZES[size] if isinstance(size, str) else size
         self.encoder = Encoder(size.channels)
-        self.fusion = nn.ModuleList(
-            FusionModule(c, p, size, aff)
-            for c, p in zip(size.channels[1:], size.patch, strict=True)
-        )
+        scales = zip(size.channels[1:], size.patch, strict=True)
+        self.fusion = nn.ModuleList(FusionModule(c, p, size, aff) for c, p in scales)
         self.decoder = Decoder(size.channels, size.tail, size.head)
         self.multiple = max(2**k * p for k, p in enumerate(size.patch))  # of H and W, in pixels
         self.aff = aff
@@ -293,19 +296,15 @@ class ASFEFusion(nn.Module):
         H and W must be multiples of `self.multiple` (128 for `paper`, 16 for `compact`); `fuse`
         takes any size. Raises ValueError for other shapes.
         """
-        self.check(img1, img2)
-        # As one batch, so that BatchNorm trains on the joint statistics that it uses at test.
-        scales = self.encoder(torch.cat([img1, img2]))  # four of (2B, C, H, W), x then y
-        fused = [m(*scale.chunk(2)) for m, scale in zip(self.fusion, scales, strict=True)]
-        return self.head(self.decoder(*fused), img1, img2)
-
-    def check(self, img1: Tensor, img2: Tensor) -> None:
-        """ValueError if `forward` cannot take the two."""
         if img1.shape != img2.shape or img1.ndim != 4 or img1.shape[1] != 1:
             got = f"{tuple(img1.shape)} and {tuple(img2.shape)}"
             raise ValueError(f"img1 and img2 have shapes {got}, expected (B, 1, H, W) twice")
         if img1.shape[2] % self.multiple or img1.shape[3] % self.multiple:
             raise ValueError(f"images are {sides(img1)}, expected multiples of {self.multiple}")
+        # As one batch, so that BatchNorm trains on the joint statistics that it uses at test.
+        scales = self.encoder(torch.cat([img1, img2]))  # four of (2B, C, H, W), x then y
+        fused = [m(*scale.chunk(2)) for m, scale in zip(self.fusion, scales, strict=True)]
+        return self.head(self.decoder(*fused), img1, img2)
 
     def head(self, out: Tensor, img1: Tensor, img2: Tensor) -> Tensor:
         """The fused (B, 1, H, W) from the decoder's output, as `ModelSize.head` says."""

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from args_setting import TrainArgs
+from args_setting import SIZES, TrainArgs
 from checkpoints import (
     TrainState,
     describe,
@@ -370,7 +370,12 @@ def check_settings(args: TrainArgs, pairs: int, val_pairs: int, world: int) -> N
 
 def make_model(args: TrainArgs, device: torch.device) -> ASFEFusion:
     """The network with random weights, or those of --init; UserError if it does not fit."""
-    model = load_sized(args.init, args.size, device) if args.init else ASFEFusion(args.size)
+    if args.init:
+        if args.without:
+            raise UserError("without changes the network, but init has one: give one of the two")
+        model = load_sized(args.init, args.size, device, args.aff)
+    else:
+        model = ASFEFusion(SIZES[args.size].without(args.without), args.aff)
     model = model.to(device)
     if args.patch_size % model.multiple:
         raise UserError(f"patch_size is {args.patch_size}, expected a multiple of {model.multiple}")

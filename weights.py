@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from args_setting import ROOT, SIZES, ModelSize, WeightsArgs
+from args_setting import MODULES, ROOT, SIZES, ModelSize, WeightsArgs
 from cli import UserError
 from network import ASFEFusion
 
@@ -74,7 +74,8 @@ def load_model(args: WeightsArgs, task: str, device: torch.device) -> ASFEFusion
     model, metadata = load_weights(path, device, aff)
     check_size(path, metadata, args.size)
     learned, day = metadata.get("task"), metadata.get("date")
-    print(f"weights: {path} ({args.size}, {learned or 'task unknown'}, {day or 'date unknown'})")
+    what = args.size + "".join(f" without {module}" for module in parts_of(model.size)[1])
+    print(f"weights: {path} ({what}, {learned or 'task unknown'}, {day or 'date unknown'})")
     if learned not in (None, "all", task):
         print(f"note: these weights learned {learned}, but the task is {task}")
     return model
@@ -141,9 +142,19 @@ def save_weights(model: ASFEFusion, path: Path, metadata: dict, half: bool = Tru
         for key, value in model.state_dict().items()
     }
     check_finite(state, f"weights for {path}")
-    name = next((n for n, s in SIZES.items() if s == model.size), "custom")
+    name, _ = parts_of(model.size)
     metadata = {"size": name, "widths": asdict(model.size), "aff": model.aff, **metadata}
     write_bytes(path, save(state, {"asfe": json.dumps(metadata)}))
+
+
+def parts_of(size: ModelSize) -> tuple[str, list[str]]:
+    """The name of a size in SIZES, else "custom", and those of MODULES that it is without."""
+    for name, whole in SIZES.items():
+        # to leave out what is not there changes nothing
+        lacks = [m for m in MODULES if size.without([m]) == size and whole.without([m]) != whole]
+        if whole.without(lacks) == size:
+            return name, lacks
+    return "custom", []
 
 
 def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,9 +13,11 @@ from cli import UserError
 from dataset import task_pairs
 from images import read_luma8, write_png
 from network import ASFEFusion
+from weights import load_weights
 
 pytest.importorskip("sewar", reason="needs requirements-dev.txt")
 sys.path.append(str(ROOT / "benchmarks"))
+import ablation
 import brightness
 import loss_on_pixels
 import metric_times
@@ -25,7 +27,7 @@ import speed
 import study_speed
 import volume_memory
 
-SCRIPTS = brightness, loss_on_pixels, metric_times, page, published, speed, study_speed
+SCRIPTS = ablation, brightness, loss_on_pixels, metric_times, page, published, speed, study_speed
 SCRIPTS += (volume_memory,)
 
 
@@ -118,6 +120,45 @@ def test_published_images_that_are_the_mean(run, data):
     out = run(published, data / "mean", "--data_dir", data)
     assert out.count("mean: correlation with the mean 1.0000, level on black 0.0;") == len(TASKS)
     assert "PET-MRI maximum in colour: luma moved by up to" in out
+
+
+def test_ablation_trains_what_it_lacks_and_marks_what_the_seeds_do_not_explain(
+    run, tmp_path, monkeypatch
+):
+    trained = []
+
+    def values(path, args):  # casf has less SSIM with every seed, and Qabf with one of two
+        name, seed = path
+        trained.append(path)
+        measures = dict.fromkeys((*ablation.METRICS, "worst kind", "worst tenth"), 0.5)
+        lost = {"whole": (0.0, 0.1), "casf": (0.2, 0.05)}[name][seed - 1]
+        return measures | {"SSIM": 0.8 - 0.2 * (name == "casf"), "Qabf": 0.5 - lost}
+
+    monkeypatch.setattr(ablation, "train", lambda folder, name, seed, args: (name, seed))
+    monkeypatch.setattr(ablation, "measure", values)
+    flags = "--runs", tmp_path, "--variants", "whole", "casf", "--seeds", 1, 2
+    out = run(ablation, *flags)
+    assert trained == [("whole", 1), ("casf", 1), ("whole", 2), ("casf", 2)]
+    line = next(text for text in out.splitlines() if text.startswith("casf  "))
+    assert "0.600 ±0.000*" in line and "0.375 ±0.075 " in line
+    run(ablation, *flags)
+    assert len(trained) == 4, "nothing is trained twice"
+
+
+def test_ablation_measures_people_left_out_and_trains_on_the_others(tmp_path, monkeypatch):
+    for task in TASKS:
+        case = {"CT-MRI": 2, "PET-MRI": 25, "SPECT-MRI": 3}[task]
+        names = {f"{case}00{k}": 96 for k in range(1, 5)} | {"41001": 96}
+        write_task(tmp_path / "data", task, "train", names)
+    for name, cases in (("LEFT_OUT", ("2", "3")), ("SLICES", 1)):
+        monkeypatch.setattr(ablation, name, cases)
+    argv = "--runs", tmp_path / "runs", "--data_dir", tmp_path / "data", "--patch", 32
+    args = ablation.parse([str(word) for word in (*argv, "--epochs", 1)])
+    args.runs.mkdir()
+    found = ablation.run("casf", 1, args)
+    assert found["SSIM"] > 0 and found.keys() >= {"Qabf", "worst kind", "minutes"}
+    model, metadata = load_weights(args.runs / "casf_1.safetensors")
+    assert not model.size.casf and metadata["settings"]["leave_out"] == ["2", "3"]
 
 
 def test_pixels_move_towards_less_loss(run, data):

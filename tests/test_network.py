@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from args_setting import SIZES
 from inference import optimise
-from network import AFF, SFEF, ASFEFusion, blend, pad_to_multiple
+from network import AFF, SFEF, ASFEFusion, FusionModule, blend, pad_to_multiple
 
 PUBLISHED_STAGES = {  # module of ours -> name in the golden file
     **{f"encoder.blocks.{k}": f"encoder.block{k + 1}" for k in range(4)},
@@ -223,6 +223,33 @@ def test_every_parameter_gets_a_gradient(size, aff):
     # The published inverse transform reads only rows 0 and 1, but those through every weight.
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
+
+
+def test_an_ablation_puts_the_plain_thing_in_place_of_a_module():
+    x, y = torch.rand(2, 2, 8, 16, 16)
+    images = torch.rand(2, 1, 1, 32, 32)
+
+    def parts(*without):
+        torch.manual_seed(0)
+        module = FusionModule(8, 4, SIZES["compact"].without(without), "full").eval()
+        model = ASFEFusion(SIZES["compact"].without(without)).eval()
+        assert torch.allclose(optimise(model).fuse(*images), model.fuse(*images), atol=1e-5)
+        return module, sum(p.numel() for p in model.parameters())
+
+    whole, most = parts()
+    module, fewer = parts("casf")
+    expected = module.sfef(torch.cat([x + y, module.aff2(x) + module.aff1(y)], 1))
+    assert torch.allclose(module(x, y), expected, atol=1e-5) and fewer < most
+    module, fewer = parts("aff")
+    spatial = module.casf(x, y)
+    assert torch.allclose(module(x, y), module.sfef(torch.cat([spatial, spatial], 1)), atol=1e-5)
+    assert fewer < most
+    module, fewer = parts("sfef")
+    joined = torch.cat([module.casf(x, y), module.aff2(x) + module.aff1(y)], 1)
+    assert torch.allclose(module(x, y), module.sfef(joined)) and module.sfef.kernel_size == (1, 1)
+    assert fewer < most
+    assert set(parts("casf", "aff", "sfef")[0].state_dict()) == {"sfef.weight", "sfef.bias"}
+    assert whole.casf and ASFEFusion(SIZES["compact"].without(["blend"])).size.head == "image"
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,18 @@ def test_all_trains_on_the_three_tasks(call, tmp_path):
     assert metadata["settings"]["init"] == "compact_all.safetensors"
 
 
+def test_a_module_is_left_out_by_a_flag_and_the_weights_say_so(call, data, tmp_path):
+    argv = settings(data, tmp_path, "--epoch", 1, "--val", 0, "--aff", "published")
+    argv += ["--without", "casf", "blend"]
+    assert call(*argv)[0] == 0
+    model, metadata = load_weights(tmp_path / f"{STEM}.safetensors")
+    assert model.fusion[0].casf is None and model.size.head == "image" and model.aff == "published"
+    assert metadata["settings"]["without"] == ["casf", "blend"]
+    assert call(*argv, "--resume")[0] == 0
+    code, _, err = call(*argv[:-1], "--resume")
+    assert code == 2 and "without is ['casf'] and was ['casf', 'blend']" in err
+
+
 def test_frozen_statistics_stay_those_of_the_start(call, weights, data, tmp_path):
     argv = settings(data, tmp_path, "--epoch", 1, "--val", 0, "--init", weights)
     assert call(*argv, "--freeze_batchnorm")[0] == 0
@@ -277,6 +289,8 @@ def test_moving_average_begins_as_a_mean_and_ends_at_its_decay():
         (["--batch_size", 13, "--val", 0], "batch_size is 13, but there are 12 pairs"),
         (["--accumulate", 3], "expected a multiple of 3"),
         (["--size", "paper", "--init", "WEIGHTS"], "are of size compact, expected size paper"),
+        (["--init", "WEIGHTS", "--without", "aff"], "without changes the network"),
+        (["--without", "encoder"], "invalid choice: 'encoder'"),
         (["--save_dir", "FILE/save"], "Not a directory"),
         (["--task", "PET-MRI"], "no such folder"),
         (["--task", "all"], "no such folder"),
@@ -379,7 +393,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_pairs(
     tmp_path,
     monkeypatch,
 ):
-    monkeypatch.setattr(train_asfe, "ASFEFusion", lambda size: Diverging())
+    monkeypatch.setattr(train_asfe, "ASFEFusion", lambda size, aff: Diverging())
     monkeypatch.setattr(train_asfe, "save_weights", lambda model, path, *_: path.touch())
     argv = settings(data, tmp_path, "--epoch", 2, "--val", 0)
     code, _, err = call(*argv)

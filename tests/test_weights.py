@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from args_setting import SIZES, WeightsArgs
 from cli import UserError
 from network import ASFEFusion
-from weights import from_published, load_weights, save_weights
+from weights import from_published, load_model, load_weights, save_weights
 
 
 def test_saved_weights_come_back(compact, tmp_path):
@@ -23,6 +24,16 @@ def test_saved_weights_come_back(compact, tmp_path):
     images = torch.rand(2, 40, 56)
     assert torch.equal(model.fuse(*images), compact.fuse(*images))
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+@pytest.mark.parametrize("modules", [["casf"], ["aff", "sfef"], ["blend"], ["casf", "blend"]])
+def test_weights_tell_what_they_are_without(tmp_path, modules, capsys):
+    path = tmp_path / "w.safetensors"
+    save_weights(ASFEFusion(SIZES["compact"].without(modules)), path, {"task": "all"})
+    model = load_model(WeightsArgs(weights=path), "CT-MRI", torch.device("cpu"))
+    assert model.size == SIZES["compact"].without(modules)
+    named = "".join(f" without {module}" for module in modules)
+    assert f"(compact{named}, all, date unknown)" in capsys.readouterr().out
 
 
 def test_float16_weights_fit_the_promise(compact, tmp_path):

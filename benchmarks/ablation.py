@@ -1,0 +1,171 @@
+"""What each module of the network is worth: trained without it, from several seeds.
+
+    python benchmarks/ablation.py --runs /tmp/ablation                     (hours; goes on if cut)
+    python benchmarks/ablation.py --runs /tmp/ablation --variants whole casf --seeds 1 2
+
+The compact size is trained on the three tasks for the same number of steps from the same seed, once
+whole and once in each variant, by `train_asfe.py`. The people of LEFT_OUT take no part; on slices
+of theirs the metrics and findings are measured. Each run stays in --runs with its measures and is
+not made again. A difference from the whole network counts (*) where the values of all seeds lie on
+one side of all of the whole one's; with three seeds each, chance alone does that once in ten. A
+pass is timed at the end, the variants taking turns, as a ratio to the whole network's.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from machine import ROOT, machine, make_parser, positive
+
+from args_setting import SIZES, TASKS, TrainArgs
+from cli import run_script
+from dataset import Pair, read_pair, split_pairs
+from evaluation.batch import evaluate_batch
+from evaluation.findings import by_kind, means_of, measure_findings, worst_tenth
+from evaluation.tables import aligned
+from images import to_uint8, write_bytes
+from network import ASFEFusion
+from weights import load_weights
+
+LEFT_OUT = ("2", "16", "37", "3", "4", "9", "10", "11")  # three cases of CT-MRI, five of SPECT-MRI
+SLICES = 4  # of those people, for each task
+VARIANTS = {  # name -> flags of train_asfe.py
+    "whole": [],
+    "casf": ["--without", "casf"],
+    "aff": ["--without", "aff"],
+    "sfef": ["--without", "sfef"],
+    "all three": ["--without", "casf", "aff", "sfef"],
+    "blend": ["--without", "blend"],
+    "aff as published": ["--aff", "published"],
+    "detail loss": ["--recipe", "detail"],
+    "paper loss": ["--recipe", "paper"],
+}
+METRICS = ("SSIM", "VIF", "Qabf", "SCD")
+
+
+def train(folder: Path, name: str, seed: int, args: argparse.Namespace) -> Path:
+    """Train a variant, or go on with it; the weights' file."""
+    stem = f"{name.replace(' ', '_')}_{seed}"
+    flags = ["--task", "all", "--seed", seed, "--name", stem, "--save_dir", folder, "--val", 0]
+    flags += ["--leave_out", *LEFT_OUT, "--epoch", args.epochs, "--patch_size", args.patch]
+    flags += ["--threads", 1, "--DEVICE", "cpu", "--data_dir", args.data_dir, *VARIANTS[name]]
+    if (folder / f"{stem}_last.pt").exists():
+        flags.append("--resume")
+    with (folder / f"{stem}.log").open("a") as log:
+        command = [sys.executable, ROOT / "train_asfe.py", *flags]
+        subprocess.run([str(word) for word in command], check=True, stdout=log, stderr=log)
+    return folder / f"{stem}.safetensors"
+
+
+def measure(path: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Metrics and findings on slices of the people left out, as means over the tasks."""
+    model, _ = load_weights(path)
+    settings = TrainArgs(task="all", val_cases=LEFT_OUT, data_dir=args.data_dir)
+    held = split_pairs(settings)[1]
+    rows = []
+    for task, folder in TASKS.items():
+        pairs = [pair for pair in held if pair.path1.parent.name == folder]
+        if pairs:  # PET-MRI is one head, which all train on
+            chosen = [pairs[i * len(pairs) // SLICES] for i in range(SLICES)]
+            rows.append(measure_task(model, chosen, task))
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+def measure_task(model: ASFEFusion, pairs: list[Pair], task: str) -> dict[str, float]:
+    values = []
+    for pair in pairs:
+        lumas = [to_uint8(luma) / 255 for luma in read_pair(pair)[:2]]
+        fused = to_uint8(model.fuse(*lumas).numpy()) / 255
+        images = (torch.from_numpy(image)[None, None] for image in (fused, *lumas))
+        values.append([v.item() for v in evaluate_batch(*images, METRICS).values()])
+    found = measure_findings(lambda a, b: model.fuse(a, b).numpy(), pairs, 0, task)
+    shares = by_kind(found, task)
+    return dict(zip(METRICS, np.mean(values, 0), strict=True)) | {
+        "worst kind": np.nanmin(means_of(shares)),
+        "worst tenth": np.nanmin([worst_tenth(s) for s in shares.values()]),
+    }
+
+
+def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
+    """The measures of a variant and a seed: from its file, or trained for."""
+    file = args.runs / f"{name.replace(' ', '_')}_{seed}.json"
+    if not file.exists():
+        started = time.time()
+        found = measure(train(args.runs, name, seed, args), args)
+        found["minutes"] = (time.time() - started) / 60
+        write_bytes(file, json.dumps(found).encode())
+        print(f"{name}, seed {seed}: {found}", flush=True)
+    return json.loads(file.read_text())
+
+
+def network(name: str) -> ASFEFusion:
+    """A variant with random weights."""
+    flags = VARIANTS[name]
+    parts = flags[1:] if "--without" in flags else []
+    return ASFEFusion(SIZES["compact"].without(parts)).eval()
+
+
+def pass_seconds(names: list[str], repeats: int = 15) -> dict[str, float]:
+    """Seconds of a pass of a pair of 256 x 256, the median of so many in turns."""
+    models, times = {name: network(name) for name in names}, {name: [] for name in names}
+    images = torch.rand(2, 1, 1, 256, 256)
+    for _ in range(repeats):
+        for name, model in models.items():
+            started = time.perf_counter()
+            model.fuse(*images)
+            times[name].append(time.perf_counter() - started)
+    return {name: float(np.median(t)) for name, t in times.items()}
+
+
+def table(results: dict[str, list[dict[str, float]]]) -> str:
+    """Means and largest distance from them over the seeds, a line for each variant."""
+    names = [*METRICS, "worst kind", "worst tenth"]
+    seconds = pass_seconds(list(results))
+    lines = [["variant", *names, "M parameters", "pass", "minutes"]]
+    whole = {n: [r[n] for r in results["whole"]] for n in names}
+    for variant, rows in results.items():
+        cells = []
+        for name in names:
+            values = [row[name] for row in rows]
+            apart = max(values) < min(whole[name]) or min(values) > max(whole[name])
+            spread = max(abs(v - np.mean(values)) for v in values)
+            cells.append(f"{np.mean(values):.3f} ±{spread:.3f}" + "*" * apart)
+        count = sum(p.numel() for p in network(variant).parameters()) / 1e6
+        ratio = seconds[variant] / seconds["whole"]
+        minutes = np.mean([row["minutes"] for row in rows])
+        lines.append([variant, *cells, f"{count:.2f}", f"{ratio:.2f}", f"{minutes:.0f}"])
+    return aligned(lines)
+
+
+def main(args: argparse.Namespace) -> None:
+    print(machine("torch", "numpy"), flush=True)
+    torch.set_num_threads(1)
+    args.runs.mkdir(parents=True, exist_ok=True)
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in args.variants}
+    for seed in args.seeds:  # a whole round first, so that a cut run has something to compare
+        for name, found in results.items():
+            found.append(run(name, seed, args))
+    print(table(results))
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", nargs="+", type=positive, default=[1, 2, 3])
+    parser.add_argument("--epochs", type=positive, default=4)
+    parser.add_argument("--patch", type=positive, default=64, help="side of a crop, in pixels")
+    parser.add_argument("--data_dir", type=Path, default=TrainArgs().data_dir)
+    args = parser.parse_args(argv)
+    if "whole" not in args.variants:
+        parser.error("--variants lacks whole, which the others are compared with")
+    return args
+
+
+if __name__ == "__main__":
+    run_script(main, parse())
