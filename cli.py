@@ -9,6 +9,7 @@ import argparse
 import codecs
 import ctypes
 import difflib
+import gc
 import io
 import os
 import platform
@@ -22,8 +23,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # it takes seconds to load, and flags need none of it
+    import torch
+
+
+INPUTS = {  # the settings that name what a command reads
+    "folder": ("dir1", "dir2", "bids", "weights_dir"),
+    "file": ("weights", "init", "table", "labels", "scheduler_file"),
+    "file or folder": ("img1", "img2", "via"),
+}
 
 
 class UserError(ValueError):
@@ -98,6 +108,43 @@ def parse_args(cls: type, argv: list[str] | None = None, description: str = ""):
     return args
 
 
+def command_line(cls: type, description: str, check: Callable | None = None):
+    """`parse_args` of a command, to be called before it imports what takes seconds to load.
+
+    So --help and what is wrong with the flags come at once, also paths that are not there.
+    `check(args)` may raise UserError of flags that do not go together. Until `run_script`, Python
+    looks for no garbage: imports make none, and looking takes a tenth of the start.
+    """
+    args = parse_args(cls, None, description)
+    run_script(check_inputs, args)
+    if check:
+        run_script(check, args)
+    gc.disable()
+    return args
+
+
+def either(*names: str) -> Callable:
+    """A check for `command_line`: UserError if none of these settings is given."""
+
+    def check(args) -> None:
+        if not any(getattr(args, name) for name in names):
+            raise UserError("give " + " or ".join(f"--{name}" for name in names))
+
+    return check
+
+
+def check_inputs(args) -> None:
+    """UserError if one of two sources is given alone, or a path to read from is not there."""
+    given = {name: path for name, path in vars(args).items() if isinstance(path, Path)}
+    for one, other in ("img1", "img2"), ("dir1", "dir2"):
+        if (one in given) != (other in given):
+            raise UserError(f"--{one} and --{other} come together, only one was given")
+    for kind, names in INPUTS.items():
+        for path in (given[name] for name in names if name in given):
+            if not (path.is_dir() if kind == "folder" else path.exists()):
+                raise UserError(f"{path}: no such {kind}")
+
+
 ASCII = str.maketrans({"↑": "^", "↓": "v", "→": ">", "×": "x", "–": "-", "…": "..."})
 
 
@@ -119,6 +166,9 @@ def in_ascii(error: UnicodeError) -> tuple[str, int]:
 
 def run_script(main: Callable, args) -> None:
     """Run a command's `main(args)`; what the user can mend ends in one line and exit code 2."""
+    if not gc.isenabled():  # see `command_line`
+        gc.freeze()  # what was imported stays to the end, where Python need not look at it either
+        gc.enable()
     try:
         main(args)
     except (UserError, OSError) as error:
@@ -129,8 +179,10 @@ def run_script(main: Callable, args) -> None:
         sys.exit(130)
 
 
-def setup_runtime(args) -> torch.device:
+def setup_runtime(args) -> "torch.device":
     """What comes before any work: memory, numbers, `args.threads`; the device of `args.DEVICE`."""
+    import torch  # not on top: see there
+
     keep_freed_memory()
     # Subnormal numbers slow a CPU down and carry no information. First of all, because a thread
     # inherits this setting from the one that starts it, and those that run do not hear of it.
@@ -152,11 +204,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the end that may stay
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str) -> "torch.device":
     """The device that `--DEVICE` names; "auto" is CUDA, then MPS, then CPU.
 
     Raises UserError if the device is unknown or absent.
     """
+    import torch  # not on top: see there
+
     absent = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device(next((d for d in ("cuda", "mps") if not absent[d]), "cpu"))

@@ -18,6 +18,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from args_setting import TrainArgs
+from cli import UserError, command_line, run_script, setup_runtime
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGS = command_line(TrainArgs, __doc__)
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -29,7 +35,6 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from args_setting import TrainArgs
 from checkpoints import (
     TrainState,
     describe,
@@ -41,7 +46,6 @@ from checkpoints import (
     start_of_files,
     write_csv,
 )
-from cli import UserError, parse_args, run_script, setup_runtime
 from dataset import TrainPairs, split_pairs, with_findings
 from evaluation.batch import evaluate_batch
 from images import writable_folder
@@ -412,4 +416,4 @@ def set_precision(name: str, device: torch.device) -> torch.dtype | None:
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args(TrainArgs, description=__doc__))
+    run_script(main, ARGS)
