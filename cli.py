@@ -196,12 +196,14 @@ def keep_freed_memory() -> None:
     """Have glibc, where it is the C library, reuse what is freed from here on, not return it.
 
     Otherwise a pass on a CPU gets its maps of tens of MB from the system anew, page by page, which
-    is about a tenth of its time. See mallopt(3).
+    is about a tenth of its time, and a third in a thread of its own, as on the page: the memory of
+    such threads is returned in any case, so all share that of the first. See mallopt(3).
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: what is larger comes and goes on its own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the end that may stay
+        libc.mallopt(-8, 1)  # M_ARENA_MAX
 
 
 def pick_device(name: str) -> "torch.device":
