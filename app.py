@@ -21,11 +21,15 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from args_setting import TASKS, AppArgs
+from cli import UserError, command_line, run_script, setup_runtime, temporary_folder
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGS = command_line(AppArgs, __doc__)
+
 import numpy as np
 from PIL import Image
 
-from args_setting import TASKS, AppArgs
-from cli import UserError, parse_args, run_script, setup_runtime, temporary_folder
 from dataset import Pair, read_pair
 from evaluation.tables import table
 from evaluation.trivial import TRIVIAL
@@ -392,4 +396,4 @@ def main(args: AppArgs) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args(AppArgs, description=__doc__))
+    run_script(main, ARGS)

@@ -17,6 +17,7 @@ MODULES = ("casf", "aff", "sfef", "blend")  # what a network can be trained with
 # task -> folder of source 1 (source 2 is always MRI); the published names
 TASKS = {"CT-MRI": "CT", "PET-MRI": "PET", "SPECT-MRI": "SPECT"}
 ALL_TASKS = (*TASKS, "all")
+EXTENSIONS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")  # of images
 CASE_PATTERN = r"(\d+)\d{3}"  # of a file's name in HMIF: the case, then three digits of the slice
 
 

@@ -9,11 +9,15 @@ Features are radiomic and frozen, the model is linear, and no person is in two f
 import csv
 from datetime import date
 
+from args_setting import ClassifyArgs
+from cli import UserError, command_line, either, run_script
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGS = command_line(ClassifyArgs, __doc__, either("labels", "leakage"))
+
 import cv2
 import numpy as np
 
-from args_setting import ClassifyArgs
-from cli import UserError, parse_args, run_script
 from dataset import Pair, case_of, match_pairs, people, task_pairs
 from evaluation.classify import (
     by_person,
@@ -137,4 +141,4 @@ def main(args: ClassifyArgs) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args(ClassifyArgs, description=__doc__))
+    run_script(main, ARGS)

@@ -9,6 +9,7 @@ import argparse
 import codecs
 import ctypes
 import difflib
+import gc
 import io
 import os
 import platform
@@ -22,8 +23,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from args_setting import EXTENSIONS, TestArgs, VolumeArgs, WeightsArgs
+
+if TYPE_CHECKING:  # it takes seconds to load, and flags need none of it
+    import torch
+
+
+INPUTS = {  # the settings that name what a command reads
+    "folder": ("dir1", "dir2", "bids", "weights_dir"),
+    "file": ("weights", "init", "table", "labels", "scheduler_file"),
+    "file or folder": ("img1", "img2", "via"),
+}
 
 
 class UserError(ValueError):
@@ -99,6 +111,43 @@ def parse_args(cls: type, argv: list[str] | None = None, description: str = ""):
     return args
 
 
+def command_line(cls: type, description: str, check: Callable | None = None):
+    """`parse_args` of a command, to be called before it imports what takes seconds to load.
+
+    So --help and what is wrong with the flags come at once, also paths that are not there.
+    `check(args)` may raise UserError of flags that do not go together. Until `run_script`, Python
+    looks for no garbage: imports make none, and looking takes a tenth of the start.
+    """
+    args = parse_args(cls, None, description)
+    run_script(check_inputs, args)
+    if check:
+        run_script(check, args)
+    gc.disable()
+    return args
+
+
+def either(*names: str) -> Callable:
+    """A check for `command_line`: UserError if none of these settings is given."""
+
+    def check(args) -> None:
+        if not any(getattr(args, name) for name in names):
+            raise UserError("give " + " or ".join(f"--{name}" for name in names))
+
+    return check
+
+
+def check_inputs(args) -> None:
+    """UserError if one of two sources is given alone, or a path to read from is not there."""
+    given = {name: path for name, path in vars(args).items() if isinstance(path, Path)}
+    for one, other in ("img1", "img2"), ("dir1", "dir2"):
+        if (one in given) != (other in given):
+            raise UserError(f"--{one} and --{other} come together, only one was given")
+    for kind, names in INPUTS.items():
+        for path in (given[name] for name in names if name in given):
+            if not (path.is_dir() if kind == "folder" else path.exists()):
+                raise UserError(f"{path}: no such {kind}")
+
+
 ASCII = str.maketrans({"↑": "^", "↓": "v", "→": ">", "×": "x", "–": "-", "…": "..."})
 
 
@@ -120,6 +169,9 @@ def in_ascii(error: UnicodeError) -> tuple[str, int]:
 
 def run_script(main: Callable, args) -> None:
     """Run a command's `main(args)`; what the user can mend ends in one line and exit code 2."""
+    if not gc.isenabled():  # see `command_line`
+        gc.freeze()  # what was imported stays to the end, where Python need not look at it either
+        gc.enable()
     try:
         main(args)
     except (UserError, OSError) as error:
@@ -130,8 +182,10 @@ def run_script(main: Callable, args) -> None:
         sys.exit(130)
 
 
-def setup_runtime(args) -> torch.device:
+def setup_runtime(args) -> "torch.device":
     """What comes before any work: memory, numbers, `args.threads`; the device of `args.DEVICE`."""
+    import torch  # not on top: see there
+
     keep_freed_memory()
     # Subnormal numbers slow a CPU down and carry no information. First of all, because a thread
     # inherits this setting from the one that starts it, and those that run do not hear of it.
@@ -145,19 +199,23 @@ def keep_freed_memory() -> None:
     """Have glibc, where it is the C library, reuse what is freed from here on, not return it.
 
     Otherwise a pass on a CPU gets its maps of tens of MB from the system anew, page by page, which
-    is about a tenth of its time. See mallopt(3).
+    is about a tenth of its time, and a third in a thread of its own, as on the page: the memory of
+    such threads is returned in any case, so all share that of the first. See mallopt(3).
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: what is larger comes and goes on its own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the end that may stay
+        libc.mallopt(-8, 1)  # M_ARENA_MAX
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str) -> "torch.device":
     """The device that `--DEVICE` names; "auto" is CUDA, then MPS, then CPU.
 
     Raises UserError if the device is unknown or absent.
     """
+    import torch  # not on top: see there
+
     absent = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device(next((d for d in ("cuda", "mps") if not absent[d]), "cpu"))
@@ -218,3 +276,53 @@ def lock(folder: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+# --- what test_asfe.py fuses -----------------------------------------------------------------
+
+VOLUMES = tuple(".nii .nii.gz .hdr .img .img.gz .mgz .mgh .mha .mhd .nrrd .nhdr .dcm .ima".split())
+READING = {"levels", "page"}
+# What to fuse, in the words of the errors, and the settings that count there only.
+MODES = {
+    "the test split": {"cases", "case_pattern", "skip_unmatched", "contact_rows"} | READING,
+    "two folders": {"skip_unmatched", "contact_rows"} | READING,
+    "one pair of images": {"register", "force"} | READING,
+    "volumes": {f.name for f in fields(VolumeArgs)} - {f.name for f in fields(WeightsArgs)},
+    "the demo": set(),
+}
+
+
+def mode_of(args: TestArgs) -> str:
+    """Which of MODES the settings ask for; UserError if they are not clear."""
+    given = {name for name in ("img1", "img2", "dir1", "dir2") if getattr(args, name)}
+    if given not in (set(), {"img1", "img2"}, {"dir1", "dir2"}):
+        raise UserError("give --img1 with --img2, or --dir1 with --dir2, or none of them")
+    if given and (args.demo or not args.out):
+        raise UserError("--img1 and --dir1 need --out and go without --demo")
+    if "img1" in given:
+        to_volume = args.out.name.lower().endswith(VOLUMES)
+        volumes = to_volume or is_volume(args.img1) or is_volume(args.img2)
+        return "volumes" if volumes else "one pair of images"
+    if "dir1" in given:
+        return "two folders"
+    return "the demo" if args.demo else "the test split"
+
+
+def is_volume(path: Path) -> bool:
+    """Whether a path is for volumes/: by its name, a folder (DICOM), or DICOM's mark in it."""
+    if path.is_dir() or path.name.lower().endswith(VOLUMES):
+        return True
+    if path.suffix.lower() in EXTENSIONS or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def check_mode(args: TestArgs) -> str:
+    """`mode_of`; UserError if a setting of MODES was given that has no effect on what is fused."""
+    mode = mode_of(args)
+    for f in fields(args):
+        users = [name for name, settings in MODES.items() if f.name in settings]
+        if users and mode not in users and getattr(args, f.name) != f.default:
+            raise UserError(f"--{f.name} is for {' and '.join(users)}, but this fuses {mode}")
+    return mode

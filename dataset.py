@@ -19,16 +19,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from args_setting import CASE_PATTERN, TASKS, DataArgs, TrainArgs
+from cli import UserError, command_line, run_script
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGS = command_line(DataArgs, __doc__)
+
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import images
-from args_setting import CASE_PATTERN, TASKS, DataArgs, TrainArgs
-from cli import UserError, parse_args, run_script
 from images import Doubts, Pixels, Reading, is_image, to_uint8, write_bytes
-from phantom import SHAPES, finding
+from phantom import SHAPES, finding, seed_of
 
 HMIF_URL = (
     "https://raw.githubusercontent.com/xianming-gu/Havard-Medical-Image-Fusion-Datasets/"
@@ -165,7 +169,7 @@ class TrainPairs(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, str]:
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_seed(self.seed, self.epoch, i))
+            torch.default_generator.manual_seed(seed_of((self.seed, self.epoch, i)) >> 1)
             images = vary(augment(self.images[i], self.patch).float() / 255)
             planted = plant(images)
         return images, planted, self.names[i]
@@ -175,15 +179,10 @@ class TrainPairs(torch.utils.data.Dataset):
 
         Of each batch, a process takes every `world`-th pair from its `rank` on.
         """
-        order = torch.Generator().manual_seed(_seed(self.seed, self.epoch, -1))
+        order = torch.Generator().manual_seed(seed_of((self.seed, self.epoch, -1)) >> 1)
         order = torch.randperm(len(self), generator=order).tolist()
         last = len(order) - size + 1
         return [order[i : i + size][rank::world] for i in range(0, last, size)]
-
-
-def _seed(*numbers: int) -> int:
-    """One seed for a few numbers; unlike their sum, different for each."""
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big") >> 1
 
 
 def augment(images: Tensor, patch: int) -> Tensor:
@@ -417,4 +416,4 @@ def main(args: DataArgs) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args(DataArgs, description=__doc__))
+    run_script(main, ARGS)

@@ -22,12 +22,16 @@ import math
 import warnings
 from pathlib import Path
 
+from args_setting import ROOT, ExportArgs
+from cli import UserError, command_line, run_script, setup_runtime
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGS = command_line(ExportArgs, __doc__)
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from args_setting import ROOT, ExportArgs
-from cli import UserError, parse_args, run_script, setup_runtime
 from images import writable_folder, write_bytes
 from network import AFF, MIN_SIDE, SFEF, ASFEFusion
 from weights import load_model
@@ -204,4 +208,4 @@ def main(args: ExportArgs) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args(ExportArgs, description=__doc__))
+    run_script(main, ARGS)

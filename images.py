@@ -24,10 +24,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from args_setting import TASKS
+from args_setting import EXTENSIONS, TASKS
 from cli import UserError
 
-EXTENSIONS = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 FORMATS = ("PNG", "TIFF", "JPEG", "BMP")  # Pillow would also take others, whatever the name says
 MAX_PIXELS = 2**25  # of an image: a small file may claim, and unpack to, any number
 MAX_BYTES = 8 * MAX_PIXELS  # of a file: four channels of 16 bits

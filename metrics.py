@@ -21,11 +21,15 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from args_setting import MetricArgs
+from cli import command_line, either, run_script
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGS = command_line(MetricArgs, "Compare folders of fused images.", either("fused", "findings"))
+
 import numpy as np
 from numpy import ndarray
 
-from args_setting import MetricArgs
-from cli import parse_args, run_script
 from dataset import Pair
 from evaluation.compare import Comparison, compare_methods, differences, name_folders, named_pairs
 from evaluation.findings import measure_methods
@@ -397,4 +401,4 @@ def main(args: MetricArgs) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args(MetricArgs, description="Compare folders of fused images."))
+    run_script(main, ARGS)

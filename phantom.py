@@ -7,6 +7,8 @@ Atlas. The shapes are planted into images, in training and to measure what a fus
 Legend: H = W = `side` pixels; a tissue map is (H, W) with the tissue's share of a pixel, in [0, 1].
 """
 
+import hashlib
+
 import cv2
 import numpy as np
 
@@ -139,6 +141,12 @@ def finding(
     if shape == "ring":
         disc = disc - np.clip((radius / 2 - distance) / 2 + 0.5, 0, 1)
     return disc.astype(np.float32)
+
+
+def seed_of(*parts) -> int:
+    """One seed for a few numbers and names, the same on any machine; of 64 bits."""
+    digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 def _ellipse(x, y, x0, y0, half_width, half_height, tilt=0.0) -> np.ndarray:

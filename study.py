@@ -19,12 +19,16 @@ from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from pathlib import Path
 
+from args_setting import StudyArgs
+from cli import UserError, command_line, pick_device, run_script
+from studies.cases import Case, check_flags, find_cases
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGS = command_line(StudyArgs, __doc__, check_flags)
+
 from tqdm import tqdm
 
-from args_setting import StudyArgs
-from cli import UserError, parse_args, pick_device, run_script
 from images import writable_folder, write_bytes
-from studies.cases import Case, find_cases
 from studies.report import write_report
 from weights import load_model
 
@@ -55,10 +59,7 @@ CONFIG = {
 def main(args: StudyArgs) -> None:
     if missing:
         raise UserError(f"study.py needs {missing}: pip install -r requirements-study.txt")
-    if bool(args.scheduler) and bool(args.scheduler_file):
-        raise UserError("give --scheduler or --scheduler-file, not both")
-    if (args.scheduler or args.scheduler_file) and (args.jobs or args.memory):
-        raise UserError("--jobs and --memory are for this machine, a cluster has its own")
+    check_flags(args)
     args, jobs = shares(args)
     out, cases = find_cases(args)
     check_weights(args, cases)
@@ -189,4 +190,4 @@ def remote(packed: str) -> dict:
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args(StudyArgs, description=__doc__))
+    run_script(main, ARGS)

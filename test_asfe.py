@@ -15,20 +15,22 @@ Legend: B pairs that go through the network together, H W pixels; images as in i
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
+
+from args_setting import ROOT, TASKS, TestArgs
+from cli import UserError, check_mode, command_line, run_script, setup_runtime
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGS = command_line(TestArgs, __doc__, check_mode)
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from args_setting import ROOT, TASKS, TestArgs, VolumeArgs, WeightsArgs
-from cli import UserError, parse_args, run_script, setup_runtime
 from dataset import Pair, as_told, decode_pair, match_pairs, read_pair, task_pairs
 from evaluation.sheets import contact_sheet
 from images import (
     AS_STORED,
-    EXTENSIONS,
     Doubts,
     read_image,
     read_uint8,
@@ -42,22 +44,10 @@ from network import MIN_SIDE, ASFEFusion
 from phantom import phantom_pair
 from weights import load_model
 
-VOLUMES = tuple(".nii .nii.gz .hdr .img .img.gz .mgz .mgh .mha .mhd .nrrd .nhdr .dcm .ima".split())
-READING = {"levels", "page"}
-# What to fuse, in the words of the errors, and the settings that count there only.
-MODES = {
-    "the test split": {"cases", "case_pattern", "skip_unmatched", "contact_rows"} | READING,
-    "two folders": {"skip_unmatched", "contact_rows"} | READING,
-    "one pair of images": {"register", "force"} | READING,
-    "volumes": {f.name for f in fields(VolumeArgs)} - {f.name for f in fields(WeightsArgs)},
-    "the demo": set(),
-}
-
 
 def main(args: TestArgs, network: ASFEFusion | None = None) -> None:
     """Fuse what the settings name; for one pair, `network` may be at hand from the pair before."""
-    mode = mode_of(args)
-    check_flags(args, mode)
+    mode = check_mode(args)
     device = setup_runtime(args)
     if mode == "the demo":
         fuse_demo(args, device)
@@ -74,43 +64,6 @@ def main(args: TestArgs, network: ASFEFusion | None = None) -> None:
         how = args.skip_unmatched, args.cases, args.case_pattern
         pairs = task_pairs(args.data_dir, args.task, "test", *how)
         fuse_folder(args, pairs, args.out or ROOT / "result" / args.task, device)
-
-
-# --- what to fuse ----------------------------------------------------------------------------
-
-
-def mode_of(args: TestArgs) -> str:
-    """Which of MODES the settings ask for; UserError if they are not clear."""
-    given = {name for name in ("img1", "img2", "dir1", "dir2") if getattr(args, name)}
-    if given not in (set(), {"img1", "img2"}, {"dir1", "dir2"}):
-        raise UserError("give --img1 with --img2, or --dir1 with --dir2, or none of them")
-    if given and (args.demo or not args.out):
-        raise UserError("--img1 and --dir1 need --out and go without --demo")
-    if "img1" in given:
-        to_volume = args.out.name.lower().endswith(VOLUMES)
-        volumes = to_volume or is_volume(args.img1) or is_volume(args.img2)
-        return "volumes" if volumes else "one pair of images"
-    if "dir1" in given:
-        return "two folders"
-    return "the demo" if args.demo else "the test split"
-
-
-def is_volume(path: Path) -> bool:
-    """Whether a path is for volumes/: by its name, a folder (DICOM), or DICOM's mark in it."""
-    if path.is_dir() or path.name.lower().endswith(VOLUMES):
-        return True
-    if path.suffix.lower() in EXTENSIONS or not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
-
-
-def check_flags(args: TestArgs, mode: str) -> None:
-    """UserError if a setting of MODES was given that has no effect on what is fused."""
-    for f in fields(args):
-        users = [name for name, settings in MODES.items() if f.name in settings]
-        if users and mode not in users and getattr(args, f.name) != f.default:
-            raise UserError(f"--{f.name} is for {' and '.join(users)}, but this fuses {mode}")
 
 
 # --- fusing ----------------------------------------------------------------------------------
@@ -295,4 +248,4 @@ def print_metrics(outputs: dict[str, Path], pairs: list[Pair], title: str) -> No
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args(TestArgs, description=__doc__))
+    run_script(main, ARGS)

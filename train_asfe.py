@@ -18,6 +18,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from args_setting import SIZES, TrainArgs
+from cli import UserError, command_line, run_script, setup_runtime
+
+if __name__ == "__main__":  # before the imports that take seconds
+    ARGS = command_line(TrainArgs, __doc__)
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -29,7 +35,6 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from args_setting import SIZES, TrainArgs
 from checkpoints import (
     TrainState,
     describe,
@@ -41,7 +46,6 @@ from checkpoints import (
     start_of_files,
     write_csv,
 )
-from cli import UserError, parse_args, run_script, setup_runtime
 from dataset import TrainPairs, split_pairs, with_findings
 from evaluation.batch import evaluate_batch
 from images import writable_folder
@@ -182,8 +186,7 @@ def train_epoch(
                 means[name] = means.get(name, 0.0) + value / len(batches)
             progress.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
     seconds = time.time() - started
-    rate = len(batches) * args.batch_size / seconds
-    lr = state.schedule.get_last_lr()[0]
+    rate, lr = len(batches) * args.batch_size / seconds, state.schedule.get_last_lr()[0]
     return {"epoch": epoch + 1, **means, "lr": lr, "seconds": seconds, "pairs_per_s": rate}
 
 
@@ -272,8 +275,7 @@ def keep_best(
 
 
 def batchnorms(model: nn.Module) -> list[nn.BatchNorm2d | nn.SyncBatchNorm]:
-    kinds = nn.BatchNorm2d, nn.SyncBatchNorm
-    return [module for module in model.modules() if isinstance(module, kinds)]
+    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm)]
 
 
 @torch.no_grad()
@@ -337,8 +339,7 @@ def agreed(stop: bool, device: torch.device, world: int) -> bool:
     """What the first process decides, in all of them."""
     if world == 1:
         return stop
-    flag = torch.tensor(float(stop), device=device)
-    dist.broadcast(flag, 0)
+    dist.broadcast(flag := torch.tensor(float(stop), device=device), 0)
     return bool(flag)
 
 
@@ -364,6 +365,8 @@ def check_settings(args: TrainArgs, pairs: int, val_pairs: int, world: int) -> N
         raise UserError("freeze_batchnorm needs the statistics of trained weights, give --init")
     if args.patience and not val_pairs:
         raise UserError("patience needs validation, but nobody is kept for it: see --val")
+    if args.init and args.without:
+        raise UserError("without changes the network, but init has one: give one of the two")
     if args.ema >= 1:
         raise UserError(f"ema is {args.ema}, expected less than 1")
 
@@ -371,12 +374,9 @@ def check_settings(args: TrainArgs, pairs: int, val_pairs: int, world: int) -> N
 def make_model(args: TrainArgs, device: torch.device) -> ASFEFusion:
     """The network with random weights, or those of --init; UserError if it does not fit."""
     if args.init:
-        if args.without:
-            raise UserError("without changes the network, but init has one: give one of the two")
         model = load_sized(args.init, args.size, device, args.aff)
     else:
-        model = ASFEFusion(SIZES[args.size].without(args.without), args.aff)
-    model = model.to(device)
+        model = ASFEFusion(SIZES[args.size].without(args.without), args.aff).to(device)
     if args.patch_size % model.multiple:
         raise UserError(f"patch_size is {args.patch_size}, expected a multiple of {model.multiple}")
     return model
@@ -417,4 +417,4 @@ def set_precision(name: str, device: torch.device) -> torch.dtype | None:
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args(TrainArgs, description=__doc__))
+    run_script(main, ARGS)

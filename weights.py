@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from args_setting import MODULES, ROOT, SIZES, ModelSize, WeightsArgs
 from cli import UserError
@@ -174,10 +175,19 @@ def described_by(metadata: dict, path: Path) -> ASFEFusion:
         widths = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["widths"].items()}
         size = ModelSize(**widths)
         check_widths(size)
-        with torch.device("meta"):  # no time spent on random weights that are replaced at once
+        with torch.device("meta"), WithoutDraws():  # as the values are replaced at once
             return ASFEFusion(size, metadata["aff"])
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
         raise UserError(f"weights {path}: the metadata do not describe a network") from None
+
+
+class WithoutDraws(TorchFunctionMode):
+    """No normal numbers are drawn, whose rules on "meta" are in modules that load for seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is nn.init.normal_:
+            return kwargs["tensor"]
+        return (torch.empty if function is torch.randn else function)(*args, **kwargs or {})
 
 
 def check_widths(size: ModelSize) -> None:

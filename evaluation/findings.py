@@ -18,14 +18,13 @@ Legend: lumas are (H, W) float32 in [0, 1].
 """
 
 import csv
-import hashlib
 import io
 import math
 import shlex
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +41,7 @@ from evaluation.tables import aligned, named_files
 from evaluation.trivial import TRIVIAL
 from images import read_luma8, to_uint8, write_bytes, write_png
 from inference import optimise
-from phantom import finding
+from phantom import finding, seed_of
 from weights import load_weights, shipped_path
 
 CONTRAST = 0.25  # of the range
@@ -90,9 +89,9 @@ def measure_findings(method: Method, pairs: list[Pair], seed: int, title: str) -
     for pair in tqdm(pairs, title, unit="pair", leave=False, disable=None):
         *sources, chroma = read_pair(pair)
         sources = np.stack(sources)  # (2, H, W)
-        fused = stored(method(*sources))
+        fused, inside = stored(method(*sources)), inside_of(sources)
         for kind in KINDS:
-            centres = positions(sources, kind, seed_of(seed, pair.name, kind))
+            centres = positions(sources, inside, kind, seed_of(seed, pair.name, *astuple(kind)))
             planted = plant_discs(sources, kind, centres)
             source, planted_source = sources[kind.source], planted[kind.source]
             fused_planted = stored(method(*planted))
@@ -131,19 +130,18 @@ def stored(fused: ndarray) -> ndarray:
     return to_uint8(fused).astype(np.float32) / 255
 
 
-def seed_of(seed: int, pair: str, kind: Kind) -> int:
-    """One seed for a pair and a kind, the same on any machine."""
-    text = f"{seed} {pair} {kind.source} {kind.sign} {kind.radius}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+def inside_of(sources: ndarray) -> ndarray:
+    """The pixels (H, W) inside of the skull."""
+    head = ndimage.binary_fill_holes(sources.max(0) > HEAD)
+    return ndimage.distance_transform_edt(head) > RIM
 
 
-def positions(sources: ndarray, kind: Kind, seed: int) -> list[tuple[int, int]]:
+def positions(sources: ndarray, inside: ndarray, kind: Kind, seed: int) -> list[tuple[int, int]]:
     """Up to DISCS centres inside of the skull where the contrast fits into the source."""
     reach = kind.radius + GAP + RING
     luma = sources[kind.source]
     space = (1 - luma if kind.sign > 0 else luma) >= ROOM * CONTRAST
-    head = ndimage.binary_fill_holes(sources.max(0) > HEAD)
-    possible = space & (ndimage.distance_transform_edt(head) > RIM)
+    possible = space & inside
     possible[:reach], possible[-reach:] = False, False
     possible[:, :reach], possible[:, -reach:] = False, False
     centres: list[tuple[int, int]] = []

@@ -13,10 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_type_hints
 
-from args_setting import StudyArgs, TestArgs, VolumeArgs
-from cli import UserError, plain_type
-from images import EXTENSIONS
-from test_asfe import VOLUMES, check_flags, is_volume, mode_of
+from args_setting import EXTENSIONS, StudyArgs, TestArgs, VolumeArgs
+from cli import VOLUMES, UserError, check_mode, is_volume, mode_of, plain_type
 
 # Settings that say where and how fast, not what: they are no columns, and no case depends on them.
 ELSEWHERE = {"DEVICE", "threads", "data_dir", "png", "mosaic"}
@@ -63,6 +61,19 @@ def find_cases(args: StudyArgs) -> tuple[Path, list[Case]]:
 
     Raises UserError for anything that would make a case fail for sure; nothing is written then.
     """
+    check_flags(args)
+    for folder in (args.bids, args.dir1, args.dir2):
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
+    out = (args.out or args.bids / "derivatives" / "asfe-fusion").absolute()
+    find = of_table if args.table else of_bids if args.bids else of_folders
+    cases = [finished(args, out, *found) for found in find(args)]
+    check_cases(cases)
+    return out, cases
+
+
+def check_flags(args: StudyArgs) -> None:
+    """UserError if the settings do not go together."""
     ways = [args.table, args.bids, args.dir1 and args.dir2]
     if sum(way is not None for way in ways) != 1 or bool(args.dir1) != bool(args.dir2):
         raise UserError("give a table, or --bids, or --dir1 with --dir2")
@@ -72,14 +83,10 @@ def find_cases(args: StudyArgs) -> tuple[Path, list[Case]]:
         raise UserError("--inside is for a table")
     if args.mosaic:
         raise UserError("--mosaic is for one pair, a study writes one for each volume")
-    for folder in (args.bids, args.dir1, args.dir2):
-        if folder is not None and not folder.is_dir():
-            raise UserError(f"{folder}: no such folder")
-    out = (args.out or args.bids / "derivatives" / "asfe-fusion").absolute()
-    find = of_table if args.table else of_bids if args.bids else of_folders
-    cases = [finished(args, out, *found) for found in find(args)]
-    check_cases(cases)
-    return out, cases
+    if bool(args.scheduler) and bool(args.scheduler_file):
+        raise UserError("give --scheduler or --scheduler-file, not both")
+    if (args.scheduler or args.scheduler_file) and (args.jobs or args.memory):
+        raise UserError("--jobs and --memory are for this machine, a cluster has its own")
 
 
 def of_table(args: StudyArgs) -> Iterator[tuple[str, dict]]:
@@ -237,7 +244,7 @@ def check_cases(cases: list[Case]) -> None:
     }
     owners: dict[str, Case] = {}
     for case in cases:
-        check_flags(case.settings, mode_of(case.settings))
+        check_mode(case.settings)
         if case.name.lower() in owners:
             raise UserError(f"two cases are called {case.name}, a column `name` tells them apart")
         owners[case.name.lower()] = case

@@ -24,11 +24,12 @@ import metric_times
 import page
 import published
 import speed
+import startup
 import study_speed
 import volume_memory
 
 SCRIPTS = ablation, brightness, loss_on_pixels, metric_times, page, published, speed, study_speed
-SCRIPTS += (volume_memory,)
+SCRIPTS += startup, volume_memory
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +200,25 @@ def test_study_speed_has_each_way_fuse_every_case(run, monkeypatch):
     out = run(study_speed, "--cases", 2, "--slices", 1, "--side", 32, "--repeats", 2)
     assert ways == [0, 1, 2] * 2 and out.count("\nplain loop: ") == 2
     assert "two workers: " in out and "% by the clock, " in out
+
+
+def test_startup_compares_two_checkouts_and_takes_the_parts(run):
+    out = run(startup, "--against", ROOT, "--repeats", 1)
+    lines = dict(line.split(": ", 1) for line in out.splitlines() if line.startswith("one pair"))
+    here, there, ratio = (float(text.split()[0]) for text in lines.values())
+    assert list(lines) == ["one pair, here", "one pair, there", "one pair"]
+    assert ratio == pytest.approx(there / here, abs=0.02)
+    assert "the fused images differ by 0 of 255 at most" in out
+    parts = out.splitlines()[-1].removeprefix("parts: ").removesuffix(" s").split(", ")
+    parts = {name: float(value) for name, value in (part.rsplit(" ", 1) for part in parts)}
+    assert min(parts.values()) >= 0 and 0.3 * here < sum(parts.values()) < 3 * here
+    assert parts["imports"] > parts["flags"] and parts["first pass"] > 0
+
+
+def test_startup_names_a_checkout_that_cannot_fuse(tmp_path, in_process):
+    argv = ["--against", str(tmp_path), "--repeats", "1"]
+    code, _, err = in_process(startup, lambda: startup.parse(argv), *argv)
+    assert code == 2 and "No such file" in err and err.count("\n") == 1
 
 
 def test_page_without_a_browser_is_one_line(in_process, monkeypatch):

@@ -123,6 +123,67 @@ def test_a_bug_of_ours_keeps_its_traceback(error):
         run_script(main, None)
 
 
+SCRIPTS = [path for path in ROOT.glob("*.py") if "\n    run_script(main" in path.read_text()]
+SLOW = {"torch", "numpy", "cv2", "PIL", "scipy", "skimage", "matplotlib", "tqdm", "safetensors"}
+SLOW |= {"nibabel", "pydicom", "SimpleITK", "gradio", "dask", "distributed", "onnx", "onnxruntime"}
+LOADED = """
+import runpy, sys
+sys.path[:0], sys.argv = [sys.argv[1]], [f"{sys.argv[1]}/{sys.argv[2]}.py", *sys.argv[3:]]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("LOADED", *sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("scripts", "argv", "message"),
+    [
+        ([path.stem for path in SCRIPTS], "--help", ""),
+        ([path.stem for path in SCRIPTS], "--nope", "there is no flag --nope, see --help"),
+        (["test_asfe"], "--img1 a.png", "--img1 and --img2 come together, only one was given"),
+        (["test_asfe"], "--img1 a.png --img2 b.png --out c.png", "a.png: no such file or folder"),
+        (["test_asfe"], "--demo --axis axial", "--axis is for volumes, but this fuses the demo"),
+        (["test_asfe", "train_asfe", "export_onnx"], "--DEVICE", "expected one argument"),
+        (["test_asfe", "export_onnx"], "--weights gone.pth", "gone.pth: no such file"),
+        (["train_asfe"], "--init gone.pth", "gone.pth: no such file"),
+        (["metrics"], "", "give --fused or --findings"),
+        (["metrics", "study", "classify_asfe"], "--dir1 gone", "--dir1 and --dir2 come together"),
+        (["metrics", "study"], "--dir1 gone --dir2 gone", "gone: no such folder"),
+        (["classify_asfe"], "", "give --labels or --leakage"),
+        (["study"], "--bids . --mosaic m.png", "--mosaic is for one pair"),
+        (["app"], "--weights_dir gone", "gone: no such folder"),
+    ],
+)
+def test_flags_come_before_what_loads_slowly(scripts, argv, message, tmp_path):
+    """Of every command: --help, and what is wrong with its flags in one line."""
+    for script in scripts:
+        command = [sys.executable, "-c", LOADED, str(ROOT), script, *argv.split()]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == (2 if message else 0), done.stderr
+        assert message in done.stderr and done.stderr.count("\n") == bool(message)
+        text, _, loaded = done.stdout.rpartition("LOADED ")
+        assert ("usage: " in text) == (not message)
+        assert not {name for name in loaded.split() if name.split(".")[0] in SLOW}, script
+
+
+FROZEN = """
+import gc, sys
+from args_setting import DataArgs
+from cli import command_line, run_script
+args = command_line(DataArgs, "")
+import torch
+print(gc.isenabled(), gc.get_freeze_count() > 0)
+run_script(lambda args: print(gc.isenabled(), gc.get_freeze_count() > 0), args)
+"""
+
+
+def test_no_garbage_is_looked_for_in_what_is_imported():
+    command = [sys.executable, "-c", FROZEN]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\nTrue True\n"
+
+
 PRINTED = """
 from cli import parse_args, run_script
 from args_setting import DataArgs
@@ -185,27 +246,29 @@ def test_subnormal_numbers_are_zero_in_every_thread(setup):
 
 
 KEPT = """
-import cli, resource, torch
+import cli, concurrent.futures, resource, torch
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     maps = [torch.ones(2**22) for _ in range(6)]  # 16 MB each
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 if {kept}:
     cli.keep_freed_memory()
-faults()
-print(*sorted(faults() for _ in range(4)))
+with concurrent.futures.ThreadPoolExecutor(1) as thread:
+    for run in (lambda f: f(), lambda f: thread.submit(f).result()):
+        run(faults)
+        print(*sorted(run(faults) for _ in range(4)))
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc")
 def test_freed_memory_is_kept():
-    """Maps that were freed come back without page faults; by default they do not."""
+    """Maps that were freed come back without page faults, also in a thread; by default not."""
     counts = []
     for kept in (True, False):
         command = [sys.executable, "-c", KEPT.format(kept=kept)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        counts.append([int(n) for n in done.stdout.split()])
-    kept, returned = counts
-    # at best, as a small thing in a gap may cost a map its old address once; of up to 24576
-    assert kept[0] < 100
-    assert kept[0] < returned[-1]
+        counts.append([[int(n) for n in line.split()] for line in done.stdout.splitlines()])
+    for kept, returned in zip(*counts, strict=True):
+        # at best, as a small thing in a gap may cost a map its old address once; of up to 24576
+        assert kept[0] < 100
+        assert kept[0] < returned[-1]

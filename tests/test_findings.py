@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from evaluation import findings
 from evaluation.findings import KINDS, measure_findings, positions
 from evaluation.trivial import TRIVIAL, decompose, expand, pyramid
 from images import read_luma8, write_png
-from phantom import SHAPES, finding, phantom_pair
+from phantom import SHAPES, finding, phantom_pair, seed_of
 
 
 @pytest.fixture(scope="module")
@@ -62,22 +63,27 @@ def test_a_finding_in_noise_is_hard_to_see(pairs):
 
 def test_positions_are_inside_of_the_head_apart_and_the_same_each_time(pairs):
     sources = np.stack([read_luma8(path) / np.float32(255) for path in pairs[0][1:3]])
+    inside = findings.inside_of(sources)
     for kind in KINDS:
-        centres = positions(sources, kind, 5)
-        assert centres == positions(sources, kind, 5) != positions(sources, kind, 6)
+        centres = positions(sources, inside, kind, 5)
+        assert centres == positions(sources, inside, kind, 5)
+        assert centres != positions(sources, inside, kind, 6)
         assert 1 <= len(centres) <= findings.DISCS
         for i, (row, column) in enumerate(centres):
-            assert sources[:, row, column].max() > findings.HEAD
+            assert inside[row, column] and sources[:, row, column].max() > findings.HEAD
             level = sources[kind.source, row, column] + kind.sign * findings.CONTRAST
             assert -0.05 <= level <= 1.05, "the contrast fits into the source"
             assert all(np.hypot(row - r, column - c) >= findings.APART for r, c in centres[:i])
-    assert positions(np.zeros_like(sources), KINDS[0], 5) == []
+    black = np.zeros_like(sources)
+    assert not findings.inside_of(black).any()
+    assert positions(sources, findings.inside_of(black), KINDS[0], 5) == []
 
 
 def test_a_seed_belongs_to_its_pair_and_kind():
-    seeds = {findings.seed_of(s, p, k) for s in (1, 2) for p in "ab" for k in KINDS}
+    kinds = [astuple(kind) for kind in KINDS]
+    seeds = {seed_of(s, p, *kind) for s in (1, 2) for p in "ab" for kind in kinds}
     assert len(seeds) == 4 * len(KINDS)
-    assert findings.seed_of(3407, "16009", KINDS[0]) == 13215530241158970871
+    assert seed_of(3407, "16009", *kinds[0]) == 13215530241158970871
 
 
 def test_the_worst_tenth():
