@@ -238,9 +238,9 @@ def settings_of(task: str, size: str, register: str, more: dict) -> TestArgs:
     """The settings of a run but for its files; UserError if one is none of the page."""
     if task not in TASKS or register not in WAYS or size not in GRID:
         raise UserError("a setting is none of those on the page; load it again")
-    more = more | {"force": ",".join(more["force"])}
-    more |= {name: more[name].strip() or None for name in ("series1", "series2")}
-    return TestArgs(task=task, grid=GRID[size], register=register, **more)
+    more = more | {"force": ",".join(more["force"] or ())}
+    given = {name: value for name, value in more.items() if value}  # what is folded away is None
+    return TestArgs(task=task, grid=GRID[size], register=register, **given)
 
 
 def volume_tab(page: VolumePage) -> None:
@@ -260,7 +260,7 @@ def volume_tab(page: VolumePage) -> None:
             )
     more = more_fields(gr)
     go = gr.Button("Register and fuse", variant="primary", elem_id="fuse-volumes")
-    report = gr.Markdown(elem_id="report")
+    report = gr.Markdown(elem_id="report", min_height=60)
     saved = gr.File(label="To save: the fused volume", interactive=False, elem_id="saved")
     moments = [f"{how} {when}" for how in BOTH for when in ("before", "after")]
     shown = gr.Radio(
@@ -293,11 +293,12 @@ def connect(page, files, choices, more, go, shown, sliders, planes, results) -> 
     report, saved, overview = results
     outputs = [made, report, saved, overview, *sliders, *planes]
 
-    def fuse(*values, progress=gr.Progress(track_tqdm=True)):  # noqa: B008
-        (file1, file2), values = values[:2], values[2:]
+    progress = gr.Progress(track_tqdm=True)
+
+    def fuse(file1, file2, task, size, register, kind, progress=progress, *values):
         try:
-            fields = dict(zip(more, values[4:], strict=True))
-            settings = settings_of(*values[:3], fields)
+            fields = dict(zip(more, values, strict=True))
+            settings = settings_of(task, size, register, fields)
         except UserError as error:
             raise page.error(error) from None
         folder, *rest = page.fuse(file1, file2, settings, progress)
@@ -305,7 +306,7 @@ def connect(page, files, choices, more, go, shown, sliders, planes, results) -> 
         shape = np.load(folder / "scan 1.npy", mmap_mode="r").shape
         counts = [len(slice_positions(shape, affine, axis)) for axis in PLANES]
         middles = [count // 2 + 1 for count in counts]
-        cells = [page.look(folder, values[3], *at) for at in zip(PLANES, middles, strict=True)]
+        cells = [page.look(folder, kind, *at) for at in zip(PLANES, middles, strict=True)]
         moved = [gr.update(value=m, maximum=c) for m, c in zip(middles, counts, strict=True)]
         return folder, *rest, *moved, *cells
 
@@ -317,7 +318,9 @@ def connect(page, files, choices, more, go, shown, sliders, planes, results) -> 
         file.change(lambda: blank, None, outputs, **quick)
     task = choices[0]
     task.change(lambda task: gr.update(label=sides(task)[0]), task, files[0], **quick)
-    go.click(fuse, [*files, *choices, shown, *more.values()], outputs, **turn)
+    go.click(
+        fuse, [*files, *choices, shown, *more.values()], outputs, show_progress_on=report, **turn
+    )
     shown.input(look, [made, shown, *sliders], planes, **quick)
     for axis, slider, plane in zip(PLANES, sliders, planes, strict=True):
         at = [made, shown, slider]
