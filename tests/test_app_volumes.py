@@ -79,9 +79,9 @@ def test_a_known_shift_is_undone_and_shown(tab, heads, tmp_path, capsys):
     nib.Nifti1Image(image.get_fdata(dtype=np.float32), shift @ image.affine).to_filename(
         tmp_path / "mri.nii.gz"
     )
-    lines, views, report, files, picture = fuse(tab, heads["ct"], tmp_path / "mri.nii.gz")
+    lines, views, status, report, files, picture = fuse(tab, heads["ct"], tmp_path / "mri.nii.gz")
     assert any("registering" in line for line in lines), lines
-    assert report.startswith("**ct.nii.gz with mri.nii.gz**, ") and "registered (rigid)" in report
+    assert status.startswith("**ct.nii.gz with mri.nii.gz**, ") and "registered (rigid)" in report
     assert [Path(file).name for file in files] == ["fused.nii.gz", "fused.tfm"]
     fused = nib.load(files[0])
     assert np.allclose(fused.header.get_zooms(), 2, atol=1e-3)
@@ -113,10 +113,10 @@ def test_the_full_size_is_what_the_script_writes(tab, series, tmp_path):
 def test_colour_for_pet_and_nothing_of_the_patient(tab, tmp_path, series):
     write_series(tmp_path / "pt", numbered(), affine_of("oblique"), "PT")
     pet = zipped(tmp_path / "pt", tmp_path / "pt.zip")
-    lines, views, report, files, _ = fuse(tab, pet, series()[1], "PET-MRI", page.FULL)
+    lines, views, status, report, files, _ = fuse(tab, pet, series()[1], "PET-MRI", page.FULL)
     assert "fused_colour.nii.gz" in [Path(file).name for file in files]
     assert np.load(views / "fused.npy").shape[-1] == 3
-    assert SECRET not in report + str(lines)
+    assert SECRET not in status + report + str(lines)
     for path in tab.folder.rglob("*"):
         assert SECRET not in str(path)
         assert not path.is_file() or SECRET.encode() not in path.read_bytes()
@@ -185,7 +185,7 @@ def test_two_series_in_a_zip_are_chosen_by_a_field(tab, series, tmp_path):
     ct, mr = series(lambda ds, k: setattr(ds, "SeriesInstanceUID", f"1.2.{k % 2}"))
     said = refused(tab, ct, mr)
     assert said.startswith("mr.zip: choose by --series2 one of 2 series: 1: MR")
-    _, _, report, *_ = fuse(tab, ct, mr, series2="2", size=page.FULL)
+    _, _, _, report, *_ = fuse(tab, ct, mr, series2="2", size=page.FULL)
     assert "img2: MRI" in report
 
 

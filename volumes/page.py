@@ -80,7 +80,10 @@ class VolumePage:
             self.gr.Warning(self.sentence(error, file), duration=None)
 
     def fuse(self, file1: str | None, file2: str | None, settings: TestArgs, progress: Callable):
-        """What `settings` make of the uploads: a folder for `look`, a report, files, and a picture.
+        """What `settings` make of the uploads.
+
+        Returns: a folder for `look`, a line, a report, files to save, and a picture of the
+        registration or None.
 
         Args:
             settings: `img1`, `img2` and `out` do not count.
@@ -111,9 +114,9 @@ class VolumePage:
         files = [kept / f.name for f in (outputs.grey, outputs.colour, outputs.transform) if f]
         picture = kept / outputs.overlay.name if outputs.overlay else None
         names = " with ".join(html.escape(Path(f).name, quote=False) for f in (file1, file2))
-        lines = [f"**{names}**, {time.perf_counter() - began:.0f} s"]
-        lines += [html.escape(line, quote=False) for line in done.report]
-        return kept / views.name, "\n* ".join(lines), [*map(str, files)], picture and str(picture)
+        status = f"**{names}**, {time.perf_counter() - began:.0f} s"
+        report = "\n".join(f"* {html.escape(line, quote=False)}" for line in done.report)
+        return kept / views.name, status, report, [*map(str, files)], picture and str(picture)
 
     def source(self, file: str | None, folder: Path) -> Path:
         """What to read for an upload: a copy of it below `folder`, or a folder of its files."""
@@ -260,8 +263,7 @@ def volume_tab(page: VolumePage) -> None:
             )
     more = more_fields(gr)
     go = gr.Button("Register and fuse", variant="primary", elem_id="fuse-volumes")
-    report = gr.Markdown(elem_id="report", min_height=60)
-    saved = gr.File(label="To save: the fused volume", interactive=False, elem_id="saved")
+    status = gr.Markdown(elem_id="status", min_height=130)
     moments = [f"{how} {when}" for how in BOTH for when in ("before", "after")]
     shown = gr.Radio(
         [*SHOWN, *moments],
@@ -278,9 +280,11 @@ def volume_tab(page: VolumePage) -> None:
                 planes.append(gr.Image(label=axis, elem_id=axis, **picture))
                 slider = gr.Slider(1, 2, 1, step=1, label=f"{axis} slice", elem_id=f"{axis}-slice")
                 sliders.append(slider)
+    saved = gr.File(label="To save: the fused volume", interactive=False, elem_id="saved")
+    report = gr.Markdown(elem_id="report")
     overview = gr.Image(label="Registration, before and after", elem_id="overview", **picture)
     connect(page, files, [task, size, register], more, go, shown, sliders, planes,
-            [report, saved, overview])  # fmt: skip
+            [status, report, saved, overview])  # fmt: skip
 
 
 def connect(page, files, choices, more, go, shown, sliders, planes, results) -> None:
@@ -288,10 +292,11 @@ def connect(page, files, choices, more, go, shown, sliders, planes, results) -> 
     gr, made = page.gr, page.gr.State()
     # A volume at a time. Images have a turn of their own: a click there need not wait for minutes.
     turn = {"concurrency_id": "volumes", "concurrency_limit": 1, "api_visibility": "private"}
-    quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    blank = (None, "", None, None, *[gr.update(value=1, maximum=2)] * 3, *[None] * 3)
-    report, saved, overview = results
-    outputs = [made, report, saved, overview, *sliders, *planes]
+    # Not outside of the queue: there gradio would write a warning, with its file, into the log.
+    quick = {"concurrency_id": "look", "concurrency_limit": 4, "api_visibility": "private"}
+    quick |= {"show_progress": "hidden"}
+    blank = (None, "", "", None, None, *[gr.update(value=1, maximum=2)] * 3, *[None] * 3)
+    outputs = [made, *results, *sliders, *planes]
 
     progress = gr.Progress(track_tqdm=True)
 
@@ -319,7 +324,11 @@ def connect(page, files, choices, more, go, shown, sliders, planes, results) -> 
     task = choices[0]
     task.change(lambda task: gr.update(label=sides(task)[0]), task, files[0], **quick)
     go.click(
-        fuse, [*files, *choices, shown, *more.values()], outputs, show_progress_on=report, **turn
+        fuse,
+        [*files, *choices, shown, *more.values()],
+        outputs,
+        show_progress_on=results[0],
+        **turn,
     )
     shown.input(look, [made, shown, *sliders], planes, **quick)
     for axis, slider, plane in zip(PLANES, sliders, planes, strict=True):
