@@ -1,4 +1,4 @@
-"""A page in the browser on which to try the fusion: two images in, the fused one and figures out.
+"""A page in the browser on which to try the fusion: two images or volumes in, the fused one out.
 
     python app.py                 then open http://127.0.0.1:7860
 
@@ -60,7 +60,7 @@ them all where it matters, and no single figure says that it does.
 * Nabf, QCV: false detail and visible distortion; less is better.
 """
 STYLE = """footer {display: none !important}
-#image1 img, #image2 img, #fused img, #blend img {
+#image1 img, #image2 img, #fused img, #blend img, .plane img {
     width: 100%; max-height: 400px; object-fit: contain}
 #numbers {overflow-x: auto}
 #numbers th, #numbers td {white-space: nowrap; padding: 4px 8px !important}
@@ -86,8 +86,11 @@ def sentence(error: Exception, *files: str) -> str:
     return html.escape(text, quote=False)
 
 
-def check_side(file: str, longest: int) -> None:
-    """Refuse an image by the size in its header, before its pixels take up memory."""
+def check_image(file: str, args: AppArgs) -> None:
+    """Refuse an image by its length, or the size in its header, before its pixels take memory."""
+    megabytes = Path(file).stat().st_size / 2**20
+    if megabytes > args.max_mb:
+        raise UserError(f"{file} has {megabytes:.4g} MB, expected at most {args.max_mb:g} MB")
     try:
         with Image.open(file, formats=FORMATS) as image:
             width, height = image.size
@@ -96,8 +99,8 @@ def check_side(file: str, longest: int) -> None:
     got = f"{file} is {height}x{width} pixels, expected"
     if min(width, height) < MIN_SIDE:
         raise UserError(f"{got} sides of {MIN_SIDE} or more")
-    if max(width, height) > longest:
-        raise UserError(f"{got} sides of at most {longest} (test_asfe.py takes larger ones)")
+    if max(width, height) > args.max_side:
+        raise UserError(f"{got} sides of at most {args.max_side} (test_asfe.py takes larger ones)")
 
 
 def uploaded_pair(file1: str | None, file2: str | None, args: AppArgs) -> Pair:
@@ -108,7 +111,7 @@ def uploaded_pair(file1: str | None, file2: str | None, args: AppArgs) -> Pair:
         if not Path(file).is_file():
             kept = f"{args.keep_minutes:g} minutes"
             raise UserError(f"{file} is gone, as files are kept for {kept}; choose it again")
-        check_side(file, args.max_side)
+        check_image(file, args)
     return Pair("image", Path(file1), Path(file2))
 
 
@@ -163,7 +166,7 @@ class Page:
         if not file:
             return None, *blank
         try:
-            check_side(file, self.args.max_side)
+            check_image(file, self.args)
             return read_uint8(Path(file)), *blank
         except (UserError, OSError) as error:
             self.gr.Warning(sentence(error, file), duration=None)
@@ -262,81 +265,100 @@ def quiet_blocks(gr) -> type:
     return QuietBlocks
 
 
-def build(page: Page, examples: dict[str, tuple[str, str]]):
-    """The page as gradio.Blocks: what is on it, and which click does what."""
+def image_tab(page: Page, examples: dict[str, tuple[str, str]]) -> None:
+    """The tab for images: what is on it, and which click does what."""
     gr, models = page.gr, page.models
     first = next(iter(TASKS))
     picture = {"format": "png", "image_mode": None, "type": "filepath", "interactive": False}
     picture |= {"buttons": ["fullscreen"]}
-    with quiet_blocks(gr)(title="ASFE-Fusion", analytics_enabled=False) as blocks:
-        gr.Markdown(INTRODUCTION)
-        with gr.Row(elem_id="examples"):
-            gr.Markdown("No images at hand? Take a drawn head (no patient):")
-            buttons = {t: gr.Button(t, elem_id=f"example-{t}", size="sm") for t in TASKS}
-        names = [f"Image 1: {TASKS[first]}", "Image 2: MRI"]
-        kinds = {"file_types": list(EXTENSIONS), "height": 150}
-        with gr.Row():
-            files = [gr.File(label=n, elem_id=f"file{k}", **kinds) for k, n in enumerate(names, 1)]
-            with gr.Column():
-                task = gr.Radio(list(TASKS), value=first, label="What are the two images?")
-                weights = gr.Dropdown(
-                    list(models),
-                    value=weights_for(first, list(models)),
-                    label="Weights: what the network has learned (picked for you)",
-                )
-        go = gr.Button("Fuse", variant="primary", elem_id="fuse")
-        with gr.Row():
-            shown = [
-                gr.Image(label=n, elem_id=f"image{k}", **picture) for k, n in enumerate(names, 1)
-            ]
-            fused = gr.Image(
-                label="Fused (the arrow saves it as PNG)",
-                elem_id="fused",
-                **picture | {"buttons": ["download", "fullscreen"]},
+    gr.Markdown(INTRODUCTION)
+    with gr.Row(elem_id="examples"):
+        gr.Markdown("No images at hand? Take a drawn head (no patient):")
+        buttons = {t: gr.Button(t, elem_id=f"example-{t}", size="sm") for t in TASKS}
+    names = [f"Image 1: {TASKS[first]}", "Image 2: MRI"]
+    kinds = {"file_types": list(EXTENSIONS), "height": 150}
+    with gr.Row():
+        files = [gr.File(label=n, elem_id=f"file{k}", **kinds) for k, n in enumerate(names, 1)]
+        with gr.Column():
+            task = gr.Radio(list(TASKS), value=first, label="What are the two images?")
+            weights = gr.Dropdown(
+                list(models),
+                value=weights_for(first, list(models)),
+                label="Weights: what the network has learned (picked for you)",
             )
-        with gr.Row():
-            with gr.Column():
-                wipe = gr.ImageSlider(
-                    label="Wipe: drag the line", elem_id="wipe", **picture, max_height=400
-                )
-                under = gr.Radio(
-                    ["image 1 | fused", "image 2 | fused", "image 1 | image 2"],
-                    value="image 1 | fused",
-                    label="Left and right of the line",
-                )
-            with gr.Column():
-                blend = gr.Image(
-                    label="Blend: the sources laid over each other; do they line up?",
-                    elem_id="blend",
-                    **picture,
-                )
-                share = gr.Slider(0, 100, 50, step=1, label="Percent of image 2", elem_id="share")
-        with gr.Row():
-            with gr.Column():
-                numbers = gr.Markdown(elem_id="numbers")
-            with gr.Column():
-                gr.Markdown(FIGURES)
-
-        made = gr.State()  # of this visitor: the last pair and its fused image, as paths
-        results = [fused, wipe, numbers, under, made]
-        # One at a time: the network uses every core.
-        turn = {"concurrency_id": "turn", "concurrency_limit": 1, "api_visibility": "private"}
-        quiet = turn | {"show_progress": "hidden"}
-        for file, image in zip(files, shown, strict=True):
-            file.change(None, js=CLOSE_MESSAGES)
-            file.change(page.show, file, [image, *results], **quiet).then(
-                page.blend, [share, *files], blend, **quiet
-            )
-        for name, button in buttons.items():
-            chosen = (*examples[name], name)
-            button.click(lambda chosen=chosen: chosen, None, [*files, task], **quiet)
-        task.change(page.task, task, [files[0], shown[0], weights], **quiet)
-        # the figures in a turn of their own: another's picture comes before them
-        go.click(page.fuse, [*files, weights], results, **turn).success(
-            page.measure, made, numbers, **quiet
+    go = gr.Button("Fuse", variant="primary", elem_id="fuse")
+    with gr.Row():
+        shown = [gr.Image(label=n, elem_id=f"image{k}", **picture) for k, n in enumerate(names, 1)]
+        fused = gr.Image(
+            label="Fused (the arrow saves it as PNG)",
+            elem_id="fused",
+            **picture | {"buttons": ["download", "fullscreen"]},
         )
-        under.input(page.wipe, [under, *shown, fused], wipe, **quiet)
-        share.release(page.blend, [share, *files], blend, **quiet)
+    with gr.Row():
+        with gr.Column():
+            wipe = gr.ImageSlider(
+                label="Wipe: drag the line", elem_id="wipe", **picture, max_height=400
+            )
+            under = gr.Radio(
+                ["image 1 | fused", "image 2 | fused", "image 1 | image 2"],
+                value="image 1 | fused",
+                label="Left and right of the line",
+            )
+        with gr.Column():
+            blend = gr.Image(
+                label="Blend: the sources laid over each other; do they line up?",
+                elem_id="blend",
+                **picture,
+            )
+            share = gr.Slider(0, 100, 50, step=1, label="Percent of image 2", elem_id="share")
+    with gr.Row():
+        with gr.Column():
+            numbers = gr.Markdown(elem_id="numbers")
+        with gr.Column():
+            gr.Markdown(FIGURES)
+
+    made = gr.State()  # of this visitor: the last pair and its fused image, as paths
+    results = [fused, wipe, numbers, under, made]
+    # One at a time: the network uses every core.
+    turn = {"concurrency_id": "turn", "concurrency_limit": 1, "api_visibility": "private"}
+    quiet = turn | {"show_progress": "hidden"}
+    for file, image in zip(files, shown, strict=True):
+        file.change(None, js=CLOSE_MESSAGES)
+        file.change(page.show, file, [image, *results], **quiet).then(
+            page.blend, [share, *files], blend, **quiet
+        )
+    for name, button in buttons.items():
+        chosen = (*examples[name], name)
+        button.click(lambda chosen=chosen: chosen, None, [*files, task], **quiet)
+    task.change(page.task, task, [files[0], shown[0], weights], **quiet)
+    # the figures in a turn of their own: another's picture comes before them
+    go.click(page.fuse, [*files, weights], results, **turn).success(
+        page.measure, made, numbers, **quiet
+    )
+    under.input(page.wipe, [under, *shown, fused], wipe, **quiet)
+    share.release(page.blend, [share, *files], blend, **quiet)
+
+
+def volume_tab(page: Page) -> None:
+    """The tab for volumes, or what to install for it."""
+    try:
+        from volumes.page import VolumePage, volume_tab  # its packages are an extra
+    except ModuleNotFoundError as error:
+        command = "pip install -r requirements-volumes.txt"
+        page.gr.Markdown(f"Volumes need {error.name}: `{command}`")
+        return
+    models = {task: page.models[weights_for(task, list(page.models))] for task in TASKS}
+    volume_tab(VolumePage(page.gr, page.args, models, page.folder, sentence))
+
+
+def build(page: Page, examples: dict[str, tuple[str, str]]):
+    """The page as gradio.Blocks."""
+    gr = page.gr
+    with quiet_blocks(gr)(title="ASFE-Fusion", analytics_enabled=False) as blocks:
+        with gr.Tab("Images"):
+            image_tab(page, examples)
+        with gr.Tab("Volumes", elem_id="volumes"):
+            volume_tab(page)
     return blocks
 
 
@@ -375,7 +397,7 @@ def serve(args: AppArgs, folder: Path) -> None:
     _, address, _ = blocks.launch(
         server_name=args.host,
         server_port=port,
-        max_file_size=round(args.max_mb * 2**20),
+        max_file_size=round(max(args.max_mb, args.volume_mb) * 2**20),
         share=False,
         ssr_mode=False,
         mcp_server=False,

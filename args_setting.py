@@ -410,8 +410,12 @@ class AppArgs:
     )
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 opens it to others")
     port: int = setting(7860, "port to listen on; 0 takes a free one", minimum=0)
-    max_mb: float = setting(16, "largest upload, in MB (2^20 bytes)", minimum=0)
+    max_mb: float = setting(16, "largest upload of an image, in MB (2^20 bytes)", minimum=0)
     max_side: int = setting(1024, "longest side of an image, in pixels", minimum=16)
+    volume_mb: float = setting(
+        256, "largest upload of a volume, in MB; a zip may unpack to 4 times", minimum=0
+    )
+    volume_voxels: float = setting(64, "voxels of a volume or series, in millions", minimum=0)
     keep_minutes: float = setting(10, "age at which uploads and results are removed", minimum=1)
     threads: int = setting(0, "CPU threads; 0 leaves the choice to PyTorch", minimum=0)
 

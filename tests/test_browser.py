@@ -23,7 +23,7 @@ def address(tmp_path_factory):
         if os.environ.get("ASFE_BROWSER") == "required":
             pytest.fail(f"ASFE_BROWSER=required, but the test {reason}")
         pytest.skip(reason)
-    with served(tmp_path_factory.mktemp("served"), "--max_mb", "1") as address:
+    with served(tmp_path_factory.mktemp("served"), "--max_mb", "1", "--volume_mb", "8") as address:
         yield address
 
 
@@ -95,6 +95,10 @@ def test_bad_uploads_get_a_sentence(user, address, tmp_path):
     user.wait(lambda: "notes.png: damaged or not an image" in user.text("body"))
     (tmp_path / "large.png").write_bytes(bytes(2_000_000))
     user.upload("#file2", tmp_path / "large.png")
+    user.wait(lambda: "large.png has 1.907 MB, expected at most 1 MB" in user.text("body"))
+    user.open(address)
+    (tmp_path / "huge.png").write_bytes(bytes(9_000_000))
+    user.upload("#file2", tmp_path / "huge.png")
     user.wait(lambda: "exceed" in user.text("body"))
     user.open(address)
     for k, side in ((1, 64), (2, 80)):
@@ -134,3 +138,56 @@ def test_four_users_at_once_each_get_their_own(user, address, tmp_path):
         user.wait(lambda: "Qabf" in user.text("#numbers"))
         figures.add(user.text("#numbers"))
     assert len(figures) == len(tabs), "each table is of its own pair"
+
+
+def changed(user: Browser, selector: str, act) -> tuple[np.ndarray, np.ndarray]:
+    """A picture before and after `act()`, as soon as it is another one."""
+    before = user.picture(selector)
+    act()
+    after = user.wait(lambda: user.picture(selector) != before and user.picture(selector))
+    return pixels(before), pixels(after)
+
+
+def test_two_volumes_are_registered_and_looked_at(user, address, tmp_path, heads):
+    nib = pytest.importorskip("nibabel", reason="needs requirements-volumes.txt")
+    image = nib.load(heads["mri"])
+    shift = np.eye(4)
+    shift[:3, 3] = (12, -9, 7)
+    moved = nib.Nifti1Image(image.get_fdata(dtype=np.float32), shift @ image.affine)
+    moved.to_filename(tmp_path / "moved.nii.gz")
+    user.open(address)
+    user.click("button[role=tab]:not([aria-selected=true])")
+    write_png(tmp_path / "slice.png", phantom_pair("CT-MRI", 64)[0])
+    user.upload("#scan1", tmp_path / "slice.png")
+    user.wait(lambda: "slice.png is an image, expected .nii" in user.text("body"))
+    user.click("#scan1 button[aria-label='Clear']")
+    user.click("#fuse-volumes")
+    user.wait(lambda: "two scans are needed" in user.text("body"))
+    user.open(address)
+    user.click("button[role=tab]:not([aria-selected=true])")
+    user.upload("#scan1", heads["ct"])
+    user.upload("#scan2", tmp_path / "moved.nii.gz")
+    user.wait(lambda: all("KB" in user.text(box) for box in ("#scan1", "#scan2")))
+    user.click("#fuse-volumes")
+    for plane in ("#axial", "#coronal", "#sagittal"):
+        image = pixels(user.wait(lambda plane=plane: user.picture(plane)))
+        assert image.shape == (360, 360, 3) and image.max() > 200
+    assert "registered (rigid)" in user.text("#report") and user.picture("#overview")
+    # a slider by the keyboard, and what is shown by a click
+    other = user.picture("#coronal")
+    slider = user.find("#axial-slice input[type=range]")[0]
+    before, after = changed(user, "#axial", lambda: slider.send_keys("\ue014"))  # the right arrow
+    assert (before != after).any() and user.picture("#coronal") == other
+    seen = []
+    for what in ("edges before", "edges after"):
+        click = f"#shown input[value='{what}']"
+        seen += changed(user, "#coronal", lambda click=click: user.click(click))[1:]
+    assert (seen[0] != seen[1]).any()
+    user.click("#saved a[download]")
+    saved = user.wait(lambda: list(user.downloads.glob("fused*.nii.gz")))
+    assert np.allclose(nib.load(saved[0]).header.get_zooms(), 2, atol=1e-3)
+    # other scans: the old result goes
+    user.click("#scan2 button[aria-label='Clear']")
+    user.wait(lambda: not user.picture("#axial") and not user.text("#report"))
+    script = "return performance.getEntriesByType('resource').map(r => new URL(r.name).host)"
+    assert {host.split(":")[0] for host in user.driver.execute_script(script)} == {"127.0.0.1"}

@@ -208,7 +208,7 @@ def test_the_default_table_has_no_white_at_its_top():
 def test_the_bar_has_the_unit(monkeypatch, unit, suv, label):
     volume = Volume(np.arange(24.0).reshape(2, 3, 4) * 1000, np.eye(4), suv=1e-3, unit=unit)
     drawn = []
-    monkeypatch.setattr("volumes.pictures._write_text", lambda image, text, at: drawn.append(text))
+    monkeypatch.setattr("volumes.pictures.write_text", lambda image, text, at: drawn.append(text))
     image = np.full((90, 70, 3), 9, np.uint8)
     out = with_bar(image, "warm", scaling_of(volume, "PET", "wide", suv))
     high = suv or 23000

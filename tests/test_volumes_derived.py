@@ -1,7 +1,14 @@
-"""The derived DICOM series. dicom-validator needs the standard's text from the network, so the
-attributes of the IOD are checked against highdicom's tables of the standard."""
+"""The derived DICOM series: where it lies, whom it names, and what dciodvfy says of it.
+
+dciodvfy is of Debian's dicom3tools. Without it that test skips; with ASFE_DICOM=required (set by
+.ci/run where it is installed) it fails. The attributes of the IOD are also checked against
+highdicom's tables of the standard.
+"""
 
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +31,72 @@ def pair(tmp_path):
         return [*argv, "--dicom", tmp_path / "out", "--window", "2000,4000"]
 
     return make
+
+
+@pytest.fixture
+def dciodvfy():
+    """The errors that the validator has for a file, and a word to name its image kind."""
+    program = shutil.which("dciodvfy")
+    if not program:
+        reason = "needs dciodvfy (Debian: dicom3tools)"
+        if os.environ.get("ASFE_DICOM") == "required":
+            pytest.fail(f"ASFE_DICOM=required, but the test {reason}")
+        pytest.skip(reason)
+
+    def errors(path: Path) -> list[str]:
+        done = subprocess.run([program, "-new", path], capture_output=True, text=True)
+        lines = (done.stdout + done.stderr).splitlines()
+        assert "SCImage" in lines, "it knows the image by its class"
+        return [line for line in lines if line.startswith("Error")]
+
+    return errors
+
+
+@pytest.mark.parametrize("keep", [(), ("--keep-patient",)])
+@pytest.mark.parametrize("task", ["CT-MRI", "PET-MRI"])
+def test_a_validator_finds_no_error(call, brighter, tmp_path, pair, dciodvfy, task, keep):
+    argv = pair()
+    if task == "PET-MRI":
+        write_series(tmp_path / "pt", numbered(), affine_of("oblique"), "PT")
+        argv[1] = tmp_path / "pt"
+    code, _, err = call("--task", task, *argv, *keep)
+    assert code == 0, err
+    files = sorted((tmp_path / "out").iterdir())
+    for path in (files[0], files[-1]):
+        assert not dciodvfy(path)
+    ds = pydicom.dcmread(files[0])
+    del ds.ConversionType  # the test can fail
+    ds.save_as(tmp_path / "wrong.dcm")
+    assert any("ConversionType" in line for line in dciodvfy(tmp_path / "wrong.dcm"))
+
+
+@pytest.mark.parametrize(("grid", "giver"), [("1", "ct"), ("2", "mr"), ("2mm", "mr")])
+def test_frame_and_patient_are_those_of_the_grid(call, brighter, tmp_path, pair, grid, giver):
+    argv = pair()
+    for name, frame, modality in (("ct", "1.2.31", "CT"), ("mr", "1.2.32", "MR")):
+        shutil.rmtree(tmp_path / name)
+
+        def own(ds, k, name=name):
+            ds.PatientName, ds.PatientID = f"of^{name}", f"id-{name}"
+            ds.StudyInstanceUID = {"ct": "1.2.41", "mr": "1.2.42"}[name]
+
+        affine = affine_of("oblique")
+        if name == "mr":  # the finer one in plane, which has the grid of cubes
+            affine[:3, :2] *= 0.9
+        write_series(tmp_path / name, numbered(), affine, modality, frame=frame, change=own)
+    how = ["--register", "off", "--force", "space,overlap", "--grid", grid]
+    code, _, err = call(*argv, *how, "--keep-patient")
+    assert code == 0, err
+    frame, study = {"ct": ("1.2.31", "1.2.41"), "mr": ("1.2.32", "1.2.42")}[giver]
+    for path in (tmp_path / "out").iterdir():
+        ds = pydicom.dcmread(path)
+        assert ds.FrameOfReferenceUID == frame and ds.StudyInstanceUID == study
+        assert ds.PatientName == f"of^{giver}" and ds.PatientID == f"id-{giver}"
+    if grid != "2mm":  # and it lies where that scan does
+        back, source = (read_dicom(tmp_path / name) for name in ("out", giver))
+        assert np.allclose(np.sort(back.spacing), np.sort(source.spacing), atol=1e-3)
+        middles = [v.affine @ [*(np.array(v.data.shape) - 1) / 2, 1] for v in (back, source)]
+        assert np.allclose(*middles, atol=1e-2)
 
 
 def missing_of_the_iod(ds) -> set[str]:

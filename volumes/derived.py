@@ -99,6 +99,7 @@ def image(picture: np.ndarray, axis: str, number: int, series: str, who: dict) -
     ds.ImageType = ["DERIVED", "SECONDARY"]
     ds.SeriesDescription = ds.DerivationDescription = NOTE
     ds.ImageComments, ds.BurnedInAnnotation = NOTE, "NO"
+    ds.BodyPartExamined = "HEAD"  # not one of a pair, so no laterality is needed
     if grey:
         ds.WindowCenter, ds.WindowWidth = "16384", "32768"
     return ds

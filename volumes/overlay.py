@@ -62,28 +62,31 @@ def plane_of(first, second, grid: Volume, axis: str, middle: tuple) -> tuple:
     return tuple(slices(data, grid.affine, axis)[n] for data in (first, second))
 
 
-def fitted(image: np.ndarray) -> np.ndarray:
-    """A slice (H, W) in [0, 1] in the middle of a cell, uint8 (SIDE, SIDE)."""
-    scale = SIDE / max(image.shape)
-    size = [max(1, round(n * scale)) for n in image.shape]
+def fitted(image: np.ndarray, pixel: tuple[float, float] = (1, 1), side: int = SIDE) -> np.ndarray:
+    """A slice (H, W) or (H, W, 3) in [0, 1] in the middle of a cell, uint8 (side, side, …).
+
+    `pixel` is the height and width of one of its pixels.
+    """
+    size = np.array(image.shape[:2]) * pixel
+    size = [max(1, round(n * side / max(size))) for n in size]
     inner = cv2.resize(np.ascontiguousarray(image, np.float32), size[::-1])
-    cell = np.zeros((SIDE, SIDE), np.uint8)
-    top, left = (SIDE - size[0]) // 2, (SIDE - size[1]) // 2
+    cell = np.zeros((side, side, *image.shape[2:]), np.uint8)
+    top, left = (side - size[0]) // 2, (side - size[1]) // 2
     cell[top : top + size[0], left : left + size[1]] = to_uint8(inner)
     return cell
 
 
-def checkerboard(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Squares of one and of the other in turn: (SIDE, SIDE, 3)."""
-    y, x = np.mgrid[:SIDE, :SIDE] // TILE
-    cell = np.where((x + y) % 2, fitted(second), fitted(first))
-    return cv2.cvtColor(cell, cv2.COLOR_GRAY2RGB)
+def checkerboard(first: np.ndarray, second: np.ndarray, *cell) -> np.ndarray:
+    """Squares of one and of the other in turn, RGB; `cell` goes to `fitted`."""
+    first, second = fitted(first, *cell), fitted(second, *cell)
+    y, x = np.mgrid[: len(first), : len(first)] // TILE
+    return cv2.cvtColor(np.where((x + y) % 2, second, first), cv2.COLOR_GRAY2RGB)
 
 
-def edges(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """The edges of `second` drawn over `first`: (SIDE, SIDE, 3)."""
-    smooth = cv2.GaussianBlur(fitted(second), (0, 0), 2.0)
-    cell = cv2.cvtColor(fitted(first), cv2.COLOR_GRAY2RGB)
+def edges(first: np.ndarray, second: np.ndarray, *cell) -> np.ndarray:
+    """The edges of `second` drawn over `first`, RGB; `cell` goes to `fitted`."""
+    smooth = cv2.GaussianBlur(fitted(second, *cell), (0, 0), 2.0)
+    cell = cv2.cvtColor(fitted(first, *cell), cv2.COLOR_GRAY2RGB)
     cell[cv2.Canny(smooth, 25, 60) > 0] = EDGE
     return cell
 

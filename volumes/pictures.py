@@ -73,7 +73,7 @@ def with_bar(image: np.ndarray, colour: str | None, uptake: Scaling) -> np.ndarr
     steps = np.linspace(255, 0, height).round().astype(int)
     strip[:, MARGIN : MARGIN + BAR] = np.rint(colours(colour)[steps] * 255)[:, None]
     for row, text in lines.items():
-        _write_text(strip, text, (BAR + 2 * MARGIN, row))
+        write_text(strip, text, (BAR + 2 * MARGIN, row))
     return np.hstack([image, strip])
 
 
@@ -97,9 +97,9 @@ def mosaic(
     sheet = np.zeros((rows * (height + GAP) - GAP, COLUMNS * (width + GAP) - GAP, 3), np.uint8)
     for i, n in enumerate(shown):
         cell = _cell(stack[n], height, width)
-        _write_text(cell, labels[n], (3, height - 5))
+        write_text(cell, labels[n], (3, height - 5))
         if i == 0:
-            _write_directions(cell, axis)
+            write_directions(cell, axis)
         top, left = i // COLUMNS * (height + GAP), i % COLUMNS * (width + GAP)
         sheet[top : top + height, left : left + width] = cell
     return sheet
@@ -121,16 +121,16 @@ def _cell(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return cell if cell.ndim == 3 else cv2.cvtColor(cell, cv2.COLOR_GRAY2RGB)
 
 
-def _write_directions(cell: np.ndarray, axis: str) -> None:
+def write_directions(cell: np.ndarray, axis: str) -> None:
     """The patient's directions at the four edges of a cell."""
     height, width = cell.shape[:2]
     row, column = height // 2 + 4, width // 2 - 4
     origins = (2, row), (width - 11, row), (column, 12), (column, height - 4)
     for letter, origin in zip(LETTERS[axis], origins, strict=True):
-        _write_text(cell, letter, origin)
+        write_text(cell, letter, origin)
 
 
-def _write_text(image: np.ndarray, text: str, origin: tuple[int, int]) -> None:
+def write_text(image: np.ndarray, text: str, origin: tuple[int, int]) -> None:
     """Draw a line of text, its lower left corner at `origin` (x, y), legible on any grey."""
     font = cv2.FONT_HERSHEY_SIMPLEX
     for colour, thick in (((0, 0, 0), 3), ((235, 235, 120), 1)):

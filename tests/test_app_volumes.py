@@ -1,0 +1,300 @@
+"""The tab for volumes of app.py, without a browser: what it makes, and what it refuses."""
+
+import struct
+import zipfile
+from pathlib import Path
+
+import cv2
+import nibabel as nib
+import numpy as np
+import pytest
+from dicom_files import SECRET, write_series
+from scipy.spatial.transform import Rotation
+from volume_files import Brighter, affine_of, numbered
+
+from args_setting import TASKS, AppArgs, TestArgs
+from cli import UserError
+from images import write_png
+
+gradio = pytest.importorskip("gradio", reason="needs requirements-app.txt")
+
+import app  # noqa: E402
+from volumes import fuse_volumes, page, uploads  # noqa: E402
+
+MORE = {name: "" for name in ("series1", "series2", "where", "frame")}
+MORE |= {"window": "wide", "affine": "sform", "nan_to_zero": False, "force": []}
+
+
+@pytest.fixture
+def tab(tmp_path) -> page.VolumePage:
+    (tmp_path / "uploads").mkdir()
+    args = AppArgs(volume_mb=4, volume_voxels=1)
+    models = dict.fromkeys(TASKS, Brighter())
+    return page.VolumePage(gradio, args, models, tmp_path / "uploads", app.sentence)
+
+
+def fuse(tab, file1, file2, task="CT-MRI", size=page.QUICK, register="auto", **more):
+    lines = []
+    settings = page.settings_of(task, size, register, MORE | more)
+    made = tab.fuse(file1 and str(file1), file2 and str(file2), settings,
+                    lambda _, desc: lines.append(desc))  # fmt: skip
+    return lines, *made
+
+
+def refused(tab, file1, file2, **how) -> str:
+    """What the visitor reads; nothing stays of the run."""
+    with pytest.raises(gradio.Error) as error:
+        fuse(tab, file1, file2, **how)
+    assert not error.value.print_exception and str(tab.folder.parent) not in error.value.message
+    assert not list(tab.folder.iterdir())
+    assert not [path for path in tab.folder.parent.iterdir() if path.name.startswith("tmp")]
+    return error.value.message
+
+
+def zipped(folder: Path, path: Path) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(folder.iterdir()):
+            archive.write(file, f"{SECRET}/{file.name}")
+    return path
+
+
+@pytest.fixture
+def series(tmp_path):
+    """Zips of a CT and an MRI of one frame of reference: `series(change)` changes the MRI."""
+
+    def make(change=None) -> tuple[Path, Path]:
+        for name, modality in (("ct", "CT"), ("mr", "MR")):
+            how = change if name == "mr" else None
+            write_series(tmp_path / name, numbered(), affine_of("oblique"), modality, change=how)
+        return tuple(zipped(tmp_path / n, tmp_path / f"{n}.zip") for n in ("ct", "mr"))
+
+    return make
+
+
+def test_a_known_shift_is_undone_and_shown(tab, heads, tmp_path, capsys):
+    shift = np.eye(4)
+    shift[:3, :3] = Rotation.from_euler("z", 6, degrees=True).as_matrix()
+    shift[:3, 3] = (9, -6, 5)
+    image = nib.load(heads["mri"])
+    nib.Nifti1Image(image.get_fdata(dtype=np.float32), shift @ image.affine).to_filename(
+        tmp_path / "mri.nii.gz"
+    )
+    lines, views, status, report, files, picture = fuse(tab, heads["ct"], tmp_path / "mri.nii.gz")
+    assert any("registering" in line for line in lines), lines
+    assert status.startswith("**ct.nii.gz with mri.nii.gz**, ") and "registered (rigid)" in report
+    assert [Path(file).name for file in files] == ["fused.nii.gz", "fused.tfm"]
+    fused = nib.load(files[0])
+    assert np.allclose(fused.header.get_zooms(), 2, atol=1e-3)
+    assert cv2.imread(picture) is not None
+    at = ("axial", fused.shape[2] // 2)
+    seen = {s: page.view(views, s, *at) for s in page.SHOWN}
+    assert all(image.shape == (page.SIDE, page.SIDE, 3) for image in seen.values())
+    # the checkerboard is as of two scans that lie on each other after, not before
+    one, two = (np.load(views / f"scan {i}.npy").astype(float) for i in (1, 2))
+    before = np.load(views / "before 2.npy").astype(float)
+    bone = one > 180  # the drawn skull lies around the brain of the MRI
+    assert two[bone].mean() < 0.7 * before[bone].mean()
+    for how in page.BOTH:
+        pair = [page.view(views, f"{how} {when}", *at) for when in ("before", "after")]
+        assert (pair[0] != pair[1]).any()
+    png = tab.look(views, "edges after", "coronal", 10**6)  # beyond the last: the last
+    assert cv2.imread(png).shape == (page.SIDE, page.SIDE, 3)
+    assert not capsys.readouterr().out, "no file is named in the log"
+
+
+def test_the_full_size_is_what_the_script_writes(tab, series, tmp_path):
+    *_, files, _ = fuse(tab, *series(), size=page.FULL)
+    settings = TestArgs(img1=tmp_path / "ct", img2=tmp_path / "mr", out=tmp_path / "f.nii.gz")
+    fuse_volumes(settings, Brighter(), lambda _: None)
+    assert Path(files[0]).read_bytes() == (tmp_path / "f.nii.gz").read_bytes()
+    assert len(files) == 1, "one frame of reference: nothing was moved, so there is no transform"
+
+
+def test_colour_for_pet_and_nothing_of_the_patient(tab, tmp_path, series):
+    write_series(tmp_path / "pt", numbered(), affine_of("oblique"), "PT")
+    pet = zipped(tmp_path / "pt", tmp_path / "pt.zip")
+    lines, views, status, report, files, _ = fuse(tab, pet, series()[1], "PET-MRI", page.FULL)
+    assert "fused_colour.nii.gz" in [Path(file).name for file in files]
+    assert np.load(views / "fused.npy").shape[-1] == 3
+    assert SECRET not in status + report + str(lines)
+    for path in tab.folder.rglob("*"):
+        assert SECRET not in str(path)
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes()
+
+
+def test_before_is_shown_of_the_one_that_moved(tab, heads):
+    """For PET the grid is the MRI's, so it is source 1 that is moved."""
+    _, views, *_ = fuse(tab, heads["pet"], heads["mri"], "PET-MRI", register="rigid")
+    assert (views / "before 1.npy").is_file() and not (views / "before 2.npy").is_file()
+    shapes = {np.load(path).shape[:3] for path in views.glob("[bs]*.npy")}
+    assert len(shapes) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("absent", "two scans are needed"),
+        ("swept", "mri.nii.gz is gone, as files are kept for 10 minutes; choose it again"),
+        ("png", "mri.png is an image, expected .nii, .nii.gz, .mgz, or a zip of DICOM; the tab"),
+        ("empty", "mri.nii is empty, expected .nii"),
+        ("text", "notes.txt: expected .nii, .nii.gz"),
+        ("nrrd", "mri.nrrd: expected .nii, .nii.gz"),
+        ("long", "mri.nii has 4.768 MB, expected at most 4 MB"),
+        ("voxels", "mri.nii.gz has 2 million voxels, expected at most 1; crop it"),
+        ("damaged", "mri.nii.gz: damaged or not NIfTI"),
+        ("small", "slices are 8x8 pixels, expected at least 16x16"),
+        ("4-D", "mri.nii.gz: is 4-D (3 volumes); choose by --frame 1 to 3, or --frame mean or "
+         "sum (what begins with -- is a field under More)"),
+    ],
+)  # fmt: skip
+def test_bad_uploads_get_a_sentence(tab, heads, tmp_path, kind, message):
+    path = tmp_path / {"png": "mri.png", "text": "notes.txt", "nrrd": "mri.nrrd",
+                       "long": "mri.nii", "empty": "mri.nii"}.get(kind, "mri.nii.gz")  # fmt: skip
+    shape = {"voxels": (200, 100, 100), "small": (8, 8, 8), "4-D": (20, 20, 20, 3)}.get(kind)
+    if kind == "png":
+        write_png(path, np.zeros((64, 64), np.uint8))
+    elif shape:
+        data = np.arange(np.prod(shape), dtype=np.int16).reshape(shape)
+        nib.Nifti1Image(data, np.eye(4)).to_filename(path)
+    elif kind not in ("absent", "swept"):
+        path.write_bytes(bytes({"long": 5_000_000, "empty": 0}.get(kind, 100)))
+    source = path if kind == "small" else heads["ct"]
+    said = refused(tab, source, None if kind == "absent" else path, size=page.FULL, register="off",
+                   force=["space", "place", "overlap"])  # fmt: skip
+    assert message in said
+
+
+def test_an_upload_is_refused_at_once(tab, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(tab.gr, "Warning", lambda text, **_: said.append(text))
+    write_png(tmp_path / "<b>.png", np.zeros((64, 64), np.uint8))
+    tab.check(str(tmp_path / "<b>.png"))
+    tab.check(None)
+    assert len(said) == 1 and said[0].startswith("&lt;b&gt;.png is an image, expected .nii")
+
+
+def test_two_patients_are_not_fused_and_not_named(tab, series):
+    def other(ds, k):
+        ds.PatientID, ds.PatientBirthDate = "another", "19991231"
+
+    said = refused(tab, *series(other))
+    assert "two patients" in said and not any(w in said for w in (SECRET, "another", "1999"))
+
+
+def test_two_series_in_a_zip_are_chosen_by_a_field(tab, series, tmp_path):
+    ct, mr = series(lambda ds, k: setattr(ds, "SeriesInstanceUID", f"1.2.{k % 2}"))
+    said = refused(tab, ct, mr)
+    assert said.startswith("mr.zip: choose by --series2 one of 2 series: 1: MR")
+    _, _, _, report, *_ = fuse(tab, ct, mr, series2="2", size=page.FULL)
+    assert "img2: MRI" in report
+
+
+# --- zips ------------------------------------------------------------------------------------
+
+
+def zip_of(path: Path, entries: dict[str, bytes], how=zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", how) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return path
+
+
+def end_changed(path: Path, at: int, value: bytes) -> None:
+    """Change bytes of a zip's last record."""
+    content = bytearray(path.read_bytes())
+    end = content.rfind(b"PK\5\6") + at
+    content[end : end + len(value)] = value
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("no DICOM", "mr.zip: no DICOM image among its 2 files"),
+        ("nothing", "mr.zip has 0 files, expected 1 to 20000"),
+        ("no zip", "mr.zip: damaged or not a zip"),
+        ("cut", "mr.zip: damaged or not a zip"),
+        ("NIfTI", "mr.zip holds a NIfTI or MGH file; give that file itself, without the zip"),
+        ("bomb", "mr.zip is too large when unpacked; send one series"),
+        ("liar", "mr.zip: damaged or not a zip"),
+        ("many", "mr.zip has 20001 files, expected 1 to 20000"),
+        ("directory", "mr.zip has too many files"),
+        ("bzip2", "mr.zip is packed in an unusual way"),
+        ("encrypted", "mr.zip is encrypted"),
+        ("pixels", "mr.zip has 8.59e+09 million voxels, expected at most 1"),
+    ],
+)
+def test_bad_zips_get_a_sentence(tab, heads, tmp_path, series, kind, message):
+    path = tmp_path / "mr.zip"
+    notes = {"a/notes.txt": b"hello", "b": b""}
+    if kind == "nothing":
+        zip_of(path, {})
+    elif kind == "no zip":
+        path.write_bytes(b"PK\3\4" + bytes(200))
+    elif kind == "NIfTI":
+        zip_of(path, notes | {"x/t1.nii.gz": b"1"})
+    elif kind in ("bomb", "liar"):
+        zip_of(path, {"0": bytes(40 * 2**20)})
+        assert path.stat().st_size < 2**20
+        if kind == "liar":  # 100 bytes, says the directory
+            content = path.read_bytes()
+            path.write_bytes(content.replace(struct.pack("<L", 40 * 2**20), struct.pack("<L", 100)))
+    elif kind == "many":
+        zip_of(path, {str(i): b"" for i in range(uploads.ENTRIES + 1)})
+    elif kind == "bzip2":
+        zip_of(path, notes, zipfile.ZIP_BZIP2)
+    elif kind == "pixels":
+
+        def huge(ds, k):
+            ds.Rows = ds.Columns = 65535
+            ds.NumberOfFrames = 100_000
+
+        series(huge)
+    else:
+        zip_of(path, notes)
+        if kind == "cut":
+            path.write_bytes(path.read_bytes()[:-30])
+        elif kind == "directory":
+            end_changed(path, 12, struct.pack("<L", 2**31))
+        elif kind == "encrypted":
+            content = bytearray(path.read_bytes())
+            content[content.find(b"PK\1\2") + 8] |= 1
+            path.write_bytes(content)
+    assert message in refused(tab, heads["ct"], path)
+
+
+def test_names_in_a_zip_lead_nowhere(tab, tmp_path, series):
+    write_series(tmp_path / "mr", numbered(), affine_of("oblique"))
+    slices = {f"../../../{tmp_path}/{p.name}": p.read_bytes() for p in (tmp_path / "mr").iterdir()}
+    zip_of(tmp_path / "up.zip", slices | {"/etc/asfe-was-here": b"no", "..": b"no"})
+    known = set(tmp_path.rglob("*"))
+    (tmp_path / "there").mkdir()
+    uploads.unpack(tmp_path / "up.zip", tmp_path / "there", 1e9)
+    names = sorted(path.name for path in (tmp_path / "there").iterdir())
+    assert names == [f"{n:05}" for n in range(1, len(slices) + 3)]
+    assert set(tmp_path.rglob("*")) - known == {tmp_path / "there", *(tmp_path / "there").iterdir()}
+    assert not Path("/etc/asfe-was-here").exists()
+
+
+def test_a_setting_that_is_not_on_the_page_is_refused():
+    good = "CT-MRI", page.QUICK, "auto"
+    for at, wrong in enumerate(("all", "1mm", "/etc/passwd")):
+        with pytest.raises(UserError, match="none of those on the page"):
+            page.settings_of(*good[:at], wrong, *good[at + 1 :], MORE)
+    assert page.settings_of(*good, MORE | {"force": ["space"]}).force == "space"
+
+
+def test_a_result_that_was_swept_is_named(tab, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(tab.gr, "Warning", lambda text, **_: said.append(text))
+    assert tab.look(tmp_path / "none", "fused", "axial", 1) is None
+    assert said == ["the result is gone, as files are kept for 10 minutes; fuse again"]
+    assert tab.look(None, "fused", "axial", 1) is None and len(said) == 1
+
+
+def test_without_the_packages_the_tab_says_what_to_install(monkeypatch):
+    said = []
+    monkeypatch.setitem(__import__("sys").modules, "volumes.page", None)
+    stand_in = type("Page", (), {"gr": type("Gr", (), {"Markdown": said.append})})
+    app.volume_tab(stand_in)
+    assert said == ["Volumes need volumes.page: `pip install -r requirements-volumes.txt`"]
