@@ -390,8 +390,7 @@ def serve(args: AppArgs, folder: Path) -> None:
         raise UserError(MISSING) from None
     port = free_port(args.host, args.port)
     models = load_all(args)
-    uploads = folder / "uploads"
-    uploads.mkdir()
+    (uploads := folder / "uploads").mkdir()
     keep_swept(uploads, 60 * args.keep_minutes)
     blocks = build(Page(args, models, uploads), draw_examples(folder))
     _, address, _ = blocks.launch(
