@@ -428,9 +428,16 @@ class ClassifyArgs:
     dir1: Path | None = setting(None, "folder of source 1; with --labels")
     dir2: Path | None = setting(None, "folder of source 2; with --labels")
     fused: Path | None = setting(None, "folder of the fused images, of the same names")
+    exploratory: bool = setting(False, "vascular against degenerative people of SPECT-MRI")
     leakage: bool = setting(False, "random labels of people, split by slices and by people")
-    data_dir: Path = setting(CommonArgs.data_dir, "with --leakage: the HMIF data set")
-    folds: int = setting(5, "folds; no person is in two", minimum=2)
+    data_dir: Path = setting(CommonArgs.data_dir, "the HMIF data set; without --labels")
+    features: str = setting(
+        "auto",
+        "backbone: ResNet-18, its weights where torch.hub keeps them; radiomic: texture and "
+        "histogram; auto: backbone if its weights are there",
+        choices=("auto", "backbone", "radiomic"),
+    )
+    folds: int = setting(5, "folds; no person is in two, each has both labels", minimum=2)
     draws: int = setting(200, "permutations, bootstrap samples or random labels", minimum=1)
     seed: int = setting(3407, "seed of the folds and draws", minimum=0)
     plot: Path | None = setting(None, "with --leakage: write the figure (PNG)")

@@ -1,109 +1,201 @@
 """Do fused images tell two groups of people apart better than the sources do?
 
     python classify_asfe.py --labels FILE.csv --dir1 FOLDER --dir2 FOLDER --fused FOLDER
+    python classify_asfe.py --exploratory
     python classify_asfe.py --leakage
 
-Features are radiomic and frozen, the model is linear, and no person is in two folds.
+Features are frozen, the model is linear, and no person is in two folds; see evaluation/features.py
+and docs/claims.md. Settings: args_setting.py.
 """
 
 import csv
+import importlib.util
 from datetime import date
+from pathlib import Path
 
-from args_setting import ClassifyArgs
-from cli import UserError, command_line, either, run_script
+from args_setting import ClassifyArgs, WeightsArgs
+from cli import UserError, command_line, either, run_script, setup_runtime
 
 if __name__ == "__main__":  # before the imports that take seconds
-    ARGS = command_line(ClassifyArgs, __doc__, either("labels", "leakage"))
+    ARGS = command_line(ClassifyArgs, __doc__, either("labels", "exploratory", "leakage"))
 
 import cv2
 import numpy as np
 
-from dataset import Pair, case_of, match_pairs, people, task_pairs
+from dataset import PEOPLE, Pair, case_of, images_in, match_pairs, people, read_pair, task_pairs
 from evaluation.classify import (
+    all_others,
     by_person,
     interval,
     judge,
     nearest_accuracy,
+    p_value,
     person_folds,
-    radiomics,
-    scores,
+    shuffles,
+    stratified_folds,
+    vote,
 )
+from evaluation.features import extractor, radiomics
 from evaluation.trivial import mean
-from images import read_luma8, write_png
+from images import EXTENSIONS, luma8_of, read_luma8, to_uint8, write_png
+from inference import optimise
+from weights import load_model
+
+COLUMNS = ("image", "person", "label")
+GROUPS = ("Degenerative", "Cerebrovascular")  # of diagnoses.csv, label 0 and label 1
+HEADS = "SPECT-MRI"  # the task that has people of both groups
 
 
-def read_labels(path) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Images, people and labels (0 or 1, by the order of their names) of a CSV file."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"image", "person", "label"} <= rows[0].keys():
-        raise UserError(f"{path}: expected rows with the columns image, person, label")
-    names, who, texts = (np.array([r[k] for r in rows]) for k in ("image", "person", "label"))
+# --- labels of the user ----------------------------------------------------------------------
+
+
+def read_labels(path: Path) -> tuple[list[str], np.ndarray, np.ndarray, list[str]]:
+    """Images, people and labels (0 or 1) of a CSV file, and the names of the labels."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (csv.Error, UnicodeDecodeError):
+        raise UserError(f"{path}: not a CSV file in UTF-8") from None
+    if not rows or not set(COLUMNS) <= rows[0].keys():
+        raise UserError(f"{path}: expected rows with the columns {', '.join(COLUMNS)}")
+    for line, row in enumerate(rows, 2):
+        if empty := [name for name in COLUMNS if not (row[name] or "").strip()]:
+            raise UserError(f"{path}: row {line} has no {empty[0]}")
+    names, who, texts = (np.array([r[name].strip() for r in rows]) for name in COLUMNS)
+    names = [Path(n).stem if n.lower().endswith(EXTENSIONS) else n for n in names.tolist()]
     found, labels = np.unique(texts, return_inverse=True)
     if len(found) != 2:
         raise UserError(f"{path}: the labels are {', '.join(found)}; expected two")
-    if len(set(names)) < len(names):
-        raise UserError(f"{path}: an image is named twice, expected once")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{path}: image {twice[0]} is named twice, expected once")
     for person in np.unique(who):
         if len(set(labels[who == person])) > 1:
             raise UserError(f"{path}: person {person} has two labels, expected one")
-    return list(names), who, labels
+    return names, who, labels, found.tolist()
 
 
-def inputs(pair: Pair, fused) -> dict[str, np.ndarray]:
-    """Features of each way to show a pair to the model."""
-    luma1, luma2 = read_luma8(pair.path1), read_luma8(pair.path2)
-    first, second = radiomics(luma1), radiomics(luma2)
-    found = {"source 1": first, "source 2": second, "average": radiomics(mean(luma1, luma2))}
-    found["both"] = np.concatenate([first, second])
-    return found | ({"fused": radiomics(read_luma8(fused))} if fused else {})
+def inputs(lumas: tuple, fused: np.ndarray | None, features) -> dict[str, np.ndarray]:
+    """Features of each way to show a pair to the model; "both" are those of both, side by side."""
+    first, second = map(features, lumas)
+    found = {"source 1": first, "source 2": second, "average": features(mean(*lumas))}
+    found["both as two channels"] = np.concatenate([first, second])
+    return found | ({} if fused is None else {"fused": features(fused)})
+
+
+def read_pair8(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+    """Lumas of both sources; UserError if their sizes differ."""
+    lumas = read_luma8(pair.path1), read_luma8(pair.path2)
+    if lumas[0].shape != lumas[1].shape:
+        sides = ["x".join(map(str, luma.shape)) for luma in lumas]
+        raise UserError(f"{pair.path1} is {sides[0]}, {pair.path2} is {sides[1]}, expected equal")
+    return lumas
+
+
+def named(files: dict, names: list[str], table: Path, where: str) -> None:
+    """UserError if an image of the table is not among the files."""
+    if lacking := [name for name in names if name not in files]:
+        raise UserError(f"image {lacking[0]} of {table} is not in {where}")
 
 
 def classify(args: ClassifyArgs) -> None:
     """Print balanced accuracy and AUC with intervals, and p, for each input."""
     if not (args.dir1 and args.dir2):
         raise UserError("--labels needs the folders --dir1 and --dir2")
-    names, who, labels = read_labels(args.labels)
+    names, who, labels, found = read_labels(args.labels)
     pairs = {pair.name: pair for pair in match_pairs(args.dir1, args.dir2, True)}
-    if lacking := [name for name in names if name not in pairs]:
-        raise UserError(f"{lacking[0]} of {args.labels} is not in both --dir1 and --dir2")
-    fused = {n: args.fused / f"{n}.png" if args.fused else None for n in names}
-    rows = [inputs(pairs[n], fused[n]) for n in names]
+    named(pairs, names, args.labels, "both --dir1 and --dir2")
+    fused = images_in(args.fused) if args.fused else {}
+    if args.fused:
+        named(fused, names, args.labels, "--fused")
+    truth = by_person(labels, who).astype(int)
+    stratified_folds(truth, who, args.folds, args.seed)  # refuses what cannot be done
+    features, told = extractor(args.features)
+    rows = [
+        inputs(read_pair8(pairs[n]), read_luma8(fused[n]) if fused else None, features)
+        for n in names
+    ]
+    counts = " and ".join(f"{(truth == i).sum()} {name}" for i, name in enumerate(found))
+    print(f"{told}\n{counts} people, {len(names)} images, {args.folds} folds of whole people")
     rng = np.random.default_rng(args.seed)
-    folds, truth = person_folds(who, args.folds, rng), by_person(labels, who)
-    print(f"radiomic features, {len(truth)} people, seed {args.seed}, {date.today()}")
+    rivals = list(shuffles(truth, args.draws, rng))
+    print_table(rows, truth, who, args.folds, args, rivals)
+
+
+def print_table(rows: list[dict], truth, who, folds: int, args: ClassifyArgs, rivals) -> None:
+    """A line for each input; `rivals` are the labelings that p counts."""
+    rng = np.random.default_rng(args.seed)
+    print(f"seed {args.seed}, {args.draws} draws, 95 % intervals over people, {date.today()}\n")
+    print(f"{'input':20s}  {'balanced accuracy':20s}  {'AUC':20s}  p")
     for key in rows[0]:
         features = np.stack([row[key] for row in rows])
-        p, votes = permutation_test(features, truth, who, folds, args.draws, rng)
-        (low, low_auc), (high, high_auc) = interval(votes, truth, args.draws, rng)
-        accuracy, auc = judge(votes, truth)
-        print(
-            f"{key}: balanced accuracy {accuracy:.3f} [{low:.3f}, {high:.3f}], "
-            f"AUC {auc:.3f} [{low_auc:.3f}, {high_auc:.3f}], p {p:.3f}"
-        )
+        votes = vote(features, truth, who, folds, args.seed)
+        values, (low, high) = judge(votes, truth), interval(votes, truth, args.draws, rng)
+        cells = [
+            f"{value:.2f} [{a:.2f}, {b:.2f}]" for value, a, b in zip(values, low, high, strict=True)
+        ]
+        p = p_value(features, truth, who, folds, args.seed, rivals)
+        print(f"{key:20s}  {cells[0]:20s}  {cells[1]:20s}  {p:.3f}")
 
 
-def permutation_test(features, truth, who, folds, draws, rng) -> tuple[float, np.ndarray]:
-    """p of the AUC when the labels of people are shuffled, and the votes of the true labels."""
-    index = np.unique(who, return_inverse=True)[1]
+# --- the people of the atlas -----------------------------------------------------------------
 
-    def votes_of(given):
-        return by_person(scores(features, given[index], who, folds), who)
 
-    votes, above = votes_of(truth), 0
-    for _ in range(draws):
-        shuffled = rng.permutation(truth)
-        above += judge(votes_of(shuffled), shuffled)[1] >= judge(votes, truth)[1]
-    return (1 + above) / (1 + draws), votes
+def diagnosed() -> dict[str, int]:
+    """Label of each case of diagnoses.csv whose group is one of GROUPS."""
+    with PEOPLE.with_name("diagnoses.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        row["case"]: label
+        for row in rows
+        for label, group in enumerate(GROUPS)
+        if row["group"].startswith(group)
+    }
+
+
+def exploratory(args: ClassifyArgs) -> None:
+    """Print the table for the vascular against the degenerative people of SPECT-MRI."""
+    label_of = diagnosed()
+    pairs = [p for p in all_pairs(args) if case_of(p) in label_of]
+    who = np.array([case_of(p) for p in pairs])
+    truth = np.array([label_of[case] for case in np.unique(who)])
+    if len(set(truth)) < 2:
+        raise UserError(f"{args.data_dir} has no people of both groups; is it complete?")
+    features, told = extractor(args.features)
+    weights = WeightsArgs()
+    model = optimise(load_model(weights, HEADS, setup_runtime(weights)))
+    rows = [inputs(read_pair8(pair), fused_luma(model, pair), features) for pair in pairs]
+    groups = [", ".join(sorted(np.unique(who)[truth == i], key=int)) for i in (1, 0)]
+    print(f"EXPLORATORY: vascular (cases {groups[0]}) against degenerative ({groups[1]})")
+    print(f"{told}\n{len(truth)} people, {len(who)} slices, each person left out once")
+    rivals = list(all_others(truth))
+    print_table(rows, truth, who, len(truth), args, rivals)
+    total = len(rivals) + 1
+    print(
+        f"\np is exact over {total} labelings, so never below {1 / total:.3f}. Few people, "
+        "diagnoses partly of one source:\nthis says whether anything shows at all, and does not "
+        "rank the rows."
+    )
+
+
+def fused_luma(model, pair: Pair) -> np.ndarray:
+    """Luma of the fused image as test_asfe.py would write it."""
+    luma1, luma2, chroma = read_pair(pair)
+    return luma8_of(to_uint8(model.fuse(luma1, luma2).cpu().numpy(), chroma))
+
+
+def all_pairs(args: ClassifyArgs) -> list[Pair]:
+    """The pairs of SPECT-MRI, both splits."""
+    splits = ("train", "test")
+    return [p for split in splits for p in task_pairs(args.data_dir, HEADS, split)]
 
 
 def leakage(args: ClassifyArgs) -> None:
     """Print, and draw, the accuracy on random labels of people: by slices and by people."""
-    task, rng = "SPECT-MRI", np.random.default_rng(args.seed)
+    rng = np.random.default_rng(args.seed)
     listed = people(args.data_dir)
-    pairs = [p for split in ("train", "test") for p in task_pairs(args.data_dir, task, split)]
-    who = np.array([listed.get((task, case_of(p)), case_of(p)) for p in pairs])
-    features = np.stack([radiomics(mean(read_luma8(p.path1), read_luma8(p.path2))) for p in pairs])
+    pairs = all_pairs(args)
+    who = np.array([listed.get((HEADS, case_of(p)), case_of(p)) for p in pairs])
+    features = np.stack([radiomics(mean(*read_pair8(p))) for p in pairs])
     names, index = np.unique(who, return_inverse=True)
     labels = rng.integers(0, 2, (args.draws, len(names)))[:, index]
     found = {
@@ -134,10 +226,14 @@ def draw(found: dict[str, np.ndarray], rng) -> np.ndarray:
 
 
 def main(args: ClassifyArgs) -> None:
-    """Raises UserError unless one of --labels and --leakage is given."""
-    if bool(args.labels) == args.leakage:
-        raise UserError("expected one of --labels FILE.csv and --leakage")
-    (leakage if args.leakage else classify)(args)
+    """Raises UserError unless one of --labels, --exploratory and --leakage is given."""
+    asked = [(classify, args.labels), (exploratory, args.exploratory), (leakage, args.leakage)]
+    asked = [command for command, given in asked if given]
+    if len(asked) != 1:
+        raise UserError("expected one of --labels FILE.csv, --exploratory and --leakage")
+    if asked[0] is not leakage and importlib.util.find_spec("sklearn") is None:
+        raise UserError("this needs scikit-learn: pip install -r requirements-classify.txt")
+    asked[0](args)
 
 
 if __name__ == "__main__":

@@ -94,9 +94,13 @@ def read_image(path: Path, reading: Reading = AS_STORED) -> tuple[np.ndarray, np
 def read_luma8(path: Path, reading: Reading = AS_STORED) -> np.ndarray:
     """Luma (H, W) of an image file in 8 bits, as the metrics take it; exact, halves round up."""
     pixels = decode(path, reading)
-    values = pixels.values
-    if values.dtype == np.uint16 or pixels[1:] != (0, 255):
+    if pixels.values.dtype == np.uint16 or pixels[1:] != (0, 255):
         return to_uint8(luma_and_chroma(pixels)[0])
+    return luma8_of(pixels.values)
+
+
+def luma8_of(values: np.ndarray) -> np.ndarray:
+    """Luma (H, W) of an image in 8 bits; exact, halves round up."""
     if values.ndim == 2:
         return values
     return ((values.astype(np.int32) @ [299, 587, 114] + 500) // 1000).astype(np.uint8)

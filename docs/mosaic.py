@@ -44,7 +44,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pet, mri = draw(Path(folder))
         sheet = Path(folder) / "m.png"
-        argv = ["--task", "PET-MRI", "--img1", pet, "--img2", mri, "--colour", "hot"]
+        argv = ["--task", "PET-MRI", "--img1", pet, "--img2", mri]
         argv += ["--out", sheet.with_suffix(".nii"), "--mosaic", sheet, *more]
         subprocess.run([sys.executable, ROOT / "test_asfe.py", *map(str, argv)], check=True)
         with Image.open(sheet) as image:

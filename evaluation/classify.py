@@ -1,26 +1,17 @@
-"""Frozen features and a linear model, judged by folds of whole people.
+"""A linear model judged by folds of whole people, and p by shuffling the labels of people.
 
-Features are a histogram, uniform local binary patterns (Ojala et al., IEEE TPAMI 2002) and
-co-occurrence statistics (Haralick et al., IEEE Trans. SMC 1973).
-
-Legend: N images, F features; `who` and `labels` are (N,), labels are 0 or 1.
+Legend: N images, F features, P people in the order of their names; features are (N, F), `who` and
+`labels` are (N,), `votes` and `truth` are (P,). Labels are 0 or 1.
 """
+
+from collections.abc import Iterable
+from itertools import combinations
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 from numpy import ndarray
-from skimage.feature import graycomatrix, graycoprops, local_binary_pattern
 
 from cli import UserError
-
-
-def radiomics(luma: ndarray) -> ndarray:
-    """(F,) features of a (H, W) uint8 luma; F is 36."""
-    histogram = np.histogram(luma, 16, (0, 256))[0] / luma.size
-    patterns = local_binary_pattern(luma, 8, 1, "uniform")
-    lbp = np.histogram(patterns, 10, (0, 10))[0] / luma.size
-    pairs = graycomatrix(luma // 16, [1], [0, np.pi / 2], 16, symmetric=True, normed=True)
-    names = ("contrast", "homogeneity", "energy", "correlation", "dissimilarity")
-    return np.concatenate([histogram, lbp, *(graycoprops(pairs, n).ravel() for n in names)])
 
 
 def person_folds(who: ndarray, count: int, rng: np.random.Generator) -> ndarray:
@@ -29,6 +20,26 @@ def person_folds(who: ndarray, count: int, rng: np.random.Generator) -> ndarray:
     if len(people) < count:
         raise UserError(f"{len(people)} people, expected at least folds ({count})")
     return (rng.permutation(len(people)) % count)[index]
+
+
+def stratified_folds(truth: ndarray, who: ndarray, count: int, seed: int) -> ndarray:
+    """(N,) fold of each image: whole people, and people of both labels in each fold.
+
+    With as many folds as people, each person is a fold. Raises UserError if a label has fewer
+    people than there are folds.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    index = np.unique(who, return_inverse=True)[1]
+    if count == len(truth):
+        return index
+    if (fewest := np.bincount(truth, minlength=2).min()) < count:
+        raise UserError(f"a label has {fewest} people, expected at least --folds ({count})")
+    folds = np.zeros(len(truth), int)
+    split = StratifiedKFold(count, shuffle=True, random_state=seed).split(truth, truth)
+    for fold, (_, held) in enumerate(split):
+        folds[held] = fold
+    return folds[index]
 
 
 def check_folds(who: ndarray, folds: ndarray) -> None:
@@ -43,9 +54,8 @@ def scores(features: ndarray, labels: ndarray, who: ndarray, folds: ndarray) -> 
 
     Raises UserError if a person is in two folds or the other folds lack a label.
     """
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
 
     check_folds(who, folds)
     found = np.zeros(len(labels))
@@ -53,24 +63,66 @@ def scores(features: ndarray, labels: ndarray, who: ndarray, folds: ndarray) -> 
         held = folds == fold
         if len(set(labels[~held])) < 2:
             raise UserError("without one fold a single label is left; name more people or folds")
-        model = make_pipeline(
-            StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=500)
-        )
-        found[held] = model.fit(features[~held], labels[~held]).decision_function(features[held])
+        mean, deviation = features[~held].mean(0), features[~held].std(0)
+        scaled = (features - mean) / np.where(deviation > 1e-12, deviation, 1)
+        model = LogisticRegression(C=0.1, class_weight="balanced", max_iter=500)
+        with catch_warnings():
+            simplefilter("ignore", ConvergenceWarning)
+            model.fit(scaled[~held], labels[~held])
+        found[held] = model.decision_function(scaled[held])
     return found
 
 
 def by_person(values: ndarray, who: ndarray) -> ndarray:
-    """Mean value of each person, in the order of their names."""
-    return np.array([values[who == person].mean() for person in np.unique(who)])
+    """(P,) mean value of each person."""
+    index = np.unique(who, return_inverse=True)[1]
+    return np.bincount(index, values) / np.bincount(index)
+
+
+def vote(features: ndarray, truth: ndarray, who: ndarray, count: int, seed: int) -> ndarray:
+    """(P,) votes, positive for label 1: the mean decision value of a person's images.
+
+    The folds are made from the labels that are given. So labels and their shuffles are treated
+    alike, which the permutation test needs.
+    """
+    index = np.unique(who, return_inverse=True)[1]
+    folds = stratified_folds(truth, who, count, seed)
+    return by_person(scores(features, truth[index], who, folds), who)
 
 
 def judge(votes: ndarray, truth: ndarray) -> tuple[float, float]:
-    """Balanced accuracy and AUC; one vote and one label (0 or 1) for each person."""
+    """Balanced accuracy and AUC; one vote and one label for each person."""
     first, second = votes[truth == 0], votes[truth == 1]
     accuracy = ((first <= 0).mean() + (second > 0).mean()) / 2
     differences = second[:, None] - first[None]
     return float(accuracy), float(((differences > 0) + (differences == 0) / 2).mean())
+
+
+def p_value(
+    features: ndarray,
+    truth: ndarray,
+    who: ndarray,
+    count: int,
+    seed: int,
+    others: Iterable[ndarray],
+) -> float:
+    """Part of the labelings, the true one among them, whose AUC is at least the true one's."""
+    aucs = [judge(vote(features, t, who, count, seed), t)[1] for t in (truth, *others)]
+    return float(np.mean(np.array(aucs) >= aucs[0] - 1e-9))
+
+
+def shuffles(truth: ndarray, draws: int, rng: np.random.Generator) -> Iterable[ndarray]:
+    """`draws` random labelings of the people, for `p_value`."""
+    return (rng.permutation(truth) for _ in range(draws))
+
+
+def all_others(truth: ndarray) -> Iterable[ndarray]:
+    """Every other labeling with as many people of each label, for an exact `p_value`."""
+    for chosen in combinations(range(len(truth)), int(truth.sum())):
+        labeling = np.zeros_like(truth)
+        labeling[list(chosen)] = 1
+        if not np.array_equal(labeling, truth):
+            yield labeling
 
 
 def interval(votes: ndarray, truth: ndarray, draws: int, rng: np.random.Generator) -> ndarray:
