@@ -49,6 +49,8 @@ CONFIG = {
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.terminate": 0.95,
+    # Ctrl-C reaches every process of the terminal; the run ends its workers, so they need no word.
+    "distributed.worker.preload": ["import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"],
 }
 
 
@@ -69,6 +71,9 @@ def main(args: StudyArgs) -> None:
     with workers(args, jobs) as client:
         try:
             fuse_all(client, cases, records)
+        except KeyboardInterrupt:
+            print("stopped; start again to go on")
+            raise
         finally:  # also of a run that is stopped
             page = write_report(out, cases, records)
             print(f"report: {page}")

@@ -35,8 +35,8 @@ main { display: grid; grid-template-columns: repeat(auto-fill, minmax(380px, 1fr
 article { background: #20242b; padding: .8em; border-radius: 6px; overflow-wrap: anywhere }
 article { scroll-margin-top: 1em } article:target { outline: 2px solid #8ec7ff }
 img { max-width: 100%; display: block; margin-top: .4em }
-.failed { color: #ff8f84 } .bad { color: #ffc66d } p { margin: .2em 0 } td { overflow-wrap: anywhere }
-table, main { margin-top: 1em }
+.failed { color: #ff8f84 } .bad { color: #ffc66d } p { margin: .2em 0 }
+td { overflow-wrap: anywhere } table, main { margin-top: 1em }
 """
 
 

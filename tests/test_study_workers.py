@@ -27,7 +27,9 @@ def start(*argv, log: Path) -> subprocess.Popen:
     """study.py in a process of its own."""
     command = [sys.executable, ROOT / "study.py", *argv]
     with open(log, "w") as file:
-        return subprocess.Popen([*map(str, command)], stdout=file, stderr=file, cwd=log.parent)
+        return subprocess.Popen(
+            [*map(str, command)], stdout=file, stderr=file, cwd=log.parent, start_new_session=True
+        )
 
 
 def records_of(out: Path) -> dict[str, int]:
@@ -71,6 +73,21 @@ def plain_loop(table: Path, out: Path) -> dict[str, bytes]:
 def test_workers_and_runs_that_are_killed_leave_nothing_behind(tmp_path):
     table, broken = write_study(tmp_path / "in", 8)
     check_kills(tmp_path, table, broken, rounds=2, count=8)
+
+
+def test_ctrl_c_ends_a_run_in_one_line_and_leaves_no_process(tmp_path):
+    table, _ = write_study(tmp_path / "in", 20)
+    argv = [table, "--out", tmp_path / "out", "--jobs", 2, "--threads", 1]
+    process = start(*argv, log=tmp_path / "log")
+    wait_for(lambda: records_of(tmp_path / "out"), process)
+    victims = workers_of(process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the run and its workers
+    assert process.wait(PATIENCE) == 130
+    text = (tmp_path / "log").read_text()
+    assert "\nstopped; start again to go on\n" in text and "Traceback" not in text
+    assert len(victims) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in victims)
+    assert "17 done" not in text and not list((tmp_path / "out").rglob("*.part"))
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 @pytest.mark.slow
