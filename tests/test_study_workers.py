@@ -14,9 +14,11 @@ import pytest
 from study_files import rows_of, write_study, written
 
 pytest.importorskip("distributed", reason="needs requirements-study.txt")
+from distributed.comm import CommClosedError
+
 import study
 from args_setting import ROOT, StudyArgs
-from cli import parse_args
+from cli import UserError, parse_args
 from studies.cases import RECORDS, find_cases
 from studies.run import run_case
 
@@ -198,3 +200,14 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path, monkeypatch, in_proce
     code, _, err = in_process(study, lambda: parse_args(StudyArgs, argv))
     assert code == 2 and err.startswith("study.py: error: ") and err.count("\n") == 1, err
     assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_cluster_that_goes_and_memory_for_nothing_are_one_line():
+    class Future:
+        def result(self):
+            raise CommClosedError("Stream is closed")
+
+    with pytest.raises(UserError, match="the cluster is gone; start again to go on"):
+        study.result_of(Future(), None)
+    with pytest.raises(UserError, match="--memory is 0.3, expected at least 1"):
+        study.shares(StudyArgs(memory=0.3))
