@@ -38,7 +38,7 @@ except ModuleNotFoundError as error:
 else:
     missing = None
 
-LEAST = 1  # GB of a process: PyTorch and the network alone take about half
+LEAST = 2  # GB of a process: with 1, two slices of 32 x 32 did not fit beside PyTorch
 CONNECT = 20  # seconds that a cluster may take to answer
 # Of Dask, for the processes of this machine. A case whose worker died is tried once more. A worker
 # holds one case and nothing in store, so that no other case has part in a death. A worker never
