@@ -35,12 +35,14 @@ from weights import load_model
 try:
     import dask
     from distributed import Client, KilledWorker, LocalCluster, as_completed
+    from distributed.comm import CommClosedError
     from distributed.system import MEMORY_LIMIT
 except ModuleNotFoundError as error:
     missing = error.name
 else:
     missing = None
 
+LEAST = 2  # GB of a process: with 1, two slices of 32 x 32 did not fit beside PyTorch
 CONNECT = 20  # seconds that a cluster may take to answer
 # Of Dask, for the processes of this machine. A case whose worker died is tried once more. A worker
 # holds one case and nothing in store, so that no other case has part in a death. A worker never
@@ -53,6 +55,8 @@ CONFIG = {
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.terminate": 0.95,
+    # Ctrl-C reaches every process of the terminal; the run ends its workers, so they need no word.
+    "distributed.worker.preload": ["import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"],
 }
 
 
@@ -70,6 +74,9 @@ def main(args: StudyArgs) -> None:
     with workers(args, jobs) as client:
         try:
             fuse_all(client, cases, records)
+        except KeyboardInterrupt:
+            print("stopped; start again to go on")
+            raise
         finally:  # also of a run that is stopped
             page = write_report(out, cases, records)
             print(f"report: {page}")
@@ -85,6 +92,8 @@ def shares(args: StudyArgs) -> tuple[StudyArgs, int]:
     cores = os.cpu_count() or 1
     jobs = args.jobs or max(1, cores // 2)
     threads = args.threads or max(1, cores // jobs)
+    if 0 < (args.memory or 0) < LEAST:
+        raise UserError(f"--memory is {args.memory:g}, expected at least {LEAST} (GB)")
     memory = args.memory or MEMORY_LIMIT / 1e9 / jobs
     return StudyArgs(**{**vars(args), "threads": threads, "memory": memory}), jobs
 
@@ -117,7 +126,7 @@ def description(bids: Path) -> str:
 def workers(args: StudyArgs, jobs: int) -> Iterator["Client"]:
     """A client of Dask: of the cluster that the settings name, or of `jobs` processes here."""
     with ExitStack() as stack:
-        for name in ("distributed", "tornado"):  # their words on a worker's death; ours say enough
+        for name in ("distributed", "distributed.client", "tornado"):  # our words say enough
             logging.getLogger(name).setLevel(logging.CRITICAL)
         if args.scheduler_file and not args.scheduler_file.is_file():
             raise UserError(f"--scheduler-file is {args.scheduler_file}: no such file")
@@ -174,7 +183,7 @@ def result_of(future, case: Case) -> dict:
         return future.result()
     except KilledWorker:
         message = "its worker died twice, maybe for lack of memory: see --memory and --tile"
-    except CancelledError:
+    except (CancelledError, CommClosedError):
         raise UserError("the cluster is gone; start again to go on") from None
     except Exception as error:  # such as a worker that lacks a package
         message = " ".join(f"{type(error).__name__}: {error}".split())

@@ -31,10 +31,12 @@ STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; margin: 1.5em; background: #14161a; color: #e6e6e6 }
 a { color: #8ec7ff } h1 { font-size: 1.4em } h2 { font-size: 1.1em; margin: 0 0 .3em }
 table { border-collapse: collapse } td, th { padding: .2em .8em .2em 0; text-align: left }
-main { display: flex; flex-wrap: wrap; gap: 1em }
-article { background: #20242b; padding: .8em; border-radius: 6px; max-width: 540px }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(380px, 1fr)); gap: .8em }
+article { background: #20242b; padding: .8em; border-radius: 6px; overflow-wrap: anywhere }
+article { scroll-margin-top: 1em } article:target { outline: 2px solid #8ec7ff }
 img { max-width: 100%; display: block; margin-top: .4em }
-.failed, .bad { color: #ff8f84 } p { margin: .2em 0 }
+.failed { color: #ff8f84 } .bad { color: #ffc66d } p { margin: .2em 0 }
+td { overflow-wrap: anywhere } table, main { margin-top: 1em }
 """
 
 
@@ -44,14 +46,15 @@ def write_report(out: Path, cases: list[Case], records: dict[str, dict]) -> Path
     `records` are those of `run_case` by the name of the case; a case without one was not run.
     """
     rows = [row_of(case, records.get(case.name)) for case in cases]
-    rows.sort(key=lambda row: ORDER.index(row["status"]))  # keeps the order otherwise
+    rows.sort(key=lambda row: (ORDER.index(row["status"]), not row["doubts"]))  # else as before
     text = io.StringIO()
     table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     write_bytes(out / "report.csv", text.getvalue().encode())
     by_name = {case.name: case for case in cases}
-    page = page_of(rows, [article(row, by_name[row["name"]], out) for row in rows])
+    shown = [row for row in rows if row["status"] == "done"]
+    page = page_of(rows, [article(row, by_name[row["name"]], out) for row in shown])
     write_bytes(out / "report.html", page.encode())
     return out / "report.html"
 
@@ -98,24 +101,29 @@ def sidecar_of(out: Path) -> dict:
 
 
 def page_of(rows: list[dict], articles: list[str]) -> str:
-    """The whole page: counts, failures, the slowest cases, then an article for each case."""
-    done = [row for row in rows if row["status"] == "done"]
-    failures = [row for row in rows if row["status"] == "failed"]
-    slowest = sorted(done, key=lambda row: -row["seconds"])[:3]
-    lines = "".join(
-        f"<tr><th>{link(row['name'])}</th><td>{escape(row['message'])}</td></tr>"
-        for row in failures
-    )
+    """The whole page: counts, failures, doubts, the slowest, then an article for each case done."""
+    of = {status: [row for row in rows if row["status"] == status] for status in ORDER}
+    doubtful = [row for row in of["done"] if row["doubts"]]
+    slowest = sorted(of["done"], key=lambda row: -row["seconds"])[:3]
+    failures = "".join(line(escape(row["name"]), row["message"]) for row in of["failed"])
+    doubts = "".join(line(link(row["name"]), row["doubts"]) for row in doubtful)
     slow = ", ".join(f"{link(row['name'])} ({row['seconds']:.1f} s)" for row in slowest)
+    left = ", ".join(escape(row["name"]) for row in of["not run"])
+    counts = ", ".join(f"{len(of[status])} {status}" for status in ("done", "failed", "not run"))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Fused study</title>'
-        f"<style>{STYLE}</style></head><body>"
-        f"<h1>{len(rows)} cases: {len(done)} done, {len(failures)} failed, "
-        f"{len(rows) - len(done) - len(failures)} not run</h1>"
-        + (f'<table class="failed">{lines}</table>' if lines else "")
+        f"<style>{STYLE}</style></head><body><h1>{len(rows)} cases: {counts}</h1>"
+        + (f'<table class="failed">{failures}</table>' if failures else "")
+        + (f'<table class="bad">{doubts}</table>' if doubts else "")
+        + (f"<p>Not run: {left}</p>" if left else "")
         + (f"<p>Slowest: {slow}</p>" if slow else "")
         + f"<main>{''.join(articles)}</main></body></html>\n"
     )
+
+
+def line(heading: str, text: str) -> str:
+    """A row of a table; `heading` is HTML."""
+    return f"<tr><th>{heading}</th><td>{escape(text)}</td></tr>"
 
 
 def link(name: str) -> str:
@@ -124,23 +132,19 @@ def link(name: str) -> str:
 
 
 def article(row: dict, case: Case, out: Path) -> str:
-    """What the page shows of a case."""
-    if row["status"] != "done":
-        text = f'<p class="failed">{escape(row["status"])}: {escape(row["message"])}</p>'
-    else:
-        facts = [row["task"], f"{row['seconds']:.1f} s"]
-        if row["moved_mm"] != "":
-            facts.append(f"moved {row['moved_mm']} mm")
-        if row["overlap_percent"]:
-            facts.append(f"overlap {row['overlap_percent']} %")
-        text = f"<p>{escape(' · '.join(facts))}</p>"
-        if row["doubts"]:
-            text += f'<p class="bad">{escape(row["doubts"])}</p>'
-        text += "".join(embedded(*picture) for picture in pictures(case))
+    """What the page shows of a case that is done."""
+    facts = [row["task"], f"{row['seconds']:.1f} s"]
+    if row["moved_mm"] != "":
+        facts.append(f"moved {row['moved_mm']} mm")
+    if row["overlap_percent"]:
+        facts.append(f"overlap {row['overlap_percent']} %")
+    text = f"<p>{escape(' · '.join(facts))}</p>"
+    if row["doubts"]:
+        text += f'<p class="bad">{escape(row["doubts"])}</p>'
+    text += "".join(embedded(*picture) for picture in pictures(case))
     file = quote(Path(os.path.relpath(case.settings.out, out)).as_posix())
     name = escape(row["name"])
-    heading = f'<a href="{file}">{name}</a>' if row["status"] == "done" else name
-    return f'<article id="{escape(row["name"])}"><h2>{heading}</h2>{text}</article>'
+    return f'<article id="{name}"><h2><a href="{file}">{name}</a></h2>{text}</article>'
 
 
 def pictures(case: Case) -> list[tuple[str, np.ndarray]]:

@@ -260,7 +260,7 @@ def test_report_has_failures_on_top_and_needs_nothing_else(tmp_path):
     out.mkdir()
     cases = [
         Case(name, TestArgs(out=out / f"{name}.nii.gz", mosaic=out / f"{name}_mosaic.png"), out)
-        for name in ("fine", "bad", "left")
+        for name in ("calm", "fine", "bad", "left")
     ]
     for end in ("mosaic", "registration"):
         write_png(out / f"fine_{end}.png", np.full((300, 1200, 3), 90, np.uint8))
@@ -268,16 +268,19 @@ def test_report_has_failures_on_top_and_needs_nothing_else(tmp_path):
     told["report"] = ["img2 was resampled; it covers 87% of it."]
     (out / "fine.json").write_text(json.dumps(told))
     records = {
+        "calm": {"status": "done", "message": "", "seconds": 1.0},
         "fine": {"status": "done", "message": "", "seconds": 4.2},
         "bad": {"status": "failed", "message": "no <volume>", "seconds": 0.1},
     }
     page = write_report(out, cases, records).read_text()
     rows = rows_of(out)
-    assert list(rows) == ["bad", "left", "fine"] and rows["left"]["status"] == "not run"
+    assert list(rows) == ["bad", "left", "fine", "calm"] and rows["left"]["status"] == "not run"
     assert (rows["fine"]["moved_mm"], rows["fine"]["overlap_percent"]) == ("3.46", "87")
     assert page.index("no &lt;volume&gt;") < page.index("moved 3.46 mm")
+    assert page.index("large &lt;turn&gt;") < page.index('id="fine"') < page.index('id="calm"')
+    assert "Not run: left" in page
     assert "overlap 87 %" in page and "large &lt;turn&gt;" in page and "4.2 s" in page
-    assert page.count("data:image/jpeg;base64,") == 2 and "1 done, 1 failed, 1 not run" in page
+    assert page.count("data:image/jpeg;base64,") == 2 and "2 done, 1 failed, 1 not run" in page
     assert "http" not in page and "<script" not in page and 'href="fine.nii.gz"' in page
     assert len(page) < 50_000, "two small pictures"
 

@@ -14,9 +14,11 @@ import pytest
 from study_files import rows_of, write_study, written
 
 pytest.importorskip("distributed", reason="needs requirements-study.txt")
+from distributed.comm import CommClosedError
+
 import study
 from args_setting import ROOT, StudyArgs
-from cli import parse_args
+from cli import UserError, parse_args
 from studies.cases import RECORDS, find_cases
 from studies.run import run_case
 
@@ -27,7 +29,9 @@ def start(*argv, log: Path) -> subprocess.Popen:
     """study.py in a process of its own."""
     command = [sys.executable, ROOT / "study.py", *argv]
     with open(log, "w") as file:
-        return subprocess.Popen([*map(str, command)], stdout=file, stderr=file, cwd=log.parent)
+        return subprocess.Popen(
+            [*map(str, command)], stdout=file, stderr=file, cwd=log.parent, start_new_session=True
+        )
 
 
 def records_of(out: Path) -> dict[str, int]:
@@ -71,6 +75,21 @@ def plain_loop(table: Path, out: Path) -> dict[str, bytes]:
 def test_workers_and_runs_that_are_killed_leave_nothing_behind(tmp_path):
     table, broken = write_study(tmp_path / "in", 8)
     check_kills(tmp_path, table, broken, rounds=2, count=8)
+
+
+def test_ctrl_c_ends_a_run_in_one_line_and_leaves_no_process(tmp_path):
+    table, _ = write_study(tmp_path / "in", 20)
+    argv = [table, "--out", tmp_path / "out", "--jobs", 2, "--threads", 1]
+    process = start(*argv, log=tmp_path / "log")
+    wait_for(lambda: records_of(tmp_path / "out"), process)
+    victims = workers_of(process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the run and its workers
+    assert process.wait(PATIENCE) == 130
+    text = (tmp_path / "log").read_text()
+    assert "\nstopped; start again to go on\n" in text and "Traceback" not in text
+    assert len(victims) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in victims)
+    assert "17 done" not in text and not list((tmp_path / "out").rglob("*.part"))
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 @pytest.mark.slow
@@ -181,3 +200,14 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path, monkeypatch, in_proce
     code, _, err = in_process(study, lambda: parse_args(StudyArgs, argv))
     assert code == 2 and err.startswith("study.py: error: ") and err.count("\n") == 1, err
     assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_cluster_that_goes_and_memory_for_nothing_are_one_line():
+    class Future:
+        def result(self):
+            raise CommClosedError("Stream is closed")
+
+    with pytest.raises(UserError, match="the cluster is gone; start again to go on"):
+        study.result_of(Future(), None)
+    with pytest.raises(UserError, match="--memory is 0.3, expected at least 2"):
+        study.shares(StudyArgs(memory=0.3))
