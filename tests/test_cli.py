@@ -150,7 +150,7 @@ finally:
         (["metrics"], "", "give --fused or --findings"),
         (["metrics", "study", "classify_asfe"], "--dir1 gone", "--dir1 and --dir2 come together"),
         (["metrics", "study"], "--dir1 gone --dir2 gone", "gone: no such folder"),
-        (["classify_asfe"], "", "give --labels or --leakage"),
+        (["classify_asfe"], "", "give --labels or --exploratory or --leakage"),
         (["study"], "--bids . --mosaic m.png", "--mosaic is for one pair"),
         (["app"], "--weights_dir gone", "gone: no such folder"),
     ],
