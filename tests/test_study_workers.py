@@ -78,7 +78,7 @@ def test_workers_and_runs_that_are_killed_leave_nothing_behind(tmp_path):
 
 
 def test_ctrl_c_ends_a_run_in_one_line_and_leaves_no_process(tmp_path):
-    table, _ = write_study(tmp_path / "in", 20)
+    table, _ = write_study(tmp_path / "in", 120)  # more than are done before the signal comes
     argv = [table, "--out", tmp_path / "out", "--jobs", 2, "--threads", 1]
     process = start(*argv, log=tmp_path / "log")
     wait_for(lambda: records_of(tmp_path / "out"), process)
@@ -88,7 +88,7 @@ def test_ctrl_c_ends_a_run_in_one_line_and_leaves_no_process(tmp_path):
     text = (tmp_path / "log").read_text()
     assert "\nstopped; start again to go on\n" in text and "Traceback" not in text
     assert len(victims) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in victims)
-    assert "17 done" not in text and not list((tmp_path / "out").rglob("*.part"))
+    assert "117 of 120" not in text and not list((tmp_path / "out").rglob("*.part"))
     assert (tmp_path / "out" / "report.html").is_file()
 
 
