@@ -1,23 +1,31 @@
 """An equivalent of the network that is faster and smaller on a CPU.
 
 `network.py` is the definition; whatever only makes it faster is here, behind `optimise`, and tests
-hold the results equal to 1e-5. What is here is worth a tenth of a pass; docs/speed.md has the
-figures, and what was tried and is worth less.
+hold the results equal to 1e-5. docs/speed.md says what each part is worth, and what was tried and
+is worth too little.
 
-In the decoder, BatchNorm moves into the weights of the convolution before it, maps that would be
-joined for a convolution each meet their own part of its weights, and the activation works in place.
+* Encoder: the first 1x1 convolution, with nothing between it and the next, moves into its weights.
+* BlurPool: the largest of four neighbours as two maxima.
+* Fusion: an inverse transform is linear, so that one serves the sum of both modalities' spectra.
+* SFEF: both softmaxes share their logits, where no exponential can overflow.
+* Decoder: BatchNorm moves into the weights of the convolution before it, maps that would be joined
+  for a convolution each meet their own part of its weights, and the activation works in place.
 
 Legend: as in network.py.
 """
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from network import ASFEFusion, ConvBlock, Decoder
+from network import SFEF, ASFEFusion, BlurPool, ConvBlock, Decoder, Encoder, FusionModule
+
+LARGEST_EXPONENT = 80  # exp(80) is 6e34, and float32 ends at 3e38
+LARGEST_LOGITS = 2**23  # in number: 32 MB, as the C library keeps no larger piece of memory
 
 
 def optimise(model: ASFEFusion) -> ASFEFusion:
@@ -33,9 +41,82 @@ def optimise(model: ASFEFusion) -> ASFEFusion:
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     fast = copy.deepcopy(model, shared).eval()
     # Not the encoder's blocks: AFF's spectra would amplify the rounding of folded weights.
-    for module in fast.decoder.modules():
-        module.__class__ = FASTER.get(type(module), type(module))
+    slow = set(fast.encoder.blocks.modules())
+    for module in fast.modules():
+        if module not in slow:
+            module.__class__ = FASTER.get(type(module), type(module))
     return fast
+
+
+def as_defined(module: nn.Module, x: Tensor) -> bool:
+    """Whether this pass has to go the way of the definition."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return module.training or torch.is_grad_enabled() or autocast or x.device.type != "cpu"
+
+
+class FastEncoder(Encoder):
+    """Encoder, without the maps of its first layer."""
+
+    def forward(self, img: Tensor) -> list[Tensor]:  # (B, 1, H, W) -> four of (B, C, H, W)
+        if as_defined(self, img):
+            return super().forward(img)
+        # Beside the image a map of ones, for the bias: the border's zeros come after that layer.
+        x = torch.stack([img, torch.ones_like(img)], 4)[:, 0].movedim(3, 1)  # (B, 2, H, W)
+        block = self.blocks[0]
+        first = torch.stack([self.inlayer.weight.flatten(), self.inlayer.bias])  # (2, C)
+        weight = torch.einsum("ochw,ic->oihw", block.conv1.weight, first)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        x = F.conv2d(x, weight, block.conv1.bias, padding=1)
+        scales = [F.gelu(block.bn2(block.conv2(block.bn1(x))))]
+        for pool, block in zip(self.pools, self.blocks[1:], strict=True):
+            scales.append(block(F.gelu(pool(scales[-1]))))  # (B, C, H/2, W/2)
+        return scales
+
+
+class FastBlurPool(BlurPool):
+    """BlurPool, without the places of the maxima, which only training asks for."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H/2, W/2)
+        if as_defined(self, x):
+            return super().forward(x)
+        x = torch.maximum(x[:, :, 1:], x[:, :, :-1])
+        x = torch.maximum(x[..., 1:], x[..., :-1])  # (B, C, H-1, W-1)
+        x = F.pad(x, (1, 2, 1, 2), mode="reflect")  # (B, C, H+2, W+2)
+        return F.conv2d(x, self.filt, stride=2, groups=x.shape[1])
+
+
+class FastFusionModule(FusionModule):
+    """FusionModule with one inverse transform."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # two (B, C, H, W) -> (B, 2C, H, W)
+        if as_defined(self, x) or not self.aff1 or not self.casf:
+            return super().forward(x, y)
+        z = self.aff2.masked(self.aff2.transform(x))  # (B, 2C, H, K)
+        z += self.aff1.masked(self.aff1.transform(y))
+        maps = self.casf(x, y), self.aff1.inverse(z, *x.shape[2:])
+        return self.sfef(torch.cat([m.movedim(1, 3) for m in maps], 3).movedim(3, 1))
+
+
+class FastSFEF(SFEF):
+    """SFEF with its logits as one matrix; a softmax divides by its sum after the product."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, d, H, W) -> (B, d, H, W)
+        gamma = self.norm.gamma * x.shape[1] ** 0.5
+        slots = self.slot_norm(self.slot_embeds).flatten(0, 1)  # (E*S, d)
+        tokens = x.flatten(2).mT  # (B, N, d)
+        # The tokens will have length one, so that a slot's length is the largest of its logits.
+        largest = (slots * gamma).norm(dim=1).max() + math.log(tokens.shape[1])  # of a sum, too
+        many = tokens.shape[0] * tokens.shape[1] * len(slots) > LARGEST_LOGITS
+        if as_defined(self, x) or many or largest > LARGEST_EXPONENT:
+            return super().forward(x)
+        tokens = F.normalize(tokens, dim=2)
+        weights = (tokens @ (slots * gamma * math.log2(math.e)).T).exp2_()  # (B, N, E*S)
+        slot_in = weights.mT @ tokens * (gamma / weights.sum(1).unsqueeze(2))  # (B, E*S, d)
+        per_expert = slot_in.chunk(len(self.experts), 1)  # E of (B, S, d)
+        slot_out = [expert(t) for expert, t in zip(self.experts, per_expert, strict=True)]
+        out, total = weights @ torch.cat(slot_out, 1), weights.sum(2, keepdim=True)
+        out = x.flatten(2).mT.addcdiv(out, total) if self.residual else out.div_(total)
+        return out.mT.unflatten(2, x.shape[2:])
 
 
 def conv_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d, *maps: Tensor) -> Tensor:
@@ -53,7 +134,7 @@ class FastConvBlock(ConvBlock):
     """ConvBlock of the decoder; takes several maps in place of one that joins them."""
 
     def forward(self, *maps: Tensor) -> Tensor:  # c_in channels in all -> (B, c_out, H, W)
-        if self.training or torch.is_grad_enabled() or maps[0].device.type != "cpu":
+        if as_defined(self, maps[0]):
             return super().forward(torch.cat(maps, 1))
         x = conv_bn(self.conv2, self.bn2, conv_bn(self.conv1, self.bn1, *maps))
         if self.upsample:
@@ -70,4 +151,5 @@ class FastDecoder(Decoder):
         return self.outlayer(self.up1(z, z1))  # (B, 1 or 2, H, W)
 
 
-FASTER = {kind.__base__: kind for kind in (FastConvBlock, FastDecoder)}
+KINDS = (FastEncoder, FastBlurPool, FastFusionModule, FastSFEF, FastConvBlock, FastDecoder)
+FASTER = {kind.__base__: kind for kind in KINDS}

@@ -131,7 +131,7 @@ class CASF(nn.Module):
     def lay_back(self, patches: Tensor, rows: int, columns: int) -> Tensor:
         """(B, N, p*p*C), ordered by row, column and channel in a patch -> (B, C, H, W)."""
         patches = patches.unflatten(2, (self.patch, self.patch, -1)).unflatten(1, (rows, columns))
-        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return patches.transpose(2, 3).flatten(3, 4).flatten(1, 2).movedim(3, 1)
 
 
 class AFF(nn.Module):
@@ -152,11 +152,12 @@ class AFF(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W), in float32
         # Half precision has too little range for a spectrum, and no FFT on most devices.
         with torch.autocast(x.device.type, enabled=False):
-            z = self.transform(x.float())  # (B, 2C, H, K)
-            z = F.relu(self.bn(self.conv(z)))
-            pooled = torch.cat([z.mean(1, keepdim=True), z.amax(1, keepdim=True)], 1)
-            z = z * torch.sigmoid(self.mask(pooled))  # the mask is (B, 1, H, K)
-            return self.inverse(z, x.shape[2], x.shape[3])
+            return self.inverse(self.masked(self.transform(x.float())), x.shape[2], x.shape[3])
+
+    def masked(self, z: Tensor) -> Tensor:  # (B, 2C, H, K) -> (B, 2C, H, K)
+        z = F.relu(self.bn(self.conv(z)))
+        pooled = torch.cat([z.mean(1, keepdim=True), z.amax(1, keepdim=True)], 1)
+        return z * torch.sigmoid(self.mask(pooled))  # the mask is (B, 1, H, K)
 
     def transform(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, 2C, H, K): real and imaginary parts, c0.re, c0.im, c1.re, …"""
@@ -368,19 +369,19 @@ def blend(img1: Tensor, img2: Tensor) -> Tensor:
     In each of two bands a detail counts in full where it is as strong as the other image's or as
     STRONG, else by the square of that ratio. Black in both stays black.
     """
-    total, details = img1 + img2, 0
+    images, details = torch.cat([img1, img2], 1), 0  # (B, 2, H, W)
     for factor, window in ((2, 5), (8, 9)):  # details of up to some 4 and 16 pixels
-        low1, low2 = low_pass(img1, factor), low_pass(img2, factor)
-        pair = img1 - low1, img2 - low2
-        a, b = (F.avg_pool2d(d.abs(), window, 1, window // 2) + 1 / 255 for d in pair)
-        for detail, own, other in (pair[0], a, b), (pair[1], b, a):
-            details = details + detail * (own / other.clamp(max=STRONG)).square().clamp(max=1)
-        img1, img2 = low1, low2
-    return torch.minimum(torch.maximum(img1, img2) + details, total)
+        low = low_pass(images, factor)
+        images, detail = low, images - low
+        mean = detail.new_full((2, 1, window, window), window**-2)
+        own = F.conv2d(detail.abs(), mean, padding=window // 2, groups=2) + 1 / 255
+        share = (own / own.flip(1).clamp(max=STRONG)).square().clamp(max=1)
+        details = details + (share * detail).sum(1, keepdim=True)
+    return torch.minimum(images.amax(1, keepdim=True) + details, img1 + img2)
 
 
 def low_pass(img: Tensor, factor: int) -> Tensor:
-    """(B, 1, H, W) without what is smaller than some 2 `factor` pixels."""
+    """(B, C, H, W) without what is smaller than some 2 `factor` pixels."""
     coarse = F.avg_pool2d(F.avg_pool2d(img, factor), 3, 1, 1, count_include_pad=False)
     return F.interpolate(coarse, scale_factor=factor, mode="bilinear")
 

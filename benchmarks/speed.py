@@ -2,6 +2,8 @@
 
     python benchmarks/speed.py                        fusing a 256x256 pair, both sizes
     python benchmarks/speed.py --parts                the same without a part of inference.py
+    python benchmarks/speed.py --against ../before    beside another checkout of this repository
+    python benchmarks/speed.py --onnx                 beside the exported file in ONNX Runtime
     python benchmarks/speed.py --train                a training step, as train_asfe.py takes it
     python benchmarks/speed.py --DEVICE cuda          on a GPU, also with --train
     python benchmarks/speed.py --versions optimised --sizes paper --side 1024
@@ -27,9 +29,10 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
-from machine import machine, make_parser, peak_gb, positive
+from machine import ROOT, machine, make_parser, peak_gb, positive
 
 # isort: split
 import torch
@@ -48,10 +51,11 @@ from network import ASFEFusion
 class Version(NamedTuple):
     """A way to compute the network."""
 
-    network: str  # direct, defined (network.py) or optimised (inference.py)
+    network: str  # direct, defined (network.py), optimised (inference.py) or onnx (exported)
     settings: bool = True  # the process has the settings of our commands, see cli.setup_runtime
     precision: str = "fp32"  # of training, see train_asfe.set_precision
     left_out: tuple[str, ...] = ()  # classes of inference.py, or a function of cli.py
+    tree: Path = ROOT  # the checkout that it is taken from
 
 
 FUSING = {
@@ -64,8 +68,14 @@ TRAINING = {name: v for name, v in FUSING.items() if v.network != "optimised"}
 PARTS = {
     "optimised": Version("optimised"),
     "freed memory returned": Version("optimised", left_out=("keep_freed_memory",)),
-    "BatchNorm apart, maps joined": Version("optimised", left_out=("FastConvBlock", "FastDecoder")),
+    "decoder as defined": Version("optimised", left_out=("FastConvBlock", "FastDecoder")),
+    "first layer apart": Version("optimised", left_out=("FastEncoder",)),
+    "max_pool2d": Version("optimised", left_out=("FastBlurPool",)),
+    "two inverse transforms": Version("optimised", left_out=("FastFusionModule",)),
+    "SFEF as two attentions": Version("optimised", left_out=("FastSFEF",)),
 }
+ENGINES = {name: FUSING[name] for name in ("network.py", "optimised")}
+ENGINES["ONNX Runtime"] = Version("onnx")
 # On a GPU the settings of the process change nothing, and the optimised network is network.py's.
 FUSING_ON_GPU = {"direct": Version("direct"), "network.py": Version("defined")}
 TRAINING_ON_GPU = FUSING_ON_GPU | {"network.py in bf16": Version("defined", precision="bf16")}
@@ -77,6 +87,10 @@ def versions_of(args: argparse.Namespace) -> dict[str, Version]:
         every = TRAINING_ON_GPU if args.train else FUSING_ON_GPU
     else:
         every = PARTS if args.parts else TRAINING if args.train else FUSING
+        every = ENGINES if args.onnx else every
+    if args.against:
+        before = {f"before, {name}": v._replace(tree=args.against) for name, v in every.items()}
+        every = before | every
     if unknown := set(args.versions) - every.keys():
         raise UserError(f"no version {sorted(unknown)}, expected some of {', '.join(every)}")
     return {name: v for name, v in every.items() if name in (args.versions or every)}
@@ -105,9 +119,19 @@ def build(size: str, version: Version, args: argparse.Namespace) -> Callable[[],
     if args.train:
         return training_step(model, images, version.precision)
     model.eval()
+    if version.network == "onnx":
+        return onnx_session(model, images, args.threads)
     if version.network == "optimised":
         model = inference.optimise(model)
     return torch.no_grad()(partial(model, *images))
+
+
+def onnx_session(model: ASFEFusion, images: Tensor, threads: int) -> Callable[[], object]:
+    """A pass of the exported file."""
+    import export_onnx
+
+    session = export_onnx.open_session(export_onnx.export(model, {}), threads)
+    return partial(session.run, None, dict(zip(("img1", "img2"), images.numpy(), strict=True)))
 
 
 def training_step(model: ASFEFusion, images: Tensor, precision: str) -> Callable[[], None]:
@@ -180,11 +204,18 @@ class Row:
 class Worker(Row):
     """A row, and the process of `serve` that it is measured in."""
 
-    def __init__(self, size: str, name: str, version: Version):
+    def __init__(self, size: str, name: str, version: Version, args: argparse.Namespace):
         super().__init__(version)
-        command = [sys.executable, __file__, *sys.argv[1:], "--serve", size, name]
+        flags = ["--serve", size, name.removeprefix("before, "), "--side", args.side]
+        flags += ["--batch", args.batch, *(["--threads", args.threads] if args.threads else [])]
+        flags += [f"--{kind}" for kind in ("train", "parts", "onnx") if getattr(args, kind)]
+        command = [sys.executable, version.tree / "benchmarks" / "speed.py", *flags]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            list(map(str, command)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
         )
 
     def __enter__(self) -> "Worker":
@@ -197,6 +228,7 @@ class Worker(Row):
 
     def step(self) -> float:
         """Have the process make a step; its seconds."""
+        time.sleep(0.1)  # threads of the others spin for a while after their work
         print(file=self.process.stdin)
         seconds, self.peak_gb = self.answer()
         return seconds
@@ -226,7 +258,7 @@ def measure_in_turns(
     """Each version in a process of its own, on a CPU; every second round goes backwards."""
     with ExitStack() as stack:
         rows = {
-            name: stack.enter_context(Worker(size, name, version))
+            name: stack.enter_context(Worker(size, name, version, args))
             for name, version in versions.items()
         }
         for k in range(args.repeats):
@@ -294,8 +326,10 @@ def show(what: str, rows: dict[str, Row]) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.parts and (args.train or args.versions or args.DEVICE == "cuda"):
-        raise UserError("--parts is for fusing on a CPU, without --train and --versions")
+    if (args.parts or args.onnx) and (args.train or args.DEVICE == "cuda"):
+        raise UserError("--parts and --onnx are for fusing on a CPU, without --train")
+    if args.against and not (args.against / "benchmarks" / "speed.py").is_file():
+        raise UserError(f"--against is {args.against}, expected a checkout of this repository")
     args.side = args.side or (TrainArgs.patch_size if args.train else 256)
     args.batch = args.batch or (TrainArgs.batch_size if args.train else 1)
     versions = versions_of(args)
@@ -323,6 +357,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--DEVICE", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--train", action="store_true", help="training steps")
     parser.add_argument("--parts", action="store_true", help="the optimised network without a part")
+    parser.add_argument("--onnx", action="store_true", help="the exported file, too")
+    parser.add_argument("--against", type=Path, help="another checkout, measured in turns")
     parser.add_argument("--sizes", nargs="+", default=tuple(SIZES), choices=tuple(SIZES))
     parser.add_argument("--versions", nargs="+", default=(), help="these only, by their names")
     parser.add_argument("--repeats", type=positive, default=7, help="rounds")

@@ -5,8 +5,11 @@ import torch
 from networks import NARROW, relative_error, settled
 from torch import nn
 
+import inference
+import network
+from args_setting import MODULES, SIZES
 from inference import conv_bn, optimise
-from network import ASFEFusion
+from network import SFEF, ASFEFusion
 
 
 @pytest.fixture(params=["compact", NARROW], ids=["compact", "narrow"])
@@ -27,6 +30,41 @@ def test_it_is_the_same_function(model, aff, side):
     assert torch.equal(images, before), "arguments are not written into"
     assert torch.allclose(fast.fuse(*images[:, 0, 0]), model.fuse(*images[:, 0, 0]), atol=1e-5)
     assert relative_error(optimise(fast)(*images), model(*images)) < 1e-5, "twice is once"
+
+
+@pytest.mark.parametrize("modules", [["casf"], ["aff"], ["sfef"], MODULES])
+def test_it_is_the_same_function_without_some_modules(modules):
+    model = settled(ASFEFusion(SIZES["compact"].without(modules)))
+    images = torch.rand(2, 2, 1, 32, 48)
+    with torch.no_grad():
+        assert relative_error(optimise(model)(*images), model(*images)) < 1e-5
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_shared_logits_serve_where_they_can(monkeypatch, residual):
+    """And where an exponential would overflow, or the matrix be large, the definition does."""
+    plain = SFEF(6, 3, 5, residual).eval()
+    fast = inference.FastSFEF(6, 3, 5, residual).eval()
+    fast.load_state_dict(plain.state_dict())
+    calls = []
+    defined = network.attend
+    monkeypatch.setattr(network, "attend", lambda *qkv: calls.append(0) or defined(*qkv))
+
+    def attends() -> bool:
+        before, x = len(calls), torch.randn(2, 6, 8, 12)
+        with torch.no_grad():
+            out, ours = fast(x), len(calls) - before
+            assert out.isfinite().all() and relative_error(out, plain(x)) < 1e-5
+        return ours > 0
+
+    assert not attends()
+    monkeypatch.setattr(inference, "LARGEST_LOGITS", 2 * 15 * 8 * 12 - 1)
+    assert attends()
+    monkeypatch.undo()
+    monkeypatch.setattr(network, "attend", lambda *qkv: calls.append(0) or defined(*qkv))
+    for module in plain, fast:
+        module.norm.gamma.data *= 20  # logits of up to 6 x 20
+    assert attends()
 
 
 def test_modules_inside_do_not_write_into_their_arguments(model):

@@ -37,7 +37,8 @@ def test_golden_vectors(published_model, shared, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_golden_vectors_of_the_optimised_network(published_model, shared, case):
-    compare_golden(optimise(published_model), shared, case)
+    gone = ("encoder.block1#", "AFFusion")  # what it computes with others, or in another order
+    compare_golden(optimise(published_model), shared, case, gone)
 
 
 @pytest.fixture
@@ -56,8 +57,8 @@ def test_golden_vectors_on_cuda(published_on_cuda, shared, case):
     compare_golden(published_on_cuda, shared, case)
 
 
-def compare_golden(model: ASFEFusion, shared: Path, case: str) -> None:
-    """Every stage of the network against the published implementation's, to 1e-5."""
+def compare_golden(model: ASFEFusion, shared: Path, case: str, gone: tuple[str, ...] = ()) -> None:
+    """Every stage of the network but those `gone` against the published ones, to 1e-5."""
     expected = np.load(shared / "golden" / "expected.npz")
     stages: dict[str, torch.Tensor] = {}
 
@@ -83,6 +84,7 @@ def compare_golden(model: ASFEFusion, shared: Path, case: str) -> None:
 
     names = {n.removeprefix(f"{case}/") for n in expected.files if n.startswith(f"{case}/")}
     names -= {"img1", "img2", "fused"}
+    names = {name for name in names if not any(part in name for part in gone)}
     assert names == stages.keys()
     assert relative_error(fused, torch.from_numpy(expected[f"{case}/fused"])) < 1e-5
     for name in names:
