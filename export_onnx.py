@@ -19,6 +19,7 @@ import copy
 import io
 import json
 import math
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -30,79 +31,119 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from images import writable_folder, write_bytes
-from network import AFF, MIN_SIDE, SFEF, ASFEFusion
+from network import MIN_SIDE, SFEF, ASFEFusion, FusionModule
 from weights import load_model
 
 TOLERANCE = 1e-4  # largest difference from PyTorch, of values in [0, 1]
 CHECKED = ((1, 64, 64), (2, 100, 75), (1, 256, 192))  # batch, height, width
 OPSET = 17
+LARGEST_LOGIT = 70.0  # exp of it, summed over 1e8 pixels, is within float32
 AXES = {0: "batch", 2: "height", 3: "width"}
 MISSING = "export_onnx.py needs onnx and onnxruntime: pip install -r requirements-onnx.txt"
 
 
-def waves(rows: int, columns: int, n: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of 2 pi i j / n, (rows, columns): the matrices of a transform of n points."""
-    turns = torch.outer(torch.arange(rows), torch.arange(columns)) % n  # exact, as integers
-    angle = turns.float() * (2 * math.pi / n)
-    return angle.cos(), angle.sin()
+class Fourier:
+    """Transforms of (B, C, H, W) as matrix products, in the frequencies of torch.fft.rfft2.
+
+    A transform of the n = p m rows is two short ones: with j = m j1 + j2 and k = k1 + p k2,
+    exp(-2 pi i j k / n) = exp(-2 pi i j1 k1 / p) exp(-2 pi i j2 (k1 + p k2) / n). The first factor
+    sums over j1 whatever j2 is, the second over j2 for each k1 (Cooley and Tukey, 1965). A complex
+    number is two real ones, so that the transposed matrices transform back.
+    """
+
+    def __init__(self, height: int, width: int, rows: int, norm: str):
+        p, m, k = rows, height // rows, width // 2 + 1
+        self.p, self.m = p, m
+        angle = turns(torch.arange(p)[:, None] * torch.arange(p), p)  # of k1 and j1
+        first = rotation(angle)  # (c' k1, c j1), where c and c' are real or imaginary
+        self.first = first.unflatten(0, (2, p)).transpose(0, 1).flatten(0, 1)  # (k1 c', c j1)
+        frequency = torch.arange(p)[:, None, None] + p * torch.arange(m)[:, None]  # (p, m, 1)
+        self.second = rotation(turns(frequency * torch.arange(m), height))  # (k1, c' k2, c j2)
+        self.angle = turns(torch.arange(width)[:, None] * torch.arange(k), width)  # (W, K)
+        # Of a real row, all frequencies but the first and the middle one stand for two.
+        i = torch.arange(k)
+        self.twice = torch.where((i == 0) | (2 * i == width), 1.0, 2.0)
+        self.scale = 1.0 if norm == "backward" else (height * width) ** -0.5
+        self.scale_back = 1 / (height * width) / self.scale
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 2C, H, K), c0.re, c0.im, c1.re, …
+        re, im = x @ (self.angle.cos() * self.scale), x @ (self.angle.sin() * -self.scale)
+        z = torch.cat([re, im], 2)  # (B, C, c H, K)
+        z = self.first @ z.unflatten(2, (2 * self.p, self.m)).flatten(3)  # (B, C, k1 c, j2 K)
+        z = self.second @ z.unflatten(3, (self.m, -1)).unflatten(2, (self.p, 2)).flatten(3, 4)
+        z = z.unflatten(3, (2, self.m)).permute(0, 1, 3, 4, 2, 5)  # (B, C, c, k2, k1, K)
+        return z.flatten(3, 4).flatten(1, 2)
+
+    def inverse(self, z: Tensor) -> Tensor:  # (B, 2C, H, K) or fewer columns -> (B, C, H, W)
+        columns = z.shape[3]
+        first, second = self.first.transpose(0, 1), self.second.transpose(1, 2)
+        z = z.unflatten(2, (self.m, self.p)).unflatten(1, (-1, 2))  # (B, C, c, k2, k1, K)
+        z = second @ z.permute(0, 1, 4, 2, 3, 5).flatten(3, 4)  # (B, C, k1, c j2, K)
+        z = first @ z.unflatten(3, (2, self.m)).flatten(2, 3).flatten(3)  # (B, C, c j1, j2 K)
+        re, im = z.unflatten(3, (self.m, -1)).flatten(2, 3).chunk(2, 2)  # (B, C, H, K) each
+        angle = self.angle[:, :columns].transpose(0, 1)
+        weight = (self.twice * self.scale_back)[:columns, None]
+        return re @ (angle.cos() * weight) - im @ (angle.sin() * weight)
 
 
-def rfft2(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Real and imaginary part, (B, C, H, K), of torch.fft.rfft2 of (B, C, H, W)."""
-    h, w = x.shape[-2:]
-    cos, sin = waves(w, w // 2 + 1, w)
-    re, im = x @ cos, -(x @ sin)
-    cos, sin = waves(h, h, h)
-    return cos @ re + sin @ im, cos @ im - sin @ re
+def turns(counts: Tensor, n: int) -> Tensor:
+    """The angle of so many n-th parts of a turn."""
+    return (counts % n).float() * (2 * math.pi / n)  # exact, as integers, up to here
 
 
-def irfft2(re: Tensor, im: Tensor, h: int, w: int) -> Tensor:
-    """torch.fft.irfft2 with s=(h, w): (B, C, H, W). Missing rows and columns count as zeros."""
-    re, im = re[..., :h, :], im[..., :h, :]
-    cos, sin = waves(h, re.shape[-2], h)
-    re, im = cos @ re - sin @ im, cos @ im + sin @ re
-    cos, sin = waves(re.shape[-1], w, w)
-    j = torch.arange(re.shape[-1])
-    # frequencies but the first and the middle one stand for two, themselves and their mirror image
-    twice = torch.where((j == 0) | (2 * j == w), 1.0, 2.0).unsqueeze(1)
-    return (re @ (cos * twice) - im @ (sin * twice)) / (h * w)
+def rotation(angle: Tensor) -> Tensor:
+    """exp(-i angle) of (..., a, b) on parts that lie apart, real ones first: (..., 2a, 2b)."""
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([torch.cat([cos, sin], -1), torch.cat([-sin, cos], -1)], -2)
 
 
-class PortableAFF(AFF):
-    """AFF with its transforms as matrix products."""
+class PortableFusionModule(FusionModule):
+    """FusionModule with its transforms as matrix products, and one back for both modalities."""
 
-    def transform(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 2C, H, K)
-        z = torch.stack(rfft2(x), 2).flatten(1, 2)  # c0.re, c0.im, c1.re, …
-        return z / self.divisor(*x.shape[2:])
+    rows: int  # of which the height is a multiple
 
-    def inverse(self, z: Tensor, height: int, width: int) -> Tensor:  # -> (B, C, H, W)
-        z = z.unflatten(1, (-1, 2))  # (B, C, 2, H, K)
-        if self.aff == "published":  # rows 0 and 1 become the parts of a K x 2 map, see AFF
-            re, im = z[..., 0, :].transpose(2, 3), z[..., 1, :].transpose(2, 3)
-        else:
-            re, im = z[:, :, 0], z[:, :, 1]
-        return irfft2(re, im, height, width) * self.divisor(height, width)
-
-    def divisor(self, height: int, width: int) -> float:
-        return 1.0 if self.fft_norm == "backward" else (height * width) ** 0.5
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # two (B, C, H, W) -> (B, 2C, H, W)
+        if not self.aff1:
+            return super().forward(x, y)
+        height, width = x.shape[2:]
+        fourier = Fourier(height, width, self.rows, self.aff1.fft_norm)
+        z = fourier.forward(torch.cat([x, y]))  # (2B, 2C, H, K)
+        z = self.aff2.masked(z[: x.shape[0]]) + self.aff1.masked(z[x.shape[0] :])  # (B, 2C, H, K)
+        if self.aff1.aff == "published":  # rows 0 and 1 become the parts of a K x 2 map, see AFF
+            z = z.unflatten(1, (-1, 2))[:, :, :, :2].permute(0, 1, 3, 4, 2)  # (B, C, 2, K, 2)
+            z = F.pad(z, (0, 0, 0, height))[:, :, :, :height].flatten(1, 2)
+        spatial = self.casf(x, y) if self.casf else x + y
+        return self.sfef(torch.cat([spatial, fourier.inverse(z)], 1))
 
 
 class PortableSFEF(SFEF):
     """SFEF with its logits as one matrix, which both softmaxes share."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, d, H, W) -> (B, d, H, W)
-        tokens = self.norm(x.flatten(2).transpose(1, 2))  # (B, N, d)
-        slots = self.slot_norm(self.slot_embeds).flatten(0, 1)  # (E*S, d)
-        logits = tokens @ slots.T  # (B, N, E*S)
-        slot_in = logits.transpose(1, 2).softmax(-1) @ tokens  # (B, E*S, d)
+        gamma = self.norm.gamma * x.shape[1] ** 0.5
+        slots = self.slot_norm(self.slot_embeds).flatten(0, 1) * gamma  # (E*S, d)
+        tokens = x.flatten(2)  # (B, d, N)
+        tokens = tokens / column_sums(tokens.square()).sqrt().clamp(min=1e-12)
+        logits = slots @ tokens  # (B, E*S, N)
+        # A constant of the weights. The tokens' length is one, so that no logit is larger.
+        small = float(slots.norm(dim=1).max()) < LARGEST_LOGIT
+        dispatch = logits.exp() if small else logits.softmax(2)
+        slot_in = dispatch @ tokens.transpose(1, 2) * gamma / dispatch.sum(2, keepdim=True)
         per_expert = slot_in.split(self.slot_embeds.shape[1], 1)  # E of (B, S, d)
         slot_out = torch.cat([f(t) for f, t in zip(self.experts, per_expert, strict=True)], 1)
-        out = logits.softmax(-1) @ slot_out  # (B, N, d)
-        out = out.transpose(1, 2).unflatten(2, x.shape[2:])
+        combine = dispatch if small else logits.softmax(1)
+        out = slot_out.transpose(1, 2) @ combine / column_sums(combine)
+        out = out.unflatten(2, x.shape[2:])
         return x + out if self.residual else out
+
+
+def column_sums(t: Tensor) -> Tensor:
+    """t.sum(1, keepdim=True) of (B, rows, columns); ONNX Runtime is slow at sums that stride."""
+    return t.new_ones(1, t.shape[1]) @ t
 
 
 class PortableFusion(nn.Module):
@@ -113,16 +154,20 @@ class PortableFusion(nn.Module):
         self.model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format).eval()
         self.model.requires_grad_(False)
         for module in self.model.modules():
-            for kind in (PortableAFF, PortableSFEF):
+            for kind in (PortableFusionModule, PortableSFEF):
                 if type(module) is kind.__base__:
                     module.__class__ = kind
+        for scale, module in enumerate(self.model.fusion):
+            module.rows = model.multiple >> scale
 
     def forward(self, img1: Tensor, img2: Tensor) -> Tensor:  # two (B, 1, H, W) -> (B, 1, H, W)
-        model, (height, width) = self.model, img1.shape[-2:]
-        a, b = (mirror(mirror(t, 2, model.multiple), 3, model.multiple) for t in (img1, img2))
-        scales = zip(model.encoder(a), model.encoder(b), strict=True)  # x and y, (B, C, H, W)
-        fused = [fusion(x, y) for fusion, (x, y) in zip(model.fusion, scales, strict=True)]
-        return model.head(model.decoder(*fused), a, b)[..., :height, :width].clamp(0, 1)
+        model, batch, (height, width) = self.model, img1.shape[0], img1.shape[-2:]
+        both = torch.cat([img1, img2])
+        both = mirror(mirror(both, 2, model.multiple), 3, model.multiple)
+        scales = zip(model.fusion, model.encoder(both), strict=True)  # (2B, C, H, W), x then y
+        fused = [fusion(scale[:batch], scale[batch:]) for fusion, scale in scales]
+        out = model.head(model.decoder(*fused), both[:batch], both[batch:])
+        return out[..., :height, :width].clamp(0, 1)
 
 
 def mirror(x: Tensor, axis: int, multiple: int) -> Tensor:
@@ -150,8 +195,25 @@ def export(model: ASFEFusion, metadata: dict) -> bytes:
             output_names=["fused"],
             dynamic_axes={name: AXES for name in ("img1", "img2", "fused")},
         )
-    proto = onnx.load_from_string(file.getvalue())
+    proto = onnx.load_from_string(folded(file.getvalue()))
     onnx.helper.set_model_props(proto, {"asfe": json.dumps(metadata)})
+    return proto.SerializeToString()
+
+
+def folded(file: bytes) -> bytes:
+    """The same network with its constants computed, half of its nodes: it loads twice as fast."""
+    onnx, onnxruntime = libraries()
+    options = onnxruntime.SessionOptions()
+    # The basic level keeps to ONNX's own operators, so that other runtimes read the file as well.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 3  # errors only
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder) / "folded.onnx")
+        onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        proto = onnx.load(options.optimized_model_filepath)
+    own = [opset for opset in proto.opset_import if not opset.domain]
+    del proto.opset_import[:]
+    proto.opset_import.extend(own)
     return proto.SerializeToString()
 
 
