@@ -6,9 +6,11 @@
 The compact size is trained on the three tasks for the same number of steps from the same seed, once
 whole and once in each variant, by `train_asfe.py`. The people of LEFT_OUT take no part; on slices
 of theirs the metrics and findings are measured. Each run stays in --runs with its measures and is
-not made again. A difference from the whole network counts (*) where the values of all seeds lie on
-one side of all of the whole one's; with three seeds each, chance alone does that once in ten. A
-pass is timed at the end, the variants taking turns, as a ratio to the whole network's.
+not made again. Without the blend the decoder makes the image itself, as in the paper; such variants
+are compared with `blend`, where it runs too, the others with the whole network. A difference counts
+(*) where the values of all seeds lie on one side of all of the other's; with three seeds each,
+chance alone does that once in ten. A pass is timed at the end, the variants taking turns, as a
+ratio to the whole network's.
 """
 
 import argparse
@@ -41,6 +43,9 @@ VARIANTS = {  # name -> flags of train_asfe.py
     "sfef": ["--without", "sfef"],
     "all three": ["--without", "casf", "aff", "sfef"],
     "blend": ["--without", "blend"],
+    "blend and casf": ["--without", "blend", "casf"],
+    "blend and aff": ["--without", "blend", "aff"],
+    "blend and sfef": ["--without", "blend", "sfef"],
     "aff as published": ["--aff", "published"],
     "detail loss": ["--recipe", "detail"],
     "paper loss": ["--recipe", "paper"],
@@ -107,7 +112,8 @@ def network(name: str) -> ASFEFusion:
     """A variant with random weights."""
     flags = VARIANTS[name]
     parts = flags[1:] if "--without" in flags else []
-    return ASFEFusion(SIZES["compact"].without(parts)).eval()
+    aff = "published" if "--aff" in flags else "full"
+    return ASFEFusion(SIZES["compact"].without(parts), aff).eval()
 
 
 def pass_seconds(names: list[str], repeats: int = 15) -> dict[str, float]:
@@ -127,12 +133,12 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     names = [*METRICS, "worst kind", "worst tenth"]
     seconds = pass_seconds(list(results))
     lines = [["variant", *names, "M parameters", "pass", "minutes"]]
-    whole = {n: [r[n] for r in results["whole"]] for n in names}
     for variant, rows in results.items():
+        base = results["blend" if "blend and" in variant and "blend" in results else "whole"]
         cells = []
         for name in names:
-            values = [row[name] for row in rows]
-            apart = max(values) < min(whole[name]) or min(values) > max(whole[name])
+            values, others = [row[name] for row in rows], [row[name] for row in base]
+            apart = max(values) < min(others) or min(values) > max(others)
             spread = max(abs(v - np.mean(values)) for v in values)
             cells.append(f"{np.mean(values):.3f} ±{spread:.3f}" + "*" * apart)
         count = sum(p.numel() for p in network(variant).parameters()) / 1e6
