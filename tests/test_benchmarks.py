@@ -78,6 +78,28 @@ def test_speed_compares_processes_that_take_turns(run):
     assert all(0.1 < float(row[5]) <= float(row[6]) < 3 for row in table[1:]), "GB of a process"
 
 
+def test_speed_compares_with_another_checkout_and_the_exported_file(run):
+    pytest.importorskip("onnxruntime", reason="needs requirements-onnx.txt")
+    flags = ["--sizes", "compact", "--side", 32, "--repeats", 1, "--threads", 1, "--onnx"]
+    versions = ["before, optimised", "ONNX Runtime"]
+    out = run(speed, *flags, "--against", speed.ROOT, "--versions", *versions)
+    names = [line.split(" | ")[0][2:] for line in out.splitlines() if line.startswith("| ")]
+    assert names[1:] == versions
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--against", "docs"], "expected a checkout"),
+        (["--onnx", "--train"], "without --train"),
+        (["--versions", "fast"], "no version ['fast']"),
+    ],
+)
+def test_speed_says_in_one_line_what_it_cannot_compare(in_process, flags, message):
+    code, _, err = in_process(speed, lambda: speed.parse(flags), *flags)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", speed.PARTS | speed.FUSING)
 def test_every_version_is_the_same_function(name, monkeypatch):
     version = (speed.PARTS | speed.FUSING)[name]
@@ -132,18 +154,21 @@ def test_ablation_trains_what_it_lacks_and_marks_what_the_seeds_do_not_explain(
         name, seed = path
         trained.append(path)
         measures = dict.fromkeys((*ablation.METRICS, "worst kind", "worst tenth"), 0.5)
-        lost = {"whole": (0.0, 0.1), "casf": (0.2, 0.05)}[name][seed - 1]
-        return measures | {"SSIM": 0.8 - 0.2 * (name == "casf"), "Qabf": 0.5 - lost}
+        lost = {"whole": (0.0, 0.1), "casf": (0.2, 0.05)}.get(name, (0.1, 0.1))[seed - 1]
+        return measures | {"SSIM": 0.8 if name == "whole" else 0.6, "Qabf": 0.5 - lost}
 
     monkeypatch.setattr(ablation, "train", lambda folder, name, seed, args: (name, seed))
     monkeypatch.setattr(ablation, "measure", values)
-    flags = "--runs", tmp_path, "--variants", "whole", "casf", "--seeds", 1, 2
+    flags = ["--runs", tmp_path, "--seeds", 1, 2, "--variants", "whole", "casf"]
     out = run(ablation, *flags)
     assert trained == [("whole", 1), ("casf", 1), ("whole", 2), ("casf", 2)]
     line = next(text for text in out.splitlines() if text.startswith("casf  "))
     assert "0.600 ±0.000*" in line and "0.375 ±0.075 " in line
-    run(ablation, *flags)
-    assert len(trained) == 4, "nothing is trained twice"
+    out = run(ablation, *flags, "blend", "blend and casf")
+    assert len(trained) == 8, "nothing is trained twice"
+    rows = [text for text in out.splitlines() if "±" in text]
+    stars = {row[:15].strip(): row.count("*") for row in rows}
+    assert stars == {"whole": 0, "casf": 1, "blend": 1, "blend and casf": 0}
 
 
 def test_ablation_measures_people_left_out_and_trains_on_the_others(tmp_path, monkeypatch):
