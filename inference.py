@@ -101,16 +101,17 @@ class FastSFEF(SFEF):
     """SFEF with its logits as one matrix; a softmax divides by its sum after the product."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, d, H, W) -> (B, d, H, W)
-        gamma = self.norm.gamma * x.shape[1] ** 0.5
-        slots = self.slot_norm(self.slot_embeds).flatten(0, 1)  # (E*S, d)
-        tokens = x.flatten(2).mT  # (B, N, d)
-        # The tokens will have length one, so that a slot's length is the largest of its logits.
-        largest = (slots * gamma).norm(dim=1).max() + math.log(tokens.shape[1])  # of a sum, too
-        many = tokens.shape[0] * tokens.shape[1] * len(slots) > LARGEST_LOGITS
-        if as_defined(self, x) or many or largest > LARGEST_EXPONENT:
+        if as_defined(self, x):
             return super().forward(x)
-        tokens = F.normalize(tokens, dim=2)
-        weights = (tokens @ (slots * gamma * math.log2(math.e)).T).exp2_()  # (B, N, E*S)
+        gamma = self.norm.gamma * x.shape[1] ** 0.5
+        slots = self.slot_norm(self.slot_embeds).flatten(0, 1) * gamma  # (E*S, d)
+        tokens = F.normalize(x.flatten(2).mT, dim=2)  # (B, N, d), without their gamma
+        # As tokens have length one, no logit is larger than its slot is long; and a sum is of N.
+        exponent = slots.norm(dim=1).max() + math.log(tokens.shape[1])
+        many = tokens.shape[0] * tokens.shape[1] * len(slots) > LARGEST_LOGITS
+        if many or exponent > LARGEST_EXPONENT:
+            return super().forward(x)
+        weights = (tokens @ (slots.T * math.log2(math.e))).exp2_()  # (B, N, E*S)
         slot_in = weights.mT @ tokens * (gamma / weights.sum(1).unsqueeze(2))  # (B, E*S, d)
         per_expert = slot_in.chunk(len(self.experts), 1)  # E of (B, S, d)
         slot_out = [expert(t) for expert, t in zip(self.experts, per_expert, strict=True)]
