@@ -26,12 +26,19 @@ PATIENCE = 300  # seconds for a start or an end; a busy machine is slow
 
 
 def start(*argv, log: Path) -> subprocess.Popen:
-    """study.py in a process of its own."""
-    command = [sys.executable, ROOT / "study.py", *argv]
-    with open(log, "w") as file:
-        return subprocess.Popen(
-            [*map(str, command)], stdout=file, stderr=file, cwd=log.parent, start_new_session=True
-        )
+    """study.py in a process of its own, which hears Ctrl-C.
+
+    A shell has what it starts in the background ignore it, and the children inherit that.
+    """
+    command = [str(word) for word in (sys.executable, ROOT / "study.py", *argv)]
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with open(log, "w") as file:
+            return subprocess.Popen(
+                command, stdout=file, stderr=file, cwd=log.parent, start_new_session=True
+            )
+    finally:
+        signal.signal(signal.SIGINT, ignored)
 
 
 def records_of(out: Path) -> dict[str, int]:
