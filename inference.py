@@ -4,7 +4,6 @@
 hold the results equal to 1e-5. docs/speed.md says what each part is worth, and what was tried and
 is worth too little.
 
-* Encoder: the first 1x1 convolution, with nothing between it and the next, moves into its weights.
 * BlurPool: the largest of four neighbours as two maxima.
 * Fusion: an inverse transform is linear, so that one serves the sum of both modalities' spectra.
 * SFEF: both softmaxes share their logits, where no exponential can overflow.
@@ -22,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from network import SFEF, ASFEFusion, BlurPool, ConvBlock, Decoder, Encoder, FusionModule
+from network import SFEF, ASFEFusion, BlurPool, ConvBlock, Decoder, FusionModule
 
 LARGEST_EXPONENT = 80  # exp(80) is 6e34, and float32 ends at 3e38
-LARGEST_LOGITS = 2**23  # in number: 32 MB, as the C library keeps no larger piece of memory
+LARGEST_LOGITS = 2**23  # fewer in number: the C library keeps no piece of memory of 32 MB
 
 
 def optimise(model: ASFEFusion) -> ASFEFusion:
@@ -33,14 +32,15 @@ def optimise(model: ASFEFusion) -> ASFEFusion:
 
     A new model in evaluation mode that shares the parameters and buffers of `model`. `forward` and
     `fuse` give what the model's do, to 1e-5, and never write into their arguments. With gradients
-    enabled or in training mode it computes as the definition does. To move or cast it, do so with
+    enabled, in training mode, under autocast and in another type than float32 it computes as the
+    definition does. To move or cast it, do so with
     `model` and optimise that. Hooks on modules inside may not fire.
     """
     if next(model.parameters()).device.type != "cpu":
         return model
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     fast = copy.deepcopy(model, shared).eval()
-    # Not the encoder's blocks: AFF's spectra would amplify the rounding of folded weights.
+    # Not the encoder's convolutions: AFF's spectra would amplify the rounding of folded weights.
     slow = set(fast.encoder.blocks.modules())
     for module in fast.modules():
         if module not in slow:
@@ -50,27 +50,8 @@ def optimise(model: ASFEFusion) -> ASFEFusion:
 
 def as_defined(module: nn.Module, x: Tensor) -> bool:
     """Whether this pass has to go the way of the definition."""
-    autocast = torch.is_autocast_enabled(x.device.type)
-    return module.training or torch.is_grad_enabled() or autocast or x.device.type != "cpu"
-
-
-class FastEncoder(Encoder):
-    """Encoder, without the maps of its first layer."""
-
-    def forward(self, img: Tensor) -> list[Tensor]:  # (B, 1, H, W) -> four of (B, C, H, W)
-        if as_defined(self, img):
-            return super().forward(img)
-        # Beside the image a map of ones, for the bias: the border's zeros come after that layer.
-        x = torch.stack([img, torch.ones_like(img)], 4)[:, 0].movedim(3, 1)  # (B, 2, H, W)
-        block = self.blocks[0]
-        first = torch.stack([self.inlayer.weight.flatten(), self.inlayer.bias])  # (2, C)
-        weight = torch.einsum("ochw,ic->oihw", block.conv1.weight, first)
-        weight = weight.contiguous(memory_format=torch.channels_last)
-        x = F.conv2d(x, weight, block.conv1.bias, padding=1)
-        scales = [F.gelu(block.bn2(block.conv2(block.bn1(x))))]
-        for pool, block in zip(self.pools, self.blocks[1:], strict=True):
-            scales.append(block(F.gelu(pool(scales[-1]))))  # (B, C, H/2, W/2)
-        return scales
+    other = x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type)
+    return module.training or torch.is_grad_enabled() or other or x.device.type != "cpu"
 
 
 class FastBlurPool(BlurPool):
@@ -108,7 +89,7 @@ class FastSFEF(SFEF):
         tokens = F.normalize(x.flatten(2).mT, dim=2)  # (B, N, d), without their gamma
         # As tokens have length one, no logit is larger than its slot is long; and a sum is of N.
         exponent = slots.norm(dim=1).max() + math.log(tokens.shape[1])
-        many = tokens.shape[0] * tokens.shape[1] * len(slots) > LARGEST_LOGITS
+        many = tokens.shape[0] * tokens.shape[1] * len(slots) >= LARGEST_LOGITS
         if many or exponent > LARGEST_EXPONENT:
             return super().forward(x)
         weights = (tokens @ (slots.T * math.log2(math.e))).exp2_()  # (B, N, E*S)
@@ -152,5 +133,5 @@ class FastDecoder(Decoder):
         return self.outlayer(self.up1(z, z1))  # (B, 1 or 2, H, W)
 
 
-KINDS = (FastEncoder, FastBlurPool, FastFusionModule, FastSFEF, FastConvBlock, FastDecoder)
+KINDS = (FastBlurPool, FastFusionModule, FastSFEF, FastConvBlock, FastDecoder)
 FASTER = {kind.__base__: kind for kind in KINDS}

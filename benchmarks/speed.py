@@ -69,7 +69,6 @@ PARTS = {
     "optimised": Version("optimised"),
     "freed memory returned": Version("optimised", left_out=("keep_freed_memory",)),
     "decoder as defined": Version("optimised", left_out=("FastConvBlock", "FastDecoder")),
-    "first layer apart": Version("optimised", left_out=("FastEncoder",)),
     "max_pool2d": Version("optimised", left_out=("FastBlurPool",)),
     "two inverse transforms": Version("optimised", left_out=("FastFusionModule",)),
     "SFEF as two attentions": Version("optimised", left_out=("FastSFEF",)),
@@ -328,6 +327,8 @@ def show(what: str, rows: dict[str, Row]) -> None:
 def main(args: argparse.Namespace) -> None:
     if (args.parts or args.onnx) and (args.train or args.DEVICE == "cuda"):
         raise UserError("--parts and --onnx are for fusing on a CPU, without --train")
+    if args.parts and args.onnx or args.against and args.DEVICE == "cuda":
+        raise UserError("--parts goes without --onnx, and --against is for a CPU")
     if args.against and not (args.against / "benchmarks" / "speed.py").is_file():
         raise UserError(f"--against is {args.against}, expected a checkout of this repository")
     args.side = args.side or (TrainArgs.patch_size if args.train else 256)
@@ -358,7 +359,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train", action="store_true", help="training steps")
     parser.add_argument("--parts", action="store_true", help="the optimised network without a part")
     parser.add_argument("--onnx", action="store_true", help="the exported file, too")
-    parser.add_argument("--against", type=Path, help="another checkout, measured in turns")
+    parser.add_argument("--against", type=Path, help="another checkout, with these flags and names")
     parser.add_argument("--sizes", nargs="+", default=tuple(SIZES), choices=tuple(SIZES))
     parser.add_argument("--versions", nargs="+", default=(), help="these only, by their names")
     parser.add_argument("--repeats", type=positive, default=7, help="rounds")

@@ -92,6 +92,8 @@ def test_speed_compares_with_another_checkout_and_the_exported_file(run):
     [
         (["--against", "docs"], "expected a checkout"),
         (["--onnx", "--train"], "without --train"),
+        (["--onnx", "--parts"], "without --onnx"),
+        (["--against", ".", "--DEVICE", "cuda"], "is for a CPU"),
         (["--versions", "fast"], "no version ['fast']"),
     ],
 )

@@ -58,7 +58,7 @@ def test_shared_logits_serve_where_they_can(monkeypatch, residual):
         return ours > 0
 
     assert not attends()
-    monkeypatch.setattr(inference, "LARGEST_LOGITS", 2 * 15 * 8 * 12 - 1)
+    monkeypatch.setattr(inference, "LARGEST_LOGITS", 2 * 15 * 8 * 12)
     assert attends()
     monkeypatch.undo()
     monkeypatch.setattr(network, "attend", lambda *qkv: calls.append(0) or defined(*qkv))
@@ -107,6 +107,14 @@ def test_with_gradients_and_in_training_it_is_the_definition(model):
         model.load_state_dict(state)
         assert torch.equal(fast.train()(*images), expected)
     assert all(torch.equal(v, after[k]) for k, v in fast.state_dict().items())
+
+
+def test_in_half_precision_it_computes_as_defined():
+    model = settled(ASFEFusion(SIZES["compact"].without(["aff"]))).half()
+    images = torch.rand(2, 1, 1, 32, 48).half()
+    with torch.no_grad():
+        out = optimise(model)(*images)
+        assert out.isfinite().all() and torch.equal(out, model(*images))
 
 
 def test_another_device_keeps_its_model():
