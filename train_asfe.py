@@ -75,8 +75,7 @@ def main(args: TrainArgs) -> None:
     val_images = TrainPairs(spread(val, VALIDATION_PAIRS), patch=MIN_SIDE).images
     check_settings(args, len(pairs), len(val), world)
     if rank == 0:
-        pairs.doubts.tell()
-        print(opening(args, device, train, val))
+        print(*pairs.doubts.notes(), opening(args, device, train, val), sep="\n")
     if args.val and not val and rank == 0:
         print(f"{args.task} shows one person, so nobody can be kept for validation")
 

@@ -19,8 +19,8 @@ from volumes.varying import Choice
 DATA, AFFINE = numbered(), affine_of("identity")
 
 
-def read(path, where="", frame=""):
-    return read_dicom(path, choice=Choice(where, frame))
+def read(path, where="", time=""):
+    return read_dicom(path, choice=Choice(where, time))
 
 
 def several(folder, changes, data=DATA):
@@ -142,7 +142,7 @@ def test_frames_of_a_4d_file(tmp_path, form):
     with pytest.raises(UserError, match=r"is 4-D \(3 volumes\); choose by --frame 1 to 3"):
         read_volume(path)
     for frame, expected in (("2", DATA + 2.0), ("mean", DATA + 4.0), ("sum", DATA * 3.0 + 12)):
-        volume = read_volume(path, choice=Choice(frame=frame))
+        volume = read_volume(path, choice=Choice(time=frame))
         assert np.allclose(volume.data, expected) and np.allclose(volume.affine, AFFINE)
         assert len(volume.notes) == 1 and "3 volumes" in volume.notes[0] or frame == "2"
 
