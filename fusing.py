@@ -14,12 +14,12 @@ Legend: B pairs that go through the network together, H W pixels; images as in i
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -41,7 +41,6 @@ from network import MIN_SIDE, ASFEFusion
 
 AHEAD = 2**28  # bytes of pixels that are decoded before the first image is written
 WAYS_OF_IMAGES = ("auto", "off", "check", "rigid", "similarity")  # of --register
-UNREGISTERED = ("auto", "off")
 COMPANIONS = {  # of a registered pair: what they are, and how their names go on after the stem
     "moved source 2": "_img2.png",
     "transform": ".tfm",
@@ -296,7 +295,8 @@ class ImageRequest:
     pair: Pair  # the sources, and how they are read
     out: Path  # the fused image, PNG
     task: str = "all"  # which modalities to expect; only for the doubts about the sources
-    register: str = "off"  # off, check, rigid, similarity, or the file of a transform
+    register: str = "off"  # off, check, rigid, similarity, or file
+    transform: Path | None = None  # for "file": of ITK, in pixels
     forced: frozenset[str] = frozenset()  # what is fused although it is in doubt
     stretch: bool = False  # to black and white after the network, as in the published code
     of_folders: bool = False  # one of many: the result may not lie in the folders of the sources
@@ -304,13 +304,13 @@ class ImageRequest:
     @property
     def registers(self) -> bool:
         """Whether source 2 is moved, or measured."""
-        return self.register not in UNREGISTERED
+        return self.register != "off"
 
     @property
     def sources(self) -> tuple[Path, ...]:
         """All files that are named to be read."""
-        file = self.registers and self.register not in WAYS_OF_IMAGES
-        return (self.pair.path1, self.pair.path2, *([Path(self.register)] if file else []))
+        named = self.pair.path1, self.pair.path2, self.transform
+        return tuple(path for path in named if path)
 
     def plan(self) -> Plan:
         """Every file that the request may write; UserError if `out` is no name for a PNG."""
@@ -324,11 +324,28 @@ class ImageRequest:
         return Plan(tuple(outputs), self.sources, self.out.with_name(f"{stem}.json"), folders)
 
 
+def image_request_from(pair: Pair, words: Mapping[str, Any]) -> ImageRequest:
+    """The request for a pair that words on a command line ask for, by the names of the flags.
+
+    Raises UserError for words that make no request.
+    """
+    how, transform = str(words["register"]), None
+    if how not in WAYS_OF_IMAGES:
+        if not Path(how).is_file():
+            ways = ", ".join(WAYS_OF_IMAGES)
+            raise UserError(f"--register is {how}, expected {ways}, or a transform's file")
+        how, transform = "file", Path(how)
+    how, forced = "off" if how == "auto" else how, forced_by(words["force"])
+    files = {"pair": pair, "out": words["out"], "transform": transform}
+    options = {"task": words["task"], "register": how, "stretch": words["stretch"]}
+    return ImageRequest(**files, **options, forced=forced)
+
+
 @dataclass(frozen=True)
 class Shift:
     """What the registration of two images found."""
 
-    moved_pixels: float  # of source 1: the mean way that source 2 moves, over the image
+    moved_pixels: float  # of source 1: the mean distance, over the image, that source 2 moves
     applied: bool  # False: it was only measured
     doubts: tuple[str, ...]  # why it cannot be trusted, if it cannot
 
@@ -450,7 +467,8 @@ def _registered(pair: _Decoded) -> _Decoded:
     request, (source1, source2) = pair.request, pair.sources
     luma1, _ = luma_and_chroma(source1)
     luma2, chroma2 = luma_and_chroma(source2)
-    found = register_image(luma1, luma2, chroma2, request.register, request.forced)
+    how = request.register, request.transform, request.forced
+    found = register_image(luma1, luma2, chroma2, *how)
     shift = Shift(found.moved_pixels, found.text is not None, tuple(found.doubts))
     if found.text is None:
         return _Decoded(request, pair.sources, pair.odd, shift)
@@ -511,13 +529,10 @@ def _write(data: bytes, file: BinaryIO) -> None:
 
 def _sidecar(pair: _Decoded, files: list[str]) -> bytes:
     """What was done to a registered pair, as JSON; no paths but those of `files`."""
-    registration = {"how": pair.request.register, **asdict(pair.shift)}
-    if pair.request.register not in WAYS_OF_IMAGES:
-        registration["how"] = "file"
     content = {
         "software": SOFTWARE,
         "task": pair.request.task,
-        "registration": registration,
+        "registration": {"how": pair.request.register, **asdict(pair.shift)},
         "files": files,
     }
     return (json.dumps(content, indent=1) + "\n").encode()

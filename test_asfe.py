@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from dataset import Pair, as_told, match_pairs, task_pairs
 from evaluation.sheets import contact_sheet
-from fusing import FusedImage, ImageRequest, Output, Shift, forced_by, fuse_images
+from fusing import FusedImage, ImageRequest, Output, Shift, fuse_images, image_request_from
 from images import Doubts, luma8, luma8_of, luma_and_chroma, to_uint8, writable_folder, write_png
 from inference import optimise
 from phantom import phantom_pair
@@ -62,8 +62,7 @@ def main(args: TestArgs) -> None:
 def fuse_one(args: TestArgs, device: torch.device) -> None:
     """Fuse --img1 and --img2 into the file --out."""
     [pair] = as_told([Pair(stem_of(args.img1), args.img1, args.img2)], args.levels, args.page)
-    register = "off" if args.register == "auto" else args.register
-    request = ImageRequest(pair, args.out, args.task, register, forced_by(args.force), args.stretch)
+    request = image_request_from(pair, vars(args))
     request.plan()  # says at once if --out is no PNG
     model = optimise(load_model(args, args.task, device))
     [fused] = fuse_images([request], model)

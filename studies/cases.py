@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cli import VOLUMES, Column, UserError, check_uses, is_volume, stem_of
 from dataset import Pair, match_files
-from fusing import ImageRequest, check_plans, forced_by
+from fusing import ImageRequest, check_plans, image_request_from
 from images import is_image
 from weights import Trained
 
@@ -258,7 +258,7 @@ def case_of(out: Path, name: str, words: dict[str, Any], columns: dict[str, Colu
     if volumes:
         request = volume_request(words | {"mosaic": out / f"{name}_mosaic.png"})
     else:
-        request = image_request(name, words)
+        request = image_request_from(Pair(name, words["img1"], words["img2"]), words)
     trained = Trained(words["weights"], words["size"], words["aff"])
     runtime = Runtime(words["DEVICE"], words["threads"])
     return Case(name, request, trained, runtime, out / RECORDS / f"{name}.json")
@@ -273,14 +273,6 @@ def volume_request(words: dict[str, Any]) -> "VolumeRequest":
             f"volumes need {error.name}: pip install -r requirements-volumes.txt"
         ) from None
     return request_from(words)
-
-
-def image_request(name: str, words: dict[str, Any]) -> ImageRequest:
-    """The request of a pair of images."""
-    register = "off" if words["register"] == "auto" else str(words["register"])
-    pair = Pair(name, words["img1"], words["img2"])
-    forced = forced_by(words["force"])
-    return ImageRequest(pair, words["out"], words["task"], register, forced, words["stretch"])
 
 
 # --- checking them ---------------------------------------------------------------------------

@@ -118,25 +118,26 @@ def prepare(request: VolumeRequest, report: Report) -> Ready:
 def read_sources(request: VolumeRequest, report: Report) -> Sources:
     """Both sources and the companion CT, if there is one; UserError for two patients."""
     source1, source2 = (
-        read_source(source, request.task, request.forced, report)
-        for source in (request.source1, request.source2)
+        read_source(source, number, request.task, request.forced, report)
+        for number, source in enumerate((request.source1, request.source2), 1)
     )
     check_patients(source1.patient, source2.patient)
     via = None
     if companion := request.registering.via:
-        via = read_volume(companion.path, None, companion.name)
+        via = read_volume(companion.path, None, "--via")
         check_patients(source1.patient, via.patient)
         make_finite(via, companion)
     return Sources(source1, source2, via, request.modality)
 
 
-def read_source(source: Source, task: str, forced: Collection[str], report: Report) -> Volume:
-    """Source 1 or 2, with finite values.
+def read_source(
+    source: Source, number: int, task: str, forced: Collection[str], report: Report
+) -> Volume:
+    """Source 1 or 2, by its number, with finite values.
 
     Raises UserError for another modality than the task expects, unless it is forced.
     """
-    number = source.name.removeprefix("img")
-    kind = TASKS[task] if number == "1" else "MRI"
+    name, kind = f"img{number}", TASKS[task] if number == 1 else "MRI"
     choice = Choice(source.where, source.time, source.affine)
     volume = read_volume(source.path, source.series, f"--series{number}", choice)
     make_finite(volume, source)
@@ -148,15 +149,15 @@ def read_source(source: Source, task: str, forced: Collection[str], report: Repo
         doubt = f"its modality is {volume.modality}, {task} expects {expected}"
         if "modality" not in forced:
             raise UserError(
-                f"{source.path}: {doubt} as {source.name}; --force modality fuses all the same"
+                f"{source.path}: {doubt} as {name}; --force modality fuses all the same"
             )
-    report.tell(f"{source.name}: {kind}, {volume.describe()}")
-    report.tell(*(f"{source.name}: {note}" for note in volume.notes))
+    report.tell(f"{name}: {kind}, {volume.describe()}")
+    report.tell(*(f"{name}: {note}" for note in volume.notes))
     if doubt:
-        report.doubt(f"{source.name}: forced (modality): {doubt}")
+        report.doubt(f"{name}: forced (modality): {doubt}")
     if kind == "CT" and volume.data.min() >= 0:
         line = "no value below 0: is it in HU? --window can take another scale"
-        report.tell(f"{source.name}: {line}")
+        report.tell(f"{name}: {line}")
     return volume
 
 

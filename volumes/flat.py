@@ -15,7 +15,6 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
 from cli import UserError
-from fusing import WAYS_OF_IMAGES
 from volumes.overlay import compared
 from volumes.register import (
     AGREE,
@@ -42,7 +41,7 @@ SCALES = (0.5, 2.0)
 class Moved(NamedTuple):
     """What became of image 2."""
 
-    moved_pixels: float  # of image 1: the mean way, over the image, by which image 2 moves
+    moved_pixels: float  # of image 1: the mean distance, over the image, by which image 2 moves
     doubts: list[str]  # why that cannot be trusted, if it cannot
     luma: np.ndarray | None = None  # (H, W) of image 1, float32; None: it was only measured
     chroma: np.ndarray | None = None
@@ -55,13 +54,15 @@ def register_image(
     luma2: np.ndarray,
     chroma2: np.ndarray | None,
     way: str,
+    transform: Path | None,
     forced: Collection[str],
 ) -> Moved:
     """Image 2 moved onto image 1, or only measured by "check".
 
     Args:
         luma1, luma2: (H, W) in [0, 1], of any two sizes; `chroma2` (H, W, 3) or None.
-        way: check, rigid, similarity, or the path of a transform of ITK.
+        way: check, rigid, similarity, or file.
+        transform: for "file": of ITK, in pixels.
         forced: what is taken although it is in doubt.
 
     Raises:
@@ -69,17 +70,14 @@ def register_image(
     """
     doubts, pixel = [], SIDE / max(luma1.shape)
     images = [flat_image(luma, pixel) for luma in (luma1, luma2)]
-    if way in WAYS_OF_IMAGES:
-        transform, doubts = search(*images, way == "similarity")
-    elif Path(way).is_file():
-        matrix = read_transform(Path(way), 2)
+    if way == "file":
+        matrix = read_transform(transform, 2)
         shift = (matrix[:2, 2] * pixel).tolist()
-        transform = sitk.AffineTransform(matrix[:2, :2].ravel().tolist(), shift)
+        found = sitk.AffineTransform(matrix[:2, :2].ravel().tolist(), shift)
     else:
-        ways = ", ".join(WAYS_OF_IMAGES)
-        raise UserError(f"--register is {way}, expected {ways}, or a transform's file")
+        found, doubts = search(*images, way == "similarity")
     points = grid_points(images[0])
-    far = apart(transform, identity(False), points) / pixel
+    far = apart(found, identity(False), points) / pixel
     if way == "check":
         return Moved(far, doubts)
     if doubts and "registration" not in forced:
@@ -88,13 +86,13 @@ def register_image(
             "and give --register off, or --force registration takes this one"
         )
     before = resampled(images[0], luma2, identity(False), pixel)
-    luma = resampled(images[0], luma2, transform, pixel)
+    luma = resampled(images[0], luma2, found, pixel)
     chroma = None
     if chroma2 is not None:
         channels = np.moveaxis(chroma2, 2, 0)
-        chroma = np.stack([resampled(images[0], c, transform, pixel, 0.0) for c in channels], 2)
+        chroma = np.stack([resampled(images[0], c, found, pixel, 0.0) for c in channels], 2)
     picture = compared([("before", [(luma1, before)]), ("after", [(luma1, luma)])])
-    return Moved(far, doubts, luma, chroma, in_pixels(transform, pixel), picture)
+    return Moved(far, doubts, luma, chroma, in_pixels(found, pixel), picture)
 
 
 def flat_image(luma: np.ndarray, pixel: float) -> sitk.Image:

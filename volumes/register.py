@@ -47,7 +47,7 @@ class Registration(NamedTuple):
 
     matrix: np.ndarray  # (4, 4), RAS mm, from points of source 1 to those of source 2
     centre: np.ndarray  # (3,), RAS mm: of its turn, in source 1
-    moved_mm: float  # the mean way, over the head, by which source 2 moves
+    moved_mm: float  # the mean distance, over the head, by which source 2 moves
     before: float  # mutual information in nats
     after: float
     seconds: float

@@ -23,7 +23,6 @@ class Source:
     """A volume to read, and which of several in the file or folder."""
 
     path: Path
-    name: str = "img1"  # as messages call it: img1, img2, or --via
     series: str | None = None  # of a DICOM folder: its number in the list, or its UID
     where: str = ""  # which images of a series, as EchoTime=80,ImageType=M
     time: str = ""  # which point in time, from 1; or mean, or sum
@@ -176,7 +175,7 @@ def source_from(words: Mapping[str, Any], number: int) -> Source:
     """Source 1 or 2."""
     own = given(words, series=f"series{number}", where="where", time="frame", affine="affine")
     own |= given(words, nan_to_zero="nan_to_zero")
-    return Source(words[f"img{number}"], f"img{number}", **own)
+    return Source(words[f"img{number}"], **own)
 
 
 def registering_from(words: Mapping[str, Any]) -> Registering:
@@ -190,7 +189,7 @@ def registering_from(words: Mapping[str, Any]) -> Registering:
         raise UserError("--via is for PET and SPECT, a CT is registered itself")
     if how in ("off", "file"):
         raise UserError(f"--via is for a registration, but --register is {words['register']}")
-    source = Source(via, "--via", nan_to_zero=words.get("nan_to_zero", False))
+    source = Source(via, nan_to_zero=words.get("nan_to_zero", False))
     return Registering(how, transform, source)
 
 
