@@ -86,9 +86,9 @@ def fuse(case: Case, digest: str) -> dict:
 def found_by(result: Any) -> dict:
     """What the report shows of a result; None where it does not apply.
 
-    The keys are moved_mm (of volumes: the mean distance over the head), moved_pixels (of images: the
-    mean distance over the image), coverage (of volumes: 0 to 1, the least share of the result's field
-    that a source covers), and doubts (lines).
+    The keys are moved_mm (of volumes: the mean distance over the head), moved_pixels (of images:
+    the mean distance over the image), coverage (of volumes: 0 to 1, the least share of the result's
+    field that a source covers), and doubts (lines).
     """
     if isinstance(result, FusedImage):
         shift = result.shift
