@@ -31,7 +31,7 @@ from volumes.intensity import (
     mri_scaling,
     scaling_of,
 )
-from volumes.io import stream_nifti
+from volumes.io import Header, stream_nifti
 from volumes.pictures import CELL, GAP, colour_slice, colour_table, colours, mosaic, with_bar
 from volumes.requests import Slicing
 
@@ -270,7 +270,7 @@ def test_a_stopped_write_leaves_the_old_file(tmp_path, monkeypatch):
 
     def write(text):
         with images.whole_file(path) as file:
-            stream_nifti(file, np.ones(SHAPE, np.int16), np.eye(4), 1, text, packed=True)
+            stream_nifti(file, np.ones(SHAPE, np.int16), Header(np.eye(4), 1, text), True)
 
     write("first")
     before = path.read_bytes()

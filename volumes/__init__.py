@@ -68,7 +68,8 @@ def fuse_volumes(
     if ready.picture is None:
         plan = plan.without("overlay")
     scalings = scale_pair(together, request.modality, request.levels, report)
-    fused = empty(ready, scalings, request.slicing.axis)
+    luma, axis = empty(together, request.slicing.axis)
+    fused = Fused(request, luma, axis, scalings, together, ready.registered)
     count, height, width = fused.stack.shape
     report.tell(f"{count} {fused.axis} slices of {height}x{width}")
     plan.make_folders()
@@ -76,7 +77,7 @@ def fuse_volumes(
     stacks = tuple(slices(volume.data, fused.affine, fused.axis) for volume in sources)
     for done in fuse_slices(model, stacks, scalings, fused.stack, request.slicing):
         progress(done, count)
-    files = write_outputs(request, plan, fused, ready.picture, report.lines)
+    files = write_outputs(plan, fused, ready.picture, report.lines)
     return FusedVolume(
         **vars(fused),
         report=tuple(report.lines),
@@ -188,20 +189,21 @@ def scale_pair(
     return scaling1, scaling2
 
 
-def empty(ready: Ready, scalings: tuple[Scaling, Scaling], axis: str) -> Fused:
-    """A fused volume without values yet; UserError if its slices are too small for the network.
+def empty(together: Together, axis: str) -> tuple[np.ndarray, str]:
+    """A fused volume without values yet, (I, J, K) int16, and the axis of its slices.
+
+    Raises UserError if the slices are too small for the network.
 
     Args:
-        axis: of the slices, or auto.
+        axis: axial, coronal, sagittal, or auto.
     """
-    grid = ready.together.source1
+    grid = together.source1
     axis = pick_axis(grid.affine, axis)
     luma = np.empty(grid.data.shape, np.int16, order="F")  # as NIfTI stores it
-    fused = Fused(luma, grid.affine, axis, scalings, ready.together, ready.registered)
-    height, width = fused.stack.shape[1:]
+    height, width = slices(luma, grid.affine, axis).shape[1:]
     if min(height, width) < MIN_SIDE:
         raise UserError(
             f"{axis} slices are {height}x{width} pixels, expected at least {MIN_SIDE}x{MIN_SIDE}; "
             "--axis chooses others"
         )
-    return fused
+    return luma, axis

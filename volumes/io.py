@@ -10,7 +10,7 @@ import gzip
 import zlib
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -241,34 +241,31 @@ def _check_lines(path: Path) -> None:
                 )
 
 
-def stream_nifti(
-    file: BinaryIO,
-    data: np.ndarray,
-    affine: np.ndarray,
-    code: int,
-    text: str,
-    slope: float = 1.0,
-    packed: bool = False,
-) -> None:
-    """Write a NIfTI-1 volume, sform and qform the same, to an open file.
+class Header(NamedTuple):
+    """What the header of a NIfTI file says of its voxels."""
+
+    affine: np.ndarray  # (4, 4), RAS mm; sform and qform are the same
+    code: int  # NIfTI's of the space
+    text: str  # description; at most 79 characters of it are kept
+    slope: float = 1.0  # what a reader multiplies the stored values with
+
+
+def stream_nifti(file: BinaryIO, data: np.ndarray, header: Header, packed: bool = False) -> None:
+    """Write a NIfTI-1 volume to an open file.
 
     Args:
         data: (I, J, K), or (I, J, K, 3) uint8 RGB.
-        affine: RAS, mm.
-        code: NIfTI's of the space.
-        text: the header's description, at most 79 characters of it.
-        slope: what a reader multiplies the stored values with.
         packed: compressed by gzip. The same volume gives the same bytes.
     """
     if data.ndim == 4:
         data = data.view([(c, "u1") for c in "RGB"])[..., 0]
-    image = nib.Nifti1Image(data, affine)
-    image.set_sform(affine, code)
-    image.set_qform(affine, code)
+    image = nib.Nifti1Image(data, header.affine)
+    image.set_sform(header.affine, header.code)
+    image.set_qform(header.affine, header.code)
     image.header.set_xyzt_units("mm")
-    image.header["descrip"] = text.encode("ascii", "replace")[:79]
-    if slope != 1:
-        image.header.set_slope_inter(slope, 0)
+    image.header["descrip"] = header.text.encode("ascii", "replace")[:79]
+    if header.slope != 1:
+        image.header.set_slope_inter(header.slope, 0)
     if packed:
         with gzip.GzipFile("", "wb", 6, file, mtime=0) as gz:  # neither name nor time in it
             image.to_stream(gz)

@@ -21,7 +21,7 @@ from fusing import SOFTWARE, Plan, listed_as
 from images import png_bytes, write_together
 from volumes.grid import pixel_sides, slice_positions, slices
 from volumes.intensity import STORED_ONE, Scaling
-from volumes.io import stream_nifti
+from volumes.io import Header, stream_nifti
 from volumes.pair import Registered, Together
 from volumes.pictures import colour_slice, colour_table, eight_bit, mosaic, with_bar
 from volumes.requests import VolumeRequest, Writing
@@ -34,14 +34,19 @@ Writers = dict[Path, Callable[[BinaryIO], None]]
 class Fused:
     """A fused volume, and how it came about."""
 
+    request: VolumeRequest
     luma: np.ndarray  # (I, J, K) int16, as stored: times `scale` it is the luma, 0 to 1
-    affine: np.ndarray  # (4, 4), RAS mm
     axis: str  # of the slices that went through the network
     scalings: tuple[Scaling, Scaling]  # of source 1 and source 2
     together: Together  # the sources on its grid
     registered: Registered
 
     scale = 1 / STORED_ONE
+
+    @property
+    def affine(self) -> np.ndarray:
+        """(4, 4), from a voxel's index to RAS in mm."""
+        return self.together.source1.affine
 
     @property
     def stack(self) -> np.ndarray:
@@ -84,11 +89,7 @@ def check_dicom(writing: Writing) -> None:
 
 
 def write_outputs(
-    request: VolumeRequest,
-    plan: Plan,
-    fused: Fused,
-    picture: np.ndarray | None,
-    report: list[str],
+    plan: Plan, fused: Fused, picture: np.ndarray | None, report: list[str]
 ) -> dict[str, tuple[Path, ...]]:
     """Write what a plan names; returns the files by what they are.
 
@@ -100,7 +101,7 @@ def write_outputs(
         picture: of the registration, uint8 RGB, where the plan has one.
         report: lines for the sidecar.
     """
-    parts = contents(request.writing, plan, fused, f"ASFE {request.task}; ")
+    parts = contents(plan, fused)
     if plan.path("overlay"):
         parts["overlay"] = {plan.path("overlay"): partial(_bytes, lambda: png_bytes(picture))}
     files = {what: tuple(writers) for what, writers in parts.items()}
@@ -108,7 +109,7 @@ def write_outputs(
     files["sidecar"] = (aside,)
     paths = [path for group in files.values() for path in group]
     names = sorted(listed_as(path, plan.sidecar) for path in paths)
-    content = sidecar(request, fused, report, names).encode()
+    content = sidecar(fused, report, names).encode()
     writers = {path: write for group in parts.values() for path, write in group.items()}
     writers[aside] = partial(_bytes, lambda: content)
     write_together(writers, plan.stale(paths))
@@ -120,25 +121,21 @@ def _bytes(content: Callable[[], bytes], file: BinaryIO) -> None:
     file.write(content())
 
 
-def contents(writing: Writing, plan: Plan, fused: Fused, title: str) -> dict[str, Writers]:
+def contents(plan: Plan, fused: Fused) -> dict[str, Writers]:
     """How to write each file of a plan but the sidecar and the overlay, by what it is.
 
     Nothing is made before it is written, so that only one picture is in memory.
     """
-    colour, uptake = writing.colour, fused.together.source1.data
-    rgb = colour_volume(fused, uptake, colour) if colour else None
+    colour = fused.request.writing.colour
+    rgb = colour_volume(fused, colour) if colour else None
     pictures = fused.stack if rgb is None else slices(rgb, fused.affine, fused.axis)
     grey = plan.path("grey")
-    volume = partial(
-        stream_nifti,
-        affine=fused.affine,
-        code=fused.code,
-        text=title + "; ".join(scaling.text for scaling in fused.scalings),
-        packed=grey.name.lower().endswith(".gz"),
-    )
+    text = "; ".join([f"ASFE {fused.request.task}", *(s.text for s in fused.scalings)])
+    header = Header(fused.affine, fused.code, text)
+    volume = partial(stream_nifti, packed=grey.name.lower().endswith(".gz"))
     found: dict[str, Writers] = {}
     if path := plan.path("colour"):
-        found["colour"] = {path: partial(volume, data=rgb)}
+        found["colour"] = {path: partial(volume, data=rgb, header=header)}
     if folder := plan.path("png"):
         found["png"] = {
             folder / f"{fused.axis}_{n:04d}.png": partial(
@@ -153,8 +150,9 @@ def contents(writing: Writing, plan: Plan, fused: Fused, title: str) -> dict[str
         text = transform_text(registration.matrix, registration.centre)
         found["transform"] = {path: partial(_bytes, lambda: text)}
     if folder := plan.path("dicom"):
-        found["dicom"] = _dicom_writers(writing, folder, fused, pictures)
-    found["grey"] = {grey: partial(volume, data=fused.luma, slope=fused.scale)}
+        found["dicom"] = _dicom_writers(folder, fused, pictures)
+    scaled = header._replace(slope=fused.scale)
+    found["grey"] = {grey: partial(volume, data=fused.luma, header=scaled)}
     return found
 
 
@@ -168,21 +166,22 @@ def _mosaic_png(fused: Fused, pictures: np.ndarray, colour: str | None) -> bytes
     return png_bytes(with_bar(sheet, colour, fused.scalings[0]))
 
 
-def _dicom_writers(writing: Writing, folder: Path, fused: Fused, pictures: np.ndarray) -> Writers:
+def _dicom_writers(folder: Path, fused: Fused, pictures: np.ndarray) -> Writers:
     """How to write the slices as a DICOM series."""
     from volumes.derived import series  # only --dicom needs highdicom
 
     giver = fused.together.giver
     place = fused.affine, fused.luma.shape, fused.axis
-    patient = giver.origin if writing.keep_patient else None
+    patient = giver.origin if fused.request.writing.keep_patient else None
     made = series(pictures, *place, giver.frame_of_reference, patient)
     return {folder / name: partial(_bytes, content) for name, content in made.items()}
 
 
-def colour_volume(fused: Fused, source1: np.ndarray, colour: str) -> np.ndarray:
+def colour_volume(fused: Fused, colour: str) -> np.ndarray:
     """(I, J, K, 3) uint8 RGB: the fused luma in the colours that a table has for the uptake."""
     rgb = np.empty((*fused.luma.shape[::-1], 3), np.uint8).transpose(2, 1, 0, 3)  # as NIfTI stores
-    uptake, table = slices(source1, fused.affine, fused.axis), colour_table(colour)
+    uptake = slices(fused.together.source1.data, fused.affine, fused.axis)
+    table = colour_table(colour)
     stacks = slices(rgb, fused.affine, fused.axis), fused.stack, uptake
     for picture, luma, values in zip(*stacks, strict=True):
         luma = luma / np.float32(STORED_ONE)
@@ -190,9 +189,9 @@ def colour_volume(fused: Fused, source1: np.ndarray, colour: str) -> np.ndarray:
     return rgb
 
 
-def sidecar(request: VolumeRequest, fused: Fused, report: list[str], files: list[str]) -> str:
+def sidecar(fused: Fused, report: list[str], files: list[str]) -> str:
     """What was done, as JSON: no UIDs, nothing of a patient, and no paths but those of `files`."""
-    slicing = request.slicing
+    request, slicing = fused.request, fused.request.slicing
     content = {
         "software": SOFTWARE,
         "task": request.task,

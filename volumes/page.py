@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -32,7 +32,7 @@ from volumes.grid import AXES, pixel_sides, slice_positions, slices
 from volumes.outputs import colour_volume
 from volumes.overlay import checkerboard, edges, fitted
 from volumes.pictures import write_directions, write_text
-from volumes.requests import WAYS_OF_VOLUMES, Levels, VolumeRequest
+from volumes.requests import WAYS_OF_VOLUMES, Levels
 from volumes.uploads import check_upload, source_of
 
 PLANES = AXES[::-1]  # axial first
@@ -116,7 +116,7 @@ class VolumePage:
                 request = replace(request, registering=how)
                 model, count = self.models[request.task], partial(fusing, progress)
                 done = fuse_volumes(request, model, partial(tell, progress), count)
-                views = write_views(done, request, out / "views")
+                views = write_views(done, out / "views")
             except MemoryError:
                 few = UserError("the scans are too large for this machine; take the quick look")
                 raise self.error(few) from None
@@ -181,12 +181,12 @@ def fusing(progress: Callable, done: int, count: int) -> None:
 # --- views -----------------------------------------------------------------------------------
 
 
-def write_views(done: FusedVolume, request: VolumeRequest, folder: Path) -> Path:
+def write_views(done: FusedVolume, folder: Path) -> Path:
     """What `view` shows of a run, as files (I, J, K) uint8, or RGB, and their affine."""
     folder.mkdir()
-    together, colour = done.together, request.writing.colour
+    together, colour = done.together, done.request.writing.colour
     if colour:
-        fused = colour_volume(done, together.source1.data, colour)
+        fused = colour_volume(done, colour)
     else:
         fused = to_uint8(done.luma * done.scale)
     volumes = {"fused": fused}
@@ -299,11 +299,24 @@ def volume_tab(page: VolumePage) -> None:
     saved = gr.File(label="To save: the fused volume", interactive=False, elem_id="saved")
     report = gr.Markdown(elem_id="report")
     overview = gr.Image(label="Registration, before and after", elem_id="overview", **picture)
-    connect(page, files, [task, size, register], more, go, shown, sliders, planes,
-            [status, report, saved, overview])  # fmt: skip
+    results = [status, report, saved, overview]
+    connect(page, Parts(files, [task, size, register], more, go, shown, sliders, planes, results))
 
 
-def connect(page, files, choices, more, go, shown, sliders, planes, results) -> None:
+class Parts(NamedTuple):
+    """The components of the tab; all but `more` are gradio's."""
+
+    files: list  # the two uploads
+    choices: list  # task, size, registration
+    more: dict  # the fields under More, by their names
+    go: Any  # the button
+    shown: Any  # what the planes show
+    sliders: list  # a plane's slice, each
+    planes: list
+    results: list  # status, report, files to save, picture of the registration
+
+
+def connect(page: VolumePage, parts: Parts) -> None:
     """Which change or click of the components does what."""
     gr, made = page.gr, page.gr.State()
     # A volume at a time. Images have a turn of their own: a click there need not wait for minutes.
@@ -312,13 +325,14 @@ def connect(page, files, choices, more, go, shown, sliders, planes, results) -> 
     quick = {"concurrency_id": "look", "concurrency_limit": 4, "api_visibility": "private"}
     quick |= {"show_progress": "hidden"}
     blank = (None, "", "", None, None, *[gr.update(value=1, maximum=2)] * 3, *[None] * 3)
-    outputs = [made, *results, *sliders, *planes]
+    outputs = [made, *parts.results, *parts.sliders, *parts.planes]
 
-    progress = gr.Progress(track_tqdm=True)
+    progress = gr.Progress()
 
-    def fuse(file1, file2, task, size, register, kind, progress=progress, *values):
+    def fuse(progress=progress, *values):
+        file1, file2, task, size, register, kind, *values = values
         try:
-            fields = dict(zip(more, values, strict=True))
+            fields = dict(zip(parts.more, values, strict=True))
             words = words_of(task, size, register, fields)
         except UserError as error:
             raise page.error(error) from None
@@ -334,21 +348,21 @@ def connect(page, files, choices, more, go, shown, sliders, planes, results) -> 
     def look(folder, kind, *numbers):
         return [page.look(folder, kind, *at) for at in zip(PLANES, numbers, strict=True)]
 
-    for file in files:
+    for file in parts.files:
         file.change(page.check, file, None, **quick)
         file.change(lambda: blank, None, outputs, **quick)
-    task = choices[0]
-    task.change(lambda task: gr.update(label=sides(task)[0]), task, files[0], **quick)
-    go.click(
+    task = parts.choices[0]
+    task.change(lambda task: gr.update(label=sides(task)[0]), task, parts.files[0], **quick)
+    parts.go.click(
         fuse,
-        [*files, *choices, shown, *more.values()],
+        [*parts.files, *parts.choices, parts.shown, *parts.more.values()],
         outputs,
-        show_progress_on=results[0],
+        show_progress_on=parts.results[0],
         **turn,
     )
-    shown.input(look, [made, shown, *sliders], planes, **quick)
-    for axis, slider, plane in zip(PLANES, sliders, planes, strict=True):
-        at = [made, shown, slider]
+    parts.shown.input(look, [made, parts.shown, *parts.sliders], parts.planes, **quick)
+    for axis, slider, plane in zip(PLANES, parts.sliders, parts.planes, strict=True):
+        at = [made, parts.shown, slider]
         slider.input(
             lambda m, s, n, axis=axis: page.look(m, s, axis, n), at, plane,
             trigger_mode="always_last", **quick,
