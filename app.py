@@ -294,23 +294,7 @@ def image_tab(page: Page, examples: dict[str, tuple[str, str]]) -> None:
             elem_id="fused",
             **picture | {"buttons": ["download", "fullscreen"]},
         )
-    with gr.Row():
-        with gr.Column():
-            wipe = gr.ImageSlider(
-                label="Wipe: drag the line", elem_id="wipe", **picture, max_height=400
-            )
-            under = gr.Radio(
-                ["image 1 | fused", "image 2 | fused", "image 1 | image 2"],
-                value="image 1 | fused",
-                label="Left and right of the line",
-            )
-        with gr.Column():
-            blend = gr.Image(
-                label="Blend: the sources laid over each other; do they line up?",
-                elem_id="blend",
-                **picture,
-            )
-            share = gr.Slider(0, 100, 50, step=1, label="Percent of image 2", elem_id="share")
+    wipe, under, blend, share = comparison(gr, picture)
     with gr.Row():
         with gr.Column():
             numbers = gr.Markdown(elem_id="numbers")
@@ -337,6 +321,31 @@ def image_tab(page: Page, examples: dict[str, tuple[str, str]]) -> None:
     )
     under.input(page.wipe, [under, *shown, fused], wipe, **quiet)
     share.release(page.blend, [share, *files], blend, **quiet)
+
+
+def comparison(gr, picture: dict) -> tuple:
+    """Two ways to compare images, as components: a wipe and what it shows, a blend and its share.
+
+    `picture` has what all pictures of the page have in common.
+    """
+    with gr.Row():
+        with gr.Column():
+            wipe = gr.ImageSlider(
+                label="Wipe: drag the line", elem_id="wipe", **picture, max_height=400
+            )
+            under = gr.Radio(
+                ["image 1 | fused", "image 2 | fused", "image 1 | image 2"],
+                value="image 1 | fused",
+                label="Left and right of the line",
+            )
+        with gr.Column():
+            blend = gr.Image(
+                label="Blend: the sources laid over each other; do they line up?",
+                elem_id="blend",
+                **picture,
+            )
+            share = gr.Slider(0, 100, 50, step=1, label="Percent of image 2", elem_id="share")
+    return wipe, under, blend, share
 
 
 def volume_tab(page: Page) -> None:
