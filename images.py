@@ -171,7 +171,9 @@ def header_size(path: Path, reading: Reading = AS_STORED) -> tuple[int, int]:
                 check_pixels(path, Path(path).read_bytes())
             turn_to_page(image, path, reading.page)
             width, height = image.size
-            turn = image.getexif().get(ORIENTATION, 1)
+            # Pillow would decode a PNG to look for EXIF behind its pixels
+            told = image.format != "PNG" or "exif" in image.info
+            turn = image.getexif().get(ORIENTATION, 1) if told else 1
     except (UserError, OSError) as error:
         if isinstance(error, UserError) or error.errno is not None:
             raise
