@@ -462,7 +462,7 @@ def png_bytes(image: np.ndarray) -> bytes:
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's content."""
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(2**20):
             digest.update(block)

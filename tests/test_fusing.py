@@ -1,7 +1,6 @@
 """test_asfe.py on images: what it writes, and one line with exit code 2 for bad input."""
 
 import hashlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +81,7 @@ def test_contact_sheet_shows_sources_and_result(call, weights, tmp_path):
     ct = cv2.resize(phantom_pair("CT-MRI", 64)[0], (cell, cell), interpolation=cv2.INTER_NEAREST)
     shown = sheet[header : header + cell - 30, gap : gap + cell, 0]  # above the name
     assert np.array_equal(shown, ct[:-30])
-    os.remove(tmp_path / "out_contact_sheet.png")
+    (tmp_path / "out_contact_sheet.png").unlink()
     assert call(*argv, "--contact_rows", 0)[0] == 0
     assert not (tmp_path / "out_contact_sheet.png").exists()
 

@@ -216,5 +216,5 @@ def test_a_cluster_that_goes_and_memory_for_nothing_are_one_line():
 
     with pytest.raises(UserError, match="the cluster is gone; start again to go on"):
         study.result_of(Future(), None)
-    with pytest.raises(UserError, match="--memory is 0.3, expected at least 2"):
+    with pytest.raises(UserError, match=r"--memory is 0.3, expected at least 2"):
         study.shares(StudyArgs(memory=0.3))

@@ -319,7 +319,7 @@ def test_a_full_disk_leaves_no_volume_without_its_sidecar(
 
 
 @pytest.mark.parametrize(
-    ("source", "out", "hit"),
+    "names",  # source, out, and what the message says
     [
         ("ct.nii.gz", "ct.nii", "ct.json is the sidecar of"),
         ("ct.nii", "ct.nii.gz", "ct.json is the sidecar of"),
@@ -331,9 +331,10 @@ def test_a_full_disk_leaves_no_volume_without_its_sidecar(
     ],
 )
 @pytest.mark.parametrize("described", (True, False))
-def test_sources_and_their_sidecars_stay(
-    call, brighter, heads, tmp_path, source, out, hit, described
-):
+@pytest.mark.usefixtures("brighter")
+def test_sources_and_their_sidecars_stay(call, heads, tmp_path, names, described):
+    source, out, hit = names
+
     for folder in ("link", "other"):
         (tmp_path / folder).mkdir()
     source = tmp_path / source
