@@ -492,10 +492,13 @@ def _fused(pairs: Iterable[_Decoded], model: ASFEFusion, batch_size: int) -> Ite
     """Fuse pairs as they come; those of equal size, one after the other, share a batch."""
     batch: list[_Decoded] = []
     for pair in pairs:
-        if batch and (len(batch) == batch_size or batch[0].group != pair.group):
+        if batch and batch[0].group != pair.group:
             yield from _fused_batch(batch, model)
             batch = []
         batch.append(pair)
+        if len(batch) == batch_size:  # before the next pair is decoded
+            yield from _fused_batch(batch, model)
+            batch = []
     if batch:
         yield from _fused_batch(batch, model)
 
