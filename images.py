@@ -93,7 +93,11 @@ def read_image(path: Path, reading: Reading = AS_STORED) -> tuple[np.ndarray, np
 
 def read_luma8(path: Path, reading: Reading = AS_STORED) -> np.ndarray:
     """Luma (H, W) of an image file in 8 bits, as the metrics take it; exact, halves round up."""
-    pixels = decode(path, reading)
+    return luma8(decode(path, reading))
+
+
+def luma8(pixels: Pixels) -> np.ndarray:
+    """Luma (H, W) of decoded pixels in 8 bits; exact, halves round up."""
     if pixels.values.dtype == np.uint16 or pixels[1:] != (0, 255):
         return to_uint8(luma_and_chroma(pixels)[0])
     return luma8_of(pixels.values)

@@ -1,4 +1,4 @@
-"""What a fusion keeps of a finding that only one source shows.
+"""What a fusion keeps of a finding that is planted into one source.
 
 A soft disc is planted into one source, brighter or darker by a quarter of the range, inside of the
 head. The pair is fused without and with it. Its contrast is the mean of the disc less the mean of
@@ -6,13 +6,18 @@ the ring around it; what counts is how the contrast changed:
 
     share = change of contrast in the fused image / change of contrast in the source
 
-1 keeps the finding as it was, 0 loses it, below 0 turns it around. d' is the change of contrast in
-the fused image over the standard deviation of the fused image in the ring without the finding: how
-far it stands out from what lies around it. In a colour image the contrast is also a distance in
-CIELAB. docs/metrics.md has every constant.
+1 keeps the finding as it was, 0 loses it, below 0 turns it around. More than 1 counts as 1: gain is
+no merit. d' is the change of contrast over the standard deviation of the ring without the finding:
+how far it stands out from what lies around it.
+
+    visible = d' in the fused image / d' in the source
+
+is the same after any gain of the fused image, and also counts up to 1. In a colour image the
+contrast is also a distance in CIELAB. docs/metrics.md has every constant.
 
 Positions follow from the seed and the name of the pair, so they are the same for every method. This
-needs a method that can be run: a function of two lumas, see `methods_of`.
+needs a method that can be run: a function of two lumas, see evaluation/methods.py. What only one
+source shows in the real image is measured by evaluation/one_source.py, which needs no such method.
 
 Legend: lumas are (H, W) float32 in [0, 1].
 """
@@ -20,12 +25,7 @@ Legend: lumas are (H, W) float32 in [0, 1].
 import csv
 import io
 import math
-import shlex
-import subprocess
-import tempfile
-from collections.abc import Callable
 from dataclasses import astuple, dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy import ndarray
@@ -33,16 +33,13 @@ from scipy import ndimage
 from skimage.color import rgb2lab
 from tqdm import tqdm
 
-from args_setting import TASKS, MetricArgs
+from args_setting import TASKS
 from cli import UserError
 from dataset import Pair, read_pair
-from evaluation.compare import named_pairs
-from evaluation.tables import aligned, named_files
-from evaluation.trivial import TRIVIAL
-from images import read_luma8, to_uint8, write_bytes, write_png
-from inference import optimise
+from evaluation.compare import interval, resampled_means
+from evaluation.methods import Method
+from images import to_uint8
 from phantom import finding, seed_of
-from weights import load_weights, shipped_path
 
 CONTRAST = 0.25  # of the range
 RADII = (3, 6)  # of the discs, pixels
@@ -51,8 +48,6 @@ APART = 40  # pixels between the centres of discs, at least
 GAP, RING = 2, 5  # pixels between a disc and its ring, and the width of the ring
 HEAD, RIM = 0.05, 20  # the head is where a source is brighter; pixels of scalp and skull around it
 ROOM = 0.8  # the least share of the contrast that must fit between black and white in the source
-
-Method = Callable[[ndarray, ndarray], ndarray]
 
 
 @dataclass(frozen=True)
@@ -78,40 +73,92 @@ class Planted:
     kind: Kind
     pair: str
     centre: tuple[int, int]  # row and column
-    share: float
-    d_prime: float
-    colour: float  # share of the distance in CIELAB; NaN of grey images
+    share: float  # of the contrast, at most 1
+    visible: float  # share of d', at most 1
+    d_prime: float  # in the fused image
+    colour: float  # share of the distance in CIELAB, at most 1; NaN of grey images
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A pair without findings, and what a method makes of it."""
+
+    name: str
+    sources: ndarray  # (2, H, W)
+    chroma: ndarray | None  # (H, W, 3) of the first source
+    inside: ndarray  # (H, W) bool, the pixels inside of the skull
+    fused: ndarray  # (H, W)
 
 
 def measure_findings(method: Method, pairs: list[Pair], seed: int, title: str) -> list[Planted]:
-    """Plant findings of every kind into every pair and measure what the method keeps of them."""
+    """Plant findings of every kind into every pair and measure what the method keeps of them.
+
+    Raises UserError if no pair has a place for any.
+    """
     found = []
     for pair in tqdm(pairs, title, unit="pair", leave=False, disable=None):
         *sources, chroma = read_pair(pair)
         sources = np.stack(sources)  # (2, H, W)
-        fused, inside = stored(method(*sources)), inside_of(sources)
+        fused = stored(method(*sources))
+        slice_ = Slice(pair.name, sources, chroma, inside_of(sources), fused)
         for kind in KINDS:
-            centres = positions(sources, inside, kind, seed_of(seed, pair.name, *astuple(kind)))
-            planted = plant_discs(sources, kind, centres)
-            source, planted_source = sources[kind.source], planted[kind.source]
-            fused_planted = stored(method(*planted))
-            change, response = planted_source - source, fused_planted - fused
-            if chroma is not None:  # the MRI has none
-                own = chroma if kind.source == 0 else None
-                coloured = lab(planted_source, own) - lab(source, own)
-                coloured_response = lab(fused_planted, chroma) - lab(fused, chroma)
-            for centre in centres:
-                disc, ring = regions(fused.shape, centre, kind.radius)
-                kept = contrast(response, disc, ring)
-                noise = max(float(fused[ring].std()), 1 / 255)
-                share = float(kept / contrast(change, disc, ring))
-                colour = math.nan
-                if chroma is not None:
-                    distance = np.linalg.norm(contrast(coloured_response, disc, ring))
-                    colour = float(distance / np.linalg.norm(contrast(coloured, disc, ring)))
-                d_prime = float(kind.sign * kept / noise)
-                found.append(Planted(kind, pair.name, centre, share, d_prime, colour))
+            found += measure_kind(method, slice_, kind, seed)
+    if not found:
+        raise UserError(
+            f"no finding fits into the {len(pairs)} pairs: a disc needs room inside of the skull, "
+            f"more than {RIM} pixels from the edge of the head; expected larger images, of whole "
+            "heads"
+        )
     return found
+
+
+def measure_kind(method: Method, slice_: Slice, kind: Kind, seed: int) -> list[Planted]:
+    """Plant all findings of a kind into a slice at once, and measure each."""
+    sources, fused, chroma = slice_.sources, slice_.fused, slice_.chroma
+    centres = positions(sources, slice_.inside, kind, seed_of(seed, slice_.name, *astuple(kind)))
+    if not centres:
+        return []
+    planted = plant_discs(sources, kind, centres)
+    source, planted_source = sources[kind.source], planted[kind.source]
+    fused_planted = stored(method(*planted))
+    change, response = planted_source - source, fused_planted - fused
+    coloured = None
+    if chroma is not None:  # the MRI has none
+        own = chroma if kind.source == 0 else None
+        coloured = (
+            lab(planted_source, own) - lab(source, own),
+            lab(fused_planted, chroma) - lab(fused, chroma),
+        )
+    found = []
+    for centre in centres:
+        disc, ring = regions(fused.shape, centre, kind.radius)
+        kept, given = contrast(response, disc, ring), contrast(change, disc, ring)
+        d_prime, d_prime_source = kept / noise(fused, ring), given / noise(source, ring)
+        colour = math.nan
+        if coloured is not None:
+            before, after = (np.linalg.norm(contrast(c, disc, ring)) for c in coloured)
+            colour = at_most_one(after / before)
+        found.append(
+            Planted(
+                kind,
+                slice_.name,
+                centre,
+                at_most_one(kept / given),
+                at_most_one(d_prime / d_prime_source),
+                float(kind.sign * d_prime),
+                colour,
+            )
+        )
+    return found
+
+
+def at_most_one(share: float) -> float:
+    return min(float(share), 1.0)
+
+
+def noise(image: ndarray, ring: ndarray) -> float:
+    """Standard deviation in the ring, at least one grey level."""
+    return max(float(image[ring].std()), 1 / 255)
 
 
 def contrast(image: ndarray, disc: ndarray, ring: ndarray) -> ndarray:
@@ -173,69 +220,6 @@ def regions(
     return distance <= radius, (distance > inner) & (distance <= inner + RING)
 
 
-# --- methods ---------------------------------------------------------------------------------
-
-
-def methods_of(args: MetricArgs) -> dict[str, Method]:
-    """Ours, the trivial fusions, and what --method names, by name."""
-    model, _ = load_weights(args.weights or shipped_path(args.size, args.task))
-    model = optimise(model)
-    methods: dict[str, Method] = {"ours": lambda a, b: model.fuse(a, b).numpy()}
-    for name, fuse in TRIVIAL.items():
-        methods[name] = lambda a, b, fuse=fuse: fuse(to_uint8(a), to_uint8(b)) / np.float32(255)
-    for text in args.method:
-        name, sign, what = text.partition("=")
-        if not sign or not name or name in methods:
-            raise UserError(f"--method is {text!r}, expected NAME=FILE.onnx or NAME=COMMAND")
-        methods[name] = of_onnx(Path(what)) if what.endswith(".onnx") else of_command(what)
-    return methods
-
-
-def of_onnx(path: Path) -> Method:
-    """The network of an ONNX file that takes two (1, 1, H, W) float32 images in [0, 1]."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise UserError("--method FILE.onnx needs: pip install -r requirements-onnx.txt") from None
-    if not path.is_file():
-        raise UserError(f"--method {path}: no such file")
-    try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # a parser of strange bytes may stumble in any way
-        raise UserError(f"--method {path}: not an ONNX file ({error})") from None
-    names = [tensor.name for tensor in session.get_inputs()]
-    if len(names) != 2:
-        raise UserError(f"--method {path}: has {len(names)} inputs, expected two images")
-
-    def fuse(luma1: ndarray, luma2: ndarray) -> ndarray:
-        feed = dict(zip(names, (luma1[None, None], luma2[None, None]), strict=True))
-        return session.run(None, feed)[0].reshape(luma1.shape).clip(0, 1)
-
-    return fuse
-
-
-def of_command(text: str) -> Method:
-    """A command with {1}, {2} and {out} for the sources and the fused image, as PNG files."""
-    if not all(name in text for name in ("{1}", "{2}", "{out}")):
-        raise UserError(f"--method {text!r}: expected {{1}}, {{2}} and {{out}} in the command")
-
-    def fuse(luma1: ndarray, luma2: ndarray) -> ndarray:
-        with tempfile.TemporaryDirectory() as folder:
-            files = {name: Path(folder) / f"{name}.png" for name in ("1", "2", "out")}
-            write_png(files["1"], to_uint8(luma1))
-            write_png(files["2"], to_uint8(luma2))
-            words = shlex.split(text)
-            for name, path in files.items():
-                words = [word.replace(f"{{{name}}}", str(path)) for word in words]
-            done = subprocess.run(words, capture_output=True, text=True)
-            if done.returncode or not files["out"].is_file():
-                last = (done.stderr.strip().splitlines() or ["it wrote no image"])[-1]
-                raise UserError(f"--method {text!r} failed: {last}")
-            return read_luma8(files["out"]).astype(np.float32) / 255
-
-    return fuse
-
-
 # --- the table -------------------------------------------------------------------------------
 
 
@@ -255,56 +239,67 @@ def worst_tenth(shares: ndarray) -> float:
     return float(np.quantile(shares, 0.1)) if len(shares) else math.nan
 
 
-def table_lines(results: dict[str, list[Planted]], task: str) -> list[list[str]]:
+def table_lines(
+    results: dict[str, list[Planted]], task: str, people: dict[str, str], seed: int
+) -> list[list[str]]:
     """A title and a line for each method: shares by kind, the worst kind and tenth, d'.
 
-    For a colour task also the worst kind's share of the distance in CIELAB.
+    The worst kind has an interval over people; `people` has the person of each pair. For a colour
+    task also the worst kind's share of the distance in CIELAB. A kind without findings is empty.
     """
     names = list(by_kind([], task))
-    lines = [["share kept ↑", *names, "worst kind", "worst tenth", "d'", "worst colour"]]
+    titles = ["worst kind", "95 % interval", "worst tenth", "visible, worst kind", "d'"]
+    lines = [["share kept ↑", *names, *titles, "worst colour"]]
     for method, found in results.items():
         shares = by_kind(found, task)
         means, tenths = means_of(shares), [worst_tenth(s) for s in shares.values()]
+        low, high = worst_kind_interval(found, task, people, seed)
+        worst = [means_of(by_kind(found, task, value)) for value in ("visible", "colour")]
         d_prime = float(np.median([p.d_prime for p in found]))
-        colour = np.min(means_of(by_kind(found, task, "colour")))
-        cells = *means, np.nanmin(means), np.nanmin(tenths), d_prime, colour
-        lines.append([method, *(f"{cell:.2f}" for cell in cells)])
-    if all(line[-1] == "nan" for line in lines[1:]):  # grey images
-        lines = [line[:-1] for line in lines]
-    return lines
+        cells = [two_digits(mean) for mean in (*means, np.nanmin(means))]
+        cells.append("" if math.isnan(low) else f"{low:.2f} .. {high:.2f}")
+        cells += map(two_digits, (np.nanmin(tenths), np.nanmin(worst[0]), d_prime))
+        lines.append([method, *cells, two_digits(np.fmin.reduce(worst[1]))])
+    return without_empty(lines, ("95 % interval", "worst colour"))
 
 
-def measure_methods(args: MetricArgs) -> None:
-    """`metrics.py --findings`: print the table, and write --csv and --plot.
+def worst_kind_interval(
+    found: list[Planted], task: str, people: dict[str, str], seed: int
+) -> tuple[float, float]:
+    """The 95 % interval over people of the worst kind's mean share; NaN twice of one person."""
+    names = list(by_kind([], task))
+    values = np.full((len(found), len(names)), np.nan)
+    for row, planted in zip(values, found, strict=True):
+        row[names.index(planted.kind.name(task))] = planted.share
+    drawn = resampled_means(values, [people[planted.pair] for planted in found], seed)
+    return interval(np.fmin.reduce(drawn, axis=1))  # fmin leaves NaN out
 
-    Raises UserError for another output, before anything is measured.
-    """
-    files = named_files(args)
-    if others := files.keys() - {"csv", "plot"}:
-        raise UserError(f"--findings writes --csv and --plot, not --{min(others)}")
-    pairs, methods = named_pairs(args)[0], methods_of(args)
-    results = {
-        name: measure_findings(fuse, pairs, args.seed, name) for name, fuse in methods.items()
+
+def two_digits(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.2f}"
+
+
+def without_empty(lines: list[list[str]], titles: tuple[str, ...]) -> list[list[str]]:
+    """The lines without those of the columns of these titles that are empty in each line."""
+    dropped = {
+        k
+        for k, title in enumerate(lines[0])
+        if title in titles and not any(line[k] for line in lines[1:])
     }
-    print(f"{args.task}, {args.split}: findings planted into {len(pairs)} pairs")
-    print(aligned(table_lines(results, args.task)))
-    if args.csv:
-        write_bytes(args.csv, to_csv(results, args.task).encode())
-    if args.plot:
-        suffix = args.plot.suffix.lstrip(".")
-        write_bytes(args.plot, plot(results, methods, pairs, args.task, suffix))
+    return [[cell for k, cell in enumerate(line) if k not in dropped] for line in lines]
 
 
 def to_csv(results: dict[str, list[Planted]], task: str) -> str:
     """A line for each finding of each method."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    titles = "method", "kind", "radius", "pair", "row", "column", "share", "d_prime", "colour"
-    writer.writerow(titles)
+    values = "share", "visible", "d_prime", "colour"
+    writer.writerow(["method", "kind", "radius", "pair", "row", "column", *values])
     for method, found in results.items():
         for p in found:
             cells = p.kind.name(task), p.kind.radius, p.pair, *p.centre
-            writer.writerow([method, *cells, p.share, p.d_prime, p.colour])
+            numbers = (getattr(p, value) for value in values)
+            writer.writerow([method, *cells, *("" if math.isnan(n) else n for n in numbers)])
     return text.getvalue()
 
 
