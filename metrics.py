@@ -485,7 +485,10 @@ def compare_findings(args: MetricArgs, files: dict[str, Path]) -> None:
     of_people = f" of {count} {'person' if count == 1 else 'people'}" if count else ""
     print(f"{title}: findings planted into {len(pairs)} pairs{of_people}".lstrip(": "))
     who = who or {pair.name: pair.name for pair in pairs}
-    print(aligned(planted.table_lines(results, args.task, who, args.seed)))
+    summaries = {
+        name: planted.summary(found, args.task, who, args.seed) for name, found in results.items()
+    }
+    print(aligned(planted.table_lines(summaries)))
     if "csv" in files:
         write_bytes(args.csv, planted.to_csv(results, args.task).encode())
     if "plot" in files:

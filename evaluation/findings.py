@@ -47,6 +47,8 @@ DISCS = 4  # planted together into a source, far apart
 APART = 40  # pixels between the centres of discs, at least
 GAP, RING = 2, 5  # pixels between a disc and its ring, and the width of the ring
 HEAD, RIM = 0.05, 20  # the head is where a source is brighter; pixels of scalp and skull around it
+WORST_OF = ("visible", "colour")  # values whose worst kind a table shows
+TITLES = {"visible": "visible, worst kind", "colour": "worst colour"}
 ROOM = 0.8  # the least share of the contrast that must fit between black and white in the source
 
 
@@ -123,12 +125,10 @@ def measure_kind(method: Method, slice_: Slice, kind: Kind, seed: int) -> list[P
     fused_planted = stored(method(*planted))
     change, response = planted_source - source, fused_planted - fused
     coloured = None
-    if chroma is not None:  # the MRI has none
-        own = chroma if kind.source == 0 else None
-        coloured = (
-            lab(planted_source, own) - lab(source, own),
-            lab(fused_planted, chroma) - lab(fused, chroma),
-        )
+    if chroma is not None:
+        own = chroma if kind.source == 0 else np.zeros((1, 1, 3), np.float32)  # the MRI is grey
+        coloured = [(to_uint8(planted_source, own), to_uint8(source, own))]
+        coloured += [(to_uint8(fused_planted, chroma), to_uint8(fused, chroma))]
     found = []
     for centre in centres:
         disc, ring = regions(fused.shape, centre, kind.radius)
@@ -136,7 +136,7 @@ def measure_kind(method: Method, slice_: Slice, kind: Kind, seed: int) -> list[P
         d_prime, d_prime_source = kept / noise(fused, ring), given / noise(source, ring)
         colour = math.nan
         if coloured is not None:
-            before, after = (np.linalg.norm(contrast(c, disc, ring)) for c in coloured)
+            before, after = (distance(*images, disc, ring) for images in coloured)
             colour = at_most_one(after / before)
         found.append(
             Planted(
@@ -161,15 +161,20 @@ def noise(image: ndarray, ring: ndarray) -> float:
     return max(float(image[ring].std()), 1 / 255)
 
 
-def contrast(image: ndarray, disc: ndarray, ring: ndarray) -> ndarray:
-    """The mean of (H, W) or (H, W, 3) in the disc, less that in the ring."""
-    return image[disc].mean(0) - image[ring].mean(0)
+def contrast(image: ndarray, disc: ndarray, ring: ndarray) -> float:
+    """The mean of (H, W) in the disc, less that in the ring."""
+    return image[disc].mean() - image[ring].mean()
 
 
-def lab(luma: ndarray, chroma: ndarray | None) -> ndarray:
-    """CIELAB (H, W, 3), D65, of the 8-bit RGB image of a luma and a chroma (None: grey)."""
-    rgb = to_uint8(luma, np.zeros((1, 1, 3), np.float32) if chroma is None else chroma)
-    return rgb2lab(rgb).astype(np.float32)
+def distance(planted: ndarray, before: ndarray, disc: ndarray, ring: ndarray) -> float:
+    """How far a finding moves the contrast of disc and ring in CIELAB (D65).
+
+    The images with and without it are RGB (H, W, 3), uint8.
+    """
+    with_it, without = (
+        rgb2lab(image[disc]).mean(0) - rgb2lab(image[ring]).mean(0) for image in (planted, before)
+    )
+    return float(np.linalg.norm(with_it - without))
 
 
 def stored(fused: ndarray) -> ndarray:
@@ -239,28 +244,44 @@ def worst_tenth(shares: ndarray) -> float:
     return float(np.quantile(shares, 0.1)) if len(shares) else math.nan
 
 
-def table_lines(
-    results: dict[str, list[Planted]], task: str, people: dict[str, str], seed: int
-) -> list[list[str]]:
-    """A title and a line for each method: shares by kind, the worst kind and tenth, d'.
+def summary(found: list[Planted], task: str, people: dict[str, str], seed: int) -> dict[str, float]:
+    """What a table says of a method: the share of each kind, and the worst of several values.
 
-    The worst kind has an interval over people; `people` has the person of each pair. For a colour
-    task also the worst kind's share of the distance in CIELAB. A kind without findings is empty.
+    `people` has the person of each pair, for the interval of the worst kind. NaN where there is no
+    value.
     """
-    names = list(by_kind([], task))
-    titles = ["worst kind", "95 % interval", "worst tenth", "visible, worst kind", "d'"]
-    lines = [["share kept ↑", *names, *titles, "worst colour"]]
-    for method, found in results.items():
-        shares = by_kind(found, task)
-        means, tenths = means_of(shares), [worst_tenth(s) for s in shares.values()]
-        low, high = worst_kind_interval(found, task, people, seed)
-        worst = [means_of(by_kind(found, task, value)) for value in ("visible", "colour")]
-        d_prime = float(np.median([p.d_prime for p in found]))
-        cells = [two_digits(mean) for mean in (*means, np.nanmin(means))]
-        cells.append("" if math.isnan(low) else f"{low:.2f} .. {high:.2f}")
-        cells += map(two_digits, (np.nanmin(tenths), np.nanmin(worst[0]), d_prime))
-        lines.append([method, *cells, two_digits(np.fmin.reduce(worst[1]))])
-    return without_empty(lines, ("95 % interval", "worst colour"))
+    shares = by_kind(found, task)
+    means = means_of(shares)
+    low, high = worst_kind_interval(found, task, people, seed)
+    worst = {name: np.fmin.reduce(means_of(by_kind(found, task, name))) for name in WORST_OF}
+    return dict(zip(shares, means, strict=True)) | {
+        "worst kind": float(np.fmin.reduce(means)),
+        "low": low,
+        "high": high,
+        "worst tenth": float(np.fmin.reduce([worst_tenth(s) for s in shares.values()])),
+        "visible": float(worst["visible"]),
+        "d'": float(np.median([p.d_prime for p in found])),
+        "colour": float(worst["colour"]),
+    }
+
+
+def table_lines(summaries: dict[str, dict[str, float]]) -> list[list[str]]:
+    """A title and a line for each method, from its `summary`.
+
+    A value that no method has is left out, as colour of grey images.
+    """
+    first = next(iter(summaries.values()))
+    names = [name for name in first if name not in ("low", "high")]
+    lines = [["share kept ↑", *(TITLES.get(name, name) for name in names)]]
+    for method, values in summaries.items():
+        lines.append([method, *(two_digits(values[name]) for name in names)])
+    limits = [(values["low"], values["high"]) for values in summaries.values()]
+    cells = ["" if math.isnan(low) else f"{low:.2f} .. {high:.2f}" for low, high in limits]
+    at = names.index("worst kind") + 2
+    for line, cell in zip(lines, ["95 % interval", *cells], strict=True):
+        line.insert(at, cell)
+    used = [k for k in range(len(lines[0])) if any(line[k] for line in lines[1:])]
+    return [[line[k] for k in used] for line in lines]
 
 
 def worst_kind_interval(
@@ -277,16 +298,6 @@ def worst_kind_interval(
 
 def two_digits(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.2f}"
-
-
-def without_empty(lines: list[list[str]], titles: tuple[str, ...]) -> list[list[str]]:
-    """The lines without those of the columns of these titles that are empty in each line."""
-    dropped = {
-        k
-        for k, title in enumerate(lines[0])
-        if title in titles and not any(line[k] for line in lines[1:])
-    }
-    return [[cell for k, cell in enumerate(line) if k not in dropped] for line in lines]
 
 
 def to_csv(results: dict[str, list[Planted]], task: str) -> str:
