@@ -64,12 +64,13 @@ from evaluation.methods import Method, named_method, trivial_methods
 from evaluation.tables import (
     aligned,
     check_outputs,
+    images_and_people,
     print_differences,
     print_table,
     write_files,
+    write_made,
 )
 from evaluation.windows import TINY, window_information
-from images import write_bytes
 from inference import optimise
 from weights import load_weights, shipped_path
 
@@ -481,19 +482,21 @@ def compare_findings(args: MetricArgs, files: dict[str, Path]) -> None:
         for name, fuse in methods.items()
     }
     who = known_people(args, pairs)
-    count = len(set(who.values()))
-    of_people = f" of {count} {'person' if count == 1 else 'people'}" if count else ""
-    print(f"{title}: findings planted into {len(pairs)} pairs{of_people}".lstrip(": "))
-    who = who or {pair.name: pair.name for pair in pairs}
+    own = {pair.name: pair.name for pair in pairs}
     summaries = {
-        name: planted.summary(found, args.task, who, args.seed) for name, found in results.items()
+        name: planted.summary(found, args.task, who or own, args.seed)
+        for name, found in results.items()
     }
+    makers = {
+        "csv": lambda _: planted.to_csv(results, args.task),
+        "plot": lambda path: planted.plot(
+            results, methods, pairs, args.task, path.suffix.lstrip(".")
+        ),
+    }
+    write_made(files, makers)
+    where = images_and_people(len(pairs), "pairs", who.values())
+    print(f"{title}: findings planted into {where}".lstrip(": "))
     print(aligned(planted.table_lines(summaries)))
-    if "csv" in files:
-        write_bytes(args.csv, planted.to_csv(results, args.task).encode())
-    if "plot" in files:
-        suffix = args.plot.suffix.lstrip(".")
-        write_bytes(args.plot, planted.plot(results, methods, pairs, args.task, suffix))
 
 
 def methods_of(args: MetricArgs) -> dict[str, Method]:

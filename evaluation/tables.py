@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -154,9 +154,15 @@ def print_rows(rows: list[Row], methods: Sequence[str], file: TextIO) -> None:
 
 def head_line(result: Comparison) -> str:
     """What a table of means is of: the title, how many images and, where known, people."""
-    line = f"{result.title}: means over {len(result.images)} images".lstrip(": ")
-    count = len(set(result.people))
-    return line + (f" of {count} {'person' if count == 1 else 'people'}" if count else "")
+    where = images_and_people(len(result.images), "images", result.people)
+    return f"{result.title}: means over {where}".lstrip(": ")
+
+
+def images_and_people(count: int, images: str, people: Iterable[str]) -> str:
+    """Such as "24 images of 10 people"; without people where nobody knows them."""
+    persons = len(set(people))
+    of_people = f" of {persons} {'person' if persons == 1 else 'people'}" if persons else ""
+    return f"{count} {images}{of_people}"
 
 
 def print_differences(result: Comparison, rows: list[Difference], between: Sequence[str]) -> None:

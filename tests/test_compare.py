@@ -3,6 +3,7 @@
 Warnings are errors throughout.
 """
 
+import ast
 import csv
 import json
 import math
@@ -461,6 +462,23 @@ def test_files_in_place_of_a_folder(folders):
     assert result.mean("ours") == metrics.ssim(*lumas)
     with pytest.raises(UserError, match="lacks p1"):
         metrics.compare({"ours": {}}, pairs, jobs=1)
+
+
+# --- the room --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "evaluation").glob("*.py")), ids=lambda p: p.stem)
+def test_the_room_gets_images_and_functions(path):
+    """Settings, weights and networks stay with the commands, which make functions of them."""
+    taken = {
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    modules = {module for module, _ in taken}
+    assert not modules & {"weights", "network", "inference", "losses", "metrics", "checkpoints"}
+    assert {name for module, name in taken if module == "args_setting"} <= {"TASKS"}
 
 
 # --- what only one source shows --------------------------------------------------------------
