@@ -162,8 +162,9 @@ def bone_rows(task: str, pairs: list[Pair], files: dict[str, Files]) -> list[Row
 # --- the file --------------------------------------------------------------------------------
 
 
-def read_rows(path: Path = CSV) -> list[Row]:
-    """The rows of a file that `to_csv` made; none if it is not there."""
+def read_rows(path: Path | None = None) -> list[Row]:
+    """The rows of a file that `to_csv` made, by default of CSV; none if it is not there."""
+    path = path or CSV
     if not path.is_file():
         return []
     rows = []
@@ -202,7 +203,7 @@ def place(row: Row) -> tuple:
     rank = known.index(row.method) if row.method in known else len(known)
     views = ("metrics", "one source", "findings", "bone", "about")
     tasks = [*TASKS, ""]
-    return tasks.index(row.task), views.index(row.view), rank, row.method if rank > 7 else ""
+    return tasks.index(row.task), views.index(row.view), rank, row.method
 
 
 # --- the tables ------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ PUBLISHED = ("ASFE-authors", "AdaFuse", "TEA-Net")
 
 @pytest.fixture(scope="module")
 def rows() -> list[results.Row]:
+    if not results.CSV.is_file():
+        pytest.skip("docs/results.csv is not measured: python benchmarks/results.py")
     return results.read_rows()
 
 
@@ -125,13 +127,30 @@ def test_the_script_measures_and_writes(small, weights, capsys):
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert text.count("-MRI |") == len(TASKS)
 
-    # measured again without the folder: its rows stay, and so does the text
-    run(*flags)
-    assert results.read_rows(small / "results.csv") == pytest.approx(first, nan_ok=True)
-    assert (small / "text.md").read_text() == text
     (small / "text.md").write_text(text.replace("-MRI", "-XXX"))
     run("--texts")
     assert (small / "text.md").read_text() == text
+
+
+def test_methods_that_are_not_measured_again_keep_their_rows():
+    old = [results.Row("CT-MRI", "metrics", m, "SSIM", 0.1) for m in ("ours", "theirs", "max")]
+    new = [results.Row("CT-MRI", "metrics", m, "SSIM", 0.2) for m in ("max", "ours")]
+    found = {row.method: row.mean for row in results.merged(old, new)}
+    assert found == {"ours": 0.2, "max": 0.2, "theirs": 0.1}
+    assert list(found) == ["ours", "max", "theirs"], "the order of every table"
+
+
+def test_rows_come_back_from_the_file(tmp_path):
+    rows = [
+        results.Row("CT-MRI", "one source", "ours", "kept", 0.8125, 0.75, 0.875),
+        results.Row("PET-MRI", "one source", "ours", "kept", 0.5),
+        results.Row("", "about", "", "date", "2026-11-30"),
+    ]
+    (tmp_path / "r.csv").write_text(results.to_csv(rows))
+    again = results.read_rows(tmp_path / "r.csv")
+    assert again[0] == rows[0] and again[2][:5] == rows[2][:5]
+    assert again[1].mean == 0.5 and np.isnan(again[1].low)
+    assert results.to_csv(again) == results.to_csv(rows)
 
 
 def test_gains_at_zero_are_the_blend_alone(weights):
