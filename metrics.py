@@ -38,8 +38,10 @@ import evaluation.one_source_tables as own_content
 from dataset import Pair, as_told, case_of, match_pairs, people, task_pairs
 from evaluation.compare import (
     Comparison,
+    Sample,
     check_method_names,
     compare_methods,
+    compare_samples,
     complete_pairs,
     differences,
     name_folders,
@@ -408,6 +410,11 @@ def compare(
 ) -> Comparison:
     """What `compare_methods` says of the named metrics; UserError also if a name is unknown."""
     return compare_methods(check_names(metrics, METRICS), files, pairs, jobs, title, skip_unmatched)
+
+
+def compare_lumas(named: dict[str, Sample], title: str = "") -> Comparison:
+    """What `compare_samples` says of the panel, in this process: after CUDA a fork would hang."""
+    return compare_samples(check_names(PANEL, METRICS), named, 1, title)
 
 
 # --- the command -----------------------------------------------------------------------------

@@ -405,7 +405,8 @@ def load_pairs(run: Run, processes: Processes) -> tuple[TrainPairs, TrainPairs]:
     train, held = split_pairs(args)
     pairs = TrainPairs(train, max(stage.patch for stage in run.stages), args.seed, args.workers)
     if processes.rank == 0:
-        pairs.doubts.tell()
+        for note in pairs.doubts.notes():
+            print(note)
         print(opening(args, processes.device, train, held))
         if args.val and not held:
             print(f"{args.task} shows one person, so nobody can be kept for validation")

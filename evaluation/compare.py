@@ -164,11 +164,23 @@ def compare_methods(
     """
     found, pairs = complete_pairs(files, pairs, skip_unmatched)
     samples = read_samples(pairs, found)
-    rows = in_processes(partial(evaluate_sample, metrics=metrics), samples, jobs, title)
+    named = dict(zip((pair.name for pair in pairs), samples, strict=True))
+    return compare_samples(metrics, named, jobs, title)
+
+
+def compare_samples(
+    metrics: dict[str, Metric], named: dict[str, Sample], jobs: int = 0, title: str = ""
+) -> Comparison:
+    """Evaluate what is at hand, by the names of the images; `jobs` and the rest as above.
+
+    Raises UserError if every image is too small for every metric.
+    """
+    work = partial(evaluate_sample, metrics=metrics)
+    rows = in_processes(work, list(named.values()), jobs, title)
     values = {method: np.array([row[method] for row in rows]) for method in rows[0]}
     if all(np.isnan(v).all() for v in values.values()):
         raise UserError(f"the images are too small for {', '.join(metrics)}")
-    return Comparison(title, metrics, [pair.name for pair in pairs], values)
+    return Comparison(title, metrics, list(named), values)
 
 
 def in_processes(work: Callable[[T], dict], items: Sequence[T], jobs: int, title: str) -> list:
