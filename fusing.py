@@ -28,6 +28,7 @@ from dataset import Pair
 from images import (
     Doubts,
     Pixels,
+    coloured,
     decode,
     header_size,
     luma_and_chroma,
@@ -484,7 +485,7 @@ def _registered(pair: _Decoded) -> _Decoded:
 def stored(luma: np.ndarray, chroma: np.ndarray | None, dtype: np.dtype) -> Pixels:
     """An image in [0, 1] as its file holds it: with as many bits as the source had."""
     most = int(np.iinfo(dtype).max)
-    image = luma if chroma is None else luma[..., None] + chroma
+    image = luma if chroma is None else coloured(luma, chroma)
     return Pixels(np.clip(np.rint(image * most), 0, most).astype(dtype), 0, most)
 
 
