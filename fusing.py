@@ -308,6 +308,13 @@ class ImageRequest:
         return self.register != "off"
 
     @property
+    def keeps_transform(self) -> bool:
+        """Whether the given transform lies already where it would be written: it stays as it is."""
+        place = self.out.with_name(self.out.stem + COMPANIONS["transform"])
+        given = self.transform and os.path.realpath(self.transform)
+        return given == os.path.realpath(place)
+
+    @property
     def sources(self) -> tuple[Path, ...]:
         """All files that are named to be read."""
         named = self.pair.path1, self.pair.path2, self.transform
@@ -320,7 +327,10 @@ class ImageRequest:
         outputs = [Output("fused image", self.out, replaces=True)]
         stem = self.out.stem
         if self.registers and self.register != "check":
-            outputs += [Output(w, self.out.with_name(stem + end)) for w, end in COMPANIONS.items()]
+            files = {what: self.out.with_name(stem + end) for what, end in COMPANIONS.items()}
+            if self.keeps_transform:
+                del files["transform"]
+            outputs += [Output(what, path) for what, path in files.items()]
         folders = (self.pair.path1.parent, self.pair.path2.parent) if self.of_folders else ()
         return Plan(tuple(outputs), self.sources, self.out.with_name(f"{stem}.json"), folders)
 
@@ -521,8 +531,10 @@ def _written(pair: _Decoded, image: np.ndarray) -> FusedImage:
     files = {output.what: output.path for output in plan.outputs}
     contents = {"fused image": png_bytes(image)} | pair.extras
     if "sidecar" in files:
-        contents["sidecar"] = _sidecar(pair, [listed_as(p, plan.sidecar) for p in files.values()])
-    writers = {files[what]: partial(_write, data) for what, data in contents.items()}
+        kept = [request.transform] if request.keeps_transform else []
+        names = [listed_as(path, plan.sidecar) for path in (*files.values(), *kept)]
+        contents["sidecar"] = _sidecar(pair, names)
+    writers = {files[w]: partial(_write, data) for w, data in contents.items() if w in files}
     write_together(writers, plan.stale(files.values()))
     return FusedImage(request, image, pair.sources, files, request.sources, pair.shift, pair.odd)
 
