@@ -1,4 +1,4 @@
-"""What several test files share. `shared` is the folder of real data and golden vectors."""
+"""What several test files share. `shared` is the folder of slices and scans of people."""
 
 import os
 import runpy
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from networks import settled
+from stated import GOLDEN
 
 import test_asfe
 from args_setting import TestArgs
@@ -89,12 +90,12 @@ def heads(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def published_file(shared, tmp_path_factory) -> Path:
+def published_file(tmp_path_factory) -> Path:
     """A checkpoint in the published format: their names, unused tensors, DataParallel's prefix."""
-    golden = runpy.run_path(str(shared / "golden" / "weights.py"))
+    golden = runpy.run_path(str(GOLDEN / "weights.py"))
     row = torch.tensor([1.0, 3.0, 3.0, 1.0])
     blur = torch.outer(row, row) / 64
-    arrays = golden["state_dict"](shared / "golden" / "authors_keys.json")
+    arrays = golden["state_dict"](GOLDEN / "authors_keys.json")
     state = {
         f"module.{name}": blur.expand(array.shape).clone()
         if name.endswith("down_anti.filt")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save
+from stated import GOLDEN
 from torch import nn
 
 from args_setting import SIZES, WeightsArgs
@@ -159,9 +160,10 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 # --- the published code ----------------------------------------------------------------------
 
 
-def test_only_the_listed_tensors_are_unused(published_file, shared):
-    unused = set(json.loads((shared / "golden" / "authors_unused_keys.json").read_text()))
-    state = torch.load(published_file, weights_only=True)
+@pytest.mark.xdist_group("published")
+def test_only_the_listed_tensors_are_unused(published_file):
+    unused = set(json.loads((GOLDEN / "authors_unused_keys.json").read_text()))
+    state = torch.load(published_file, weights_only=True, mmap=True)
     dropped = {
         key.removeprefix("module.") for key, value in state.items() if not from_published({key: 0})
     }
