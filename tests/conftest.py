@@ -3,10 +3,12 @@
 import os
 import runpy
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,30 @@ from network import ASFEFusion
 from weights import load_weights, save_weights
 
 SHARED = Path(os.environ.get("ASFE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+THREADS, CV_THREADS = torch.get_num_threads(), cv2.getNumThreads()
+ONE_THREAD = {  # of PyTorch, NumPy, OpenCV and SimpleITK
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "OPENCV_FOR_THREADS_NUM": "1",
+    "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": "1",
+}
+
+
+def pytest_configure(config):
+    """Where pytest-xdist fills the cores, each process has one thread, also those of commands."""
+    if config.getoption("numprocesses", None):
+        os.environ.update(ONE_THREAD)  # the workers start later and inherit it
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What was not tested and what it needs, the largest number of tests first."""
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+    if not reasons:
+        return
+    terminalreporter.section("not tested")
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"{count:4d} skipped: {reason.removeprefix('Skipped: ')}")
 
 
 @pytest.fixture(scope="session")
@@ -30,8 +56,15 @@ def shared() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def same_start():
+    """Each test starts from seed 0, in whole float32, and with the threads of the process.
+
+    Commands that ran before in this process have set other ones.
+    """
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")
+    torch.set_num_threads(THREADS)
+    cv2.setNumThreads(CV_THREADS)
 
 
 @pytest.fixture

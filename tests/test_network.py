@@ -36,12 +36,10 @@ def golden(request) -> dict[str, np.ndarray]:
     return golden_arrays(shared / "golden" / "expected.npz", request.param)
 
 
-@pytest.mark.xdist_group("published")
 def test_golden_vectors(published_model, golden):
     compare_golden(published_model, golden)
 
 
-@pytest.mark.xdist_group("published")
 def test_golden_vectors_of_the_optimised_network(published_model, golden):
     gone = ("AFFusion",)  # of which it makes the sum
     compare_golden(optimise(published_model), golden, gone)
@@ -58,7 +56,6 @@ def published_on_cuda(published_model, monkeypatch):
     published_model.to("cpu")
 
 
-@pytest.mark.xdist_group("published")
 def test_golden_vectors_on_cuda(published_on_cuda, golden):
     compare_golden(published_on_cuda, golden)
 
