@@ -327,7 +327,7 @@ def show(what: str, rows: dict[str, Row]) -> None:
 def main(args: argparse.Namespace) -> None:
     if (args.parts or args.onnx) and (args.train or args.DEVICE == "cuda"):
         raise UserError("--parts and --onnx are for fusing on a CPU, without --train")
-    if args.parts and args.onnx or args.against and args.DEVICE == "cuda":
+    if (args.parts and args.onnx) or (args.against and args.DEVICE == "cuda"):
         raise UserError("--parts goes without --onnx, and --against is for a CPU")
     if args.against and not (args.against / "benchmarks" / "speed.py").is_file():
         raise UserError(f"--against is {args.against}, expected a checkout of this repository")
@@ -336,7 +336,8 @@ def main(args: argparse.Namespace) -> None:
     versions = versions_of(args)
     if args.serve:
         size, name = args.serve
-        return serve(size, versions[name], args)
+        serve(size, versions[name], args)
+        return
     device = pick_device(args.DEVICE)
     operations = {size: count_operations(size, args) for size in args.sizes}
     print(machine("torch"))

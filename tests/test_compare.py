@@ -74,7 +74,7 @@ def test_empty_metrics_do_not_count_in_ranks():
 
 def test_differences_of_two_methods():
     rng = np.random.default_rng(0)
-    a = rng.normal(size=(24, 2)) + [0.0, 1.0]
+    a = rng.normal(size=(24, 2)) + np.array([0.0, 1.0])
     b = rng.normal(size=(24, 2))
     result = made_up({"a": a.tolist(), "b": b.tolist()}, ["EN", "SSIM"])
     rows = differences(result, "a", "b", seed=1)
@@ -246,7 +246,7 @@ def test_command_line_files(folders, run):
         name: [read_luma8(folders / f / f"{name}.png") for f in ("ours", "PET", "MRI")]
         for name in ("p1", "p2", "p3")
     }
-    with open(outputs["csv"], newline="") as file:
+    with outputs["csv"].open(newline="") as file:
         rows = {(row["method"], row["image"]): row for row in csv.DictReader(file)}
     assert len(rows) == 7 * (3 + 1)
     for name, (fused, pet, mri) in images.items():

@@ -178,7 +178,7 @@ def test_bad_input_is_one_line(call, tmp_path, argv, message, monkeypatch):
 def test_shapes_have_their_size_and_soft_edges(shape):
     share = finding(shape, (41, 51), (20, 25), 8, turn=0.5)
     assert share.shape == (41, 51) and share.dtype == np.float32
-    assert 0 <= share.min() and 0.95 < share.max() <= 1
+    assert share.min() >= 0 and 0.95 < share.max() <= 1
     assert ((share > 0.01) & (share < 0.99)).any()
     y, x = np.ogrid[:41, :51]
     assert share[np.hypot(y - 20, x - 25) > 16].max() < 0.01
@@ -192,7 +192,7 @@ def test_findings_are_planted_into_one_source_each():
     assert torch.equal(before, images) and torch.equal(with_findings(images, 3)[1], after)
     assert not torch.equal(with_findings(images, 4)[1], after)
     change = (after - images).abs()
-    assert 0 <= after.min() and after.max() <= 1
+    assert after.min() >= 0 and after.max() <= 1
     assert all(c.max() > 0.1 for c in change), "some in either source"
     assert (change.amin(0) < 0.01).all(), "no place changes in both"
     assert torch.equal(plant(torch.zeros(2, 64, 64)), torch.zeros(2, 64, 64)), "none in the air"
@@ -201,6 +201,6 @@ def test_findings_are_planted_into_one_source_each():
 def test_sources_vary_by_themselves_and_stay_in_range():
     images = torch.stack([torch.from_numpy(i) / 255 for i in phantom_pair("CT-MRI", 64)])
     varied = [vary(images.clone()) for _ in range(300)]
-    assert all(0 <= v.min() and v.max() <= 1 for v in varied)
+    assert all(v.min() >= 0 and v.max() <= 1 for v in varied)
     same = [[torch.equal(v[k], images[k]) for v in varied] for k in (0, 1)]
     assert 50 < sum(same[0]) < 100 and 20 < sum(same[1]) < 55, "each by itself; one is shifted"

@@ -33,7 +33,7 @@ def start(*argv, log: Path) -> subprocess.Popen:
     command = [str(word) for word in (sys.executable, ROOT / "study.py", *argv)]
     ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with open(log, "w") as file:
+        with log.open("w") as file:
             return subprocess.Popen(
                 command, stdout=file, stderr=file, cwd=log.parent, start_new_session=True
             )
@@ -216,5 +216,5 @@ def test_a_cluster_that_goes_and_memory_for_nothing_are_one_line():
 
     with pytest.raises(UserError, match="the cluster is gone; start again to go on"):
         study.result_of(Future(), None)
-    with pytest.raises(UserError, match="--memory is 0.3, expected at least 2"):
+    with pytest.raises(UserError, match=r"--memory is 0\.3, expected at least 2"):
         study.shares(StudyArgs(memory=0.3))
