@@ -17,6 +17,9 @@ from phantom import phantom_pair
 from weights import load_weights
 
 
+pytestmark = pytest.mark.alone
+
+
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     if reason := missing():
