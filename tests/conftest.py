@@ -16,7 +16,7 @@ from networks import settled
 from stated import GOLDEN
 
 import test_asfe
-from args_setting import TestArgs
+from args_setting import ROOT, TestArgs
 from cli import parse_args, run_script
 from network import ASFEFusion
 from weights import load_weights, save_weights
@@ -140,7 +140,7 @@ def published_file(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def published_model(published_file) -> ASFEFusion:
     """The published network with the golden weights."""
     model, metadata = load_weights(published_file)
@@ -148,8 +148,14 @@ def published_model(published_file) -> ASFEFusion:
     return model
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def compact() -> ASFEFusion:
-    """The compact size with random weights."""
+    """The compact size with random weights; one for all tests, so none may change it."""
     torch.manual_seed(1)
     return settled(ASFEFusion("compact"))
+
+
+@pytest.fixture(scope="session")
+def shipped() -> ASFEFusion:
+    """The network with the weights that ship; one for all tests, so none may change it."""
+    return load_weights(ROOT / "model_pre" / "compact_all.safetensors")[0]
