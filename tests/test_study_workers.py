@@ -20,7 +20,7 @@ from distributed.comm import CommClosedError
 import study
 from args_setting import ROOT, StudyArgs
 from cli import UserError, parse_args
-from studies.cases import RECORDS, find_cases
+from studies.cases import RECORDS
 from studies.run import run_case
 
 PATIENCE = 300  # seconds for a start or an end; a busy machine is slow
@@ -75,7 +75,7 @@ def kill(pid: int) -> None:
 
 def plain_loop(table: Path, out: Path) -> dict[str, bytes]:
     """What a study should write, fused one by one in this process."""
-    for case in find_cases(StudyArgs(table=table, out=out, threads=1))[1]:
+    for case in study.cases_of(StudyArgs(table=table, out=out, threads=1))[1]:
         run_case(case.packed())
     return written(out)
 
@@ -183,7 +183,7 @@ def test_a_case_that_kills_its_worker_twice_has_failed(tmp_path, monkeypatch):
     monkeypatch.setenv("ASFE_TEST_MARK", str(tmp_path / "mark"))
     table, _ = write_study(tmp_path / "in", 4)
     args, jobs = study.shares(StudyArgs(table=table, out=tmp_path / "out", jobs=1))
-    cases = find_cases(args)[1]
+    _, cases = study.cases_of(args)
     records = {}
     with study.workers(args, jobs) as client:
         study.fuse_all(client, cases[1:] + cases[:1], records)
