@@ -144,8 +144,9 @@ def test_a_folder_too_large_for_memory_is_checked_by_its_headers(tmp_path, monke
         ("--mosaic mri.nii", "expected a file name that ends in .png"),
     ],
 )
+@pytest.mark.usefixtures("brighter")
 def test_outputs_that_meet_something_end_in_one_line(
-    call, brighter, small, tmp_path, monkeypatch, flags, words
+    call, small, tmp_path, monkeypatch, flags, words
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()

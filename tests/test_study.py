@@ -254,7 +254,7 @@ def test_a_registered_image_is_recorded_with_its_files(tmp_path, brighter):
     (tmp_path / "o" / "a.tfm").write_text("")
     assert fused_again(case)
     rows.append({"img1": "ct.png", "img2": "mri.png", "name": "a_img2"})
-    with pytest.raises(UserError, match="a_img2.png would be written by a and by a_img2"):
+    with pytest.raises(UserError, match=r"a_img2\.png would be written by a and by a_img2"):
         cases_of(tmp_path / "o", table=write_table(tmp_path / "t.csv", rows))
 
 
