@@ -317,7 +317,7 @@ def is_volume(path: Path) -> bool:
 
 def has_dicom_mark(path: Path) -> bool:
     """Whether a file says that it is DICOM, after the 128 bytes of its preamble."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
 
 

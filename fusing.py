@@ -150,7 +150,7 @@ def check_plans(plans: Sequence[Plan]) -> None:
     an earlier run's. What an earlier run wrote under the same name is replaced.
     """
     outputs = [output for plan in plans for output in plan.outputs]
-    sources = Sources(path for plan in plans for path in plan.sources)
+    sources = SourceFiles(path for plan in plans for path in plan.sources)
     for output in outputs:
         sources.refuse(output)
     check_meeting(outputs)
@@ -224,7 +224,7 @@ def check_meeting(outputs: Sequence[Output]) -> None:
                 )
 
 
-class Sources:
+class SourceFiles:
     """The files that a run reads, and which outputs would hit one of them."""
 
     def __init__(self, paths: Iterable[Path]):
@@ -492,10 +492,13 @@ def _fused(pairs: Iterable[_Decoded], model: ASFEFusion, batch_size: int) -> Ite
     """Fuse pairs as they come; those of equal size, one after the other, share a batch."""
     batch: list[_Decoded] = []
     for pair in pairs:
-        if batch and (len(batch) == batch_size or batch[0].group != pair.group):
+        if batch and batch[0].group != pair.group:
             yield from _fused_batch(batch, model)
             batch = []
         batch.append(pair)
+        if len(batch) == batch_size:  # before the next pair is decoded
+            yield from _fused_batch(batch, model)
+            batch = []
     if batch:
         yield from _fused_batch(batch, model)
 
