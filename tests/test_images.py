@@ -226,9 +226,9 @@ def test_a_full_disk_is_named_with_the_file(tmp_path, count):
     write_bytes(path, b"old")
     for write in (torch.save, lambda values, file: file.write(values.numpy().tobytes())):
         (tmp_path / "a.pt.part").symlink_to("/dev/full")
-        with pytest.raises(OSError, match=r"No space left on device: .*a\.pt'"):
-            with whole_file(path) as file:
-                write(torch.zeros(count), file)
+        full = pytest.raises(OSError, match=r"No space left on device: .*a\.pt'")
+        with full, whole_file(path) as file:
+            write(torch.zeros(count), file)
         assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
