@@ -153,7 +153,11 @@ class TrainArgs(CommonArgs):
         0.1, "share of each task's pairs kept for validation, whole people", minimum=0
     )
     val_cases: tuple[str, ...] = setting(
-        (), "validate on the people of these cases, not by --val", nargs="*", metavar="CASE"
+        (),
+        "validate on the people of these cases, not by --val; as 16, or PET:41 where several tasks "
+        "have the number",
+        nargs="*",
+        metavar="CASE",
     )
     leave_out: tuple[str, ...] = setting(
         (), "the people of these cases take no part at all", nargs="*", metavar="CASE"

@@ -46,7 +46,7 @@ from checkpoints import (
     start_of_files,
     write_csv,
 )
-from dataset import TrainPairs, split_pairs, with_findings
+from dataset import TrainPairs, split_lines, split_pairs, with_findings
 from evaluation.batch import evaluate_batch
 from images import writable_folder
 from losses import fusion_loss, term_weights
@@ -70,15 +70,14 @@ def main(args: TrainArgs) -> None:
 
     # data
     out = start_of_files(args)
-    train, val = split_pairs(args)
+    split = split_pairs(args)
+    train, val = split.train, split.val
     pairs = TrainPairs(train, args.patch_size, args.seed)
     val_images = TrainPairs(spread(val, VALIDATION_PAIRS), patch=MIN_SIDE).images
     check_settings(args, len(pairs), len(val), world)
     if rank == 0:
         pairs.doubts.tell()
-        print(opening(args, device, train, val))
-    if args.val and not val and rank == 0:
-        print(f"{args.task} shows one person, so nobody can be kept for validation")
+        print(opening(args, device, train, val), *split_lines(split), sep="\n")
 
     # model
     torch.manual_seed(args.seed)

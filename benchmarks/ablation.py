@@ -71,7 +71,7 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, float]:
     """Metrics and findings on slices of the people left out, as means over the tasks."""
     model, _ = load_weights(path)
     settings = TrainArgs(task="all", val_cases=LEFT_OUT, data_dir=args.data_dir)
-    held = split_pairs(settings)[1]
+    held = split_pairs(settings).val
     rows = []
     for task, folder in TASKS.items():
         pairs = [pair for pair in held if pair.path1.parent.name == folder]
