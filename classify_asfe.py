@@ -14,10 +14,10 @@ from datetime import date
 from pathlib import Path
 
 from args_setting import ClassifyArgs, WeightsArgs
-from cli import UserError, command_line, either, run_script, setup_runtime
+from cli import UserError, check_classify, command_line, run_script, setup_runtime
 
 if __name__ == "__main__":  # before the imports that take seconds
-    ARGS = command_line(ClassifyArgs, __doc__, either("labels", "exploratory", "leakage"))
+    ARGS = command_line(ClassifyArgs, __doc__, check_classify)
 
 import cv2
 import numpy as np
@@ -238,13 +238,11 @@ def draw(found: dict[str, np.ndarray], rng) -> np.ndarray:
 
 def main(args: ClassifyArgs) -> None:
     """Raises UserError unless one of --labels, --exploratory and --leakage is given."""
-    asked = [(classify, args.labels), (exploratory, args.exploratory), (leakage, args.leakage)]
-    asked = [command for command, given in asked if given]
-    if len(asked) != 1:
-        raise UserError("expected one of --labels FILE.csv, --exploratory and --leakage")
-    if asked[0] is not leakage and importlib.util.find_spec("sklearn") is None:
+    check_classify(args)
+    if not args.leakage and importlib.util.find_spec("sklearn") is None:
         raise UserError("this needs scikit-learn: pip install -r requirements-classify.txt")
-    asked[0](args)
+    command = classify if args.labels else exploratory if args.exploratory else leakage
+    command(args)
 
 
 if __name__ == "__main__":

@@ -115,12 +115,15 @@ def task_pairs(
     if not cases:
         return pairs
     case = {pair: case_of(pair, case_pattern) for pair in pairs}
-    wanted = set()
-    for text in cases:
-        named, number = task_and_case(text)
-        if named not in (None, task) or number not in case.values():
-            raise UserError(f"cases has {text!r}, which the {split} split of {task} lacks")
-        wanted.add(number)
+    named = {text: task_and_case(text) for text in cases}
+    lacking = [
+        text
+        for text, (other, number) in named.items()
+        if other not in (None, task) or number not in case.values()
+    ]
+    if lacking:
+        raise UserError(f"cases has {lacking}, which the {split} split of {task} lacks")
+    wanted = {number for _, number in named.values()}
     return [pair for pair in pairs if case[pair] in wanted]
 
 

@@ -22,10 +22,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from args_setting import MetricArgs
-from cli import command_line, either, run_script
+from cli import check_metrics, command_line, run_script
 
 if __name__ == "__main__":  # before the imports that take seconds
-    ARGS = command_line(MetricArgs, "Compare folders of fused images.", either("fused", "findings"))
+    ARGS = command_line(MetricArgs, "Compare folders of fused images.", check_metrics)
 
 import numpy as np
 from numpy import ndarray
@@ -390,6 +390,7 @@ def compare(
 
 def main(args: MetricArgs) -> None:
     """Compare what the command line names, print it, and write the files it asks for."""
+    check_metrics(args)
     if args.findings:
         return measure_methods(args)
     folders = name_folders(args.fused)

@@ -19,10 +19,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from args_setting import SIZES, TrainArgs
-from cli import UserError, command_line, run_script, setup_runtime
+from cli import UserError, check_training, command_line, run_script, setup_runtime
 
 if __name__ == "__main__":  # before the imports that take seconds
-    ARGS = command_line(TrainArgs, __doc__)
+    ARGS = command_line(TrainArgs, __doc__, check_training)
 
 import numpy as np
 import torch
@@ -62,6 +62,7 @@ VALIDATION_PAIRS, BATCHNORM_PAIRS, SHOWN_PAIRS = 32, 64, 4  # at most, spread ev
 def main(args: TrainArgs) -> None:
     # setup: torchrun starts this in several processes, each with a rank of its own
     started = time.time()
+    check_training(args)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = setup_runtime(args)
     if world > 1:
