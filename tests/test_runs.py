@@ -32,7 +32,7 @@ def test_a_run_tells_what_it_does_and_is_never_overwritten_unasked(call, tmp_pat
     code, out, err = call(*argv)
     assert code == 0, err
     assert "CT-MRI, size compact, on cpu, 1 threads: 4 pairs to train on" in out
-    assert "2 held out for validation (cases 1)" in out
+    assert "2 pairs held out for validation\nheld out for validation: 2 pairs of 1 person" in out
     assert "epoch 1: score " in out and "on 2 validation pairs, weights saved" in out
     before = {p: p.read_bytes() for p in (tmp_path / "save").iterdir() if p.is_file()}
     code, _, err = call(*argv)
