@@ -14,7 +14,7 @@ from datetime import date
 from pathlib import Path
 
 from args_setting import ClassifyArgs, WeightsArgs
-from cli import UserError, check_classify, command_line, run_script, setup_runtime
+from cli import UserError, check_classify, command_line, run_script, say, setup_runtime
 
 if __name__ == "__main__":  # before the imports that take seconds
     ARGS = command_line(ClassifyArgs, __doc__, check_classify)
@@ -124,7 +124,7 @@ def classify(args: ClassifyArgs) -> None:
         lumas = read_pair8(pairs[name])
         rows.append(inputs(lumas, read_fused8(fused[name], lumas) if fused else None, features))
     counts = " and ".join(f"{(truth == i).sum()} {name}" for i, name in enumerate(found))
-    print(f"{told}\n{counts} people, {len(names)} images, {args.folds} folds of whole people")
+    say(told, f"{counts} people, {len(names)} images, {args.folds} folds of whole people")
     rng = np.random.default_rng(args.seed)
     rivals = list(shuffles(truth, args.draws, rng))
     print_table(rows, truth, who, args.folds, args, rivals)
@@ -177,7 +177,7 @@ def exploratory(args: ClassifyArgs) -> None:
     cases = sorted({w.case for w in shown.values()}, key=int)
     groups = [", ".join(case for case in cases if label_of[case] == i) for i in (1, 0)]
     print(f"EXPLORATORY: vascular (cases {groups[0]}) against degenerative ({groups[1]})")
-    print(f"{told}\n{len(truth)} people, {len(who)} slices, each person left out once")
+    say(told, f"{len(truth)} people, {len(who)} slices, each person left out once")
     rivals = list(all_others(truth))
     print_table(rows, truth, who, len(truth), args, rivals)
     total = len(rivals) + 1

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from args_setting import CASE_PATTERN, TASKS, DataArgs, TrainArgs
-from cli import UserError, command_line, run_script
+from cli import UserError, command_line, run_script, say
 
 if __name__ == "__main__":  # before the imports that take seconds
     ARGS = command_line(DataArgs, __doc__)
@@ -76,7 +76,7 @@ def match_pairs(dir1: Path, dir2: Path, skip_unmatched: bool = False) -> list[Pa
     if not names:
         raise UserError(f"no file name occurs in both {dir1} and {dir2}")
     if unmatched:
-        print(f"left out, without a partner: {', '.join(unmatched)}")
+        say(f"left out, without a partner: {', '.join(unmatched)}")
     return [Pair(name, files1[name], files2[name]) for name in names]
 
 
@@ -522,17 +522,17 @@ def main(args: DataArgs) -> None:
     if not args.download and not args.data_dir.is_dir():
         raise UserError(f"{args.data_dir}: no such folder; --download fills it")
     if args.download:
-        print(f"{download(args.data_dir)} files fetched into {args.data_dir}")
+        say(f"{download(args.data_dir)} files fetched into {args.data_dir}")
     if not args.check:
         return
     found, wrong = check(args.data_dir)
-    print("\n".join(found))
+    say(*found)
     if wrong:
         more = f" (and {len(wrong) - 20} more)" if len(wrong) > 20 else ""
         raise UserError(
             f"{len(wrong)} things wrong in {args.data_dir}: {'; '.join(wrong[:20])}{more}"
         )
-    print(f"{args.data_dir}: all files present and verified")
+    say(f"{args.data_dir}: all files present and verified")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from args_setting import MODULES, ROOT, SIZES, ModelSize, WeightsArgs
-from cli import UserError
+from cli import UserError, say
 from network import ASFEFusion
 
 # Where the published checkpoints call a part otherwise; applied in this order.
@@ -76,9 +76,9 @@ def load_model(args: WeightsArgs, task: str, device: torch.device) -> ASFEFusion
     check_size(path, metadata, args.size)
     learned, day = metadata.get("task"), metadata.get("date")
     what = args.size + "".join(f" without {module}" for module in parts_of(model.size)[1])
-    print(f"weights: {path} ({what}, {learned or 'task unknown'}, {day or 'date unknown'})")
+    say(f"weights: {path} ({what}, {learned or 'task unknown'}, {day or 'date unknown'})")
     if learned not in (None, "all", task):
-        print(f"note: these weights learned {learned}, but the task is {task}")
+        say(f"note: these weights learned {learned}, but the task is {task}")
     return model
 
 

@@ -25,7 +25,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from args_setting import TASKS, MetricArgs
-from cli import UserError
+from cli import UserError, visible
 from dataset import Pair, as_told, images_in, match_pairs, task_pairs
 from evaluation.maps import SMALLEST_SIDE, Luma, Metric, measure
 from evaluation.trivial import TRIVIAL
@@ -165,7 +165,7 @@ def _complete_pairs(
 
 
 def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    print(f"note: {visible(text)}", file=sys.stderr)
 
 
 def read_samples(pairs: Sequence[Pair], found: dict[str, dict[str, Path]]) -> list[Sample]:

@@ -34,7 +34,7 @@ from skimage.color import rgb2lab
 from tqdm import tqdm
 
 from args_setting import TASKS, MetricArgs
-from cli import UserError
+from cli import UserError, visible
 from dataset import Pair, read_pair
 from evaluation.compare import named_pairs
 from evaluation.tables import aligned, named_files
@@ -268,7 +268,7 @@ def table_lines(results: dict[str, list[Planted]], task: str) -> list[list[str]]
         d_prime = float(np.median([p.d_prime for p in found]))
         colour = np.min(means_of(by_kind(found, task, "colour")))
         cells = *means, np.nanmin(means), np.nanmin(tenths), d_prime, colour
-        lines.append([method, *(f"{cell:.2f}" for cell in cells)])
+        lines.append([visible(method), *(f"{cell:.2f}" for cell in cells)])
     if all(line[-1] == "nan" for line in lines[1:]):  # grey images
         lines = [line[:-1] for line in lines]
     return lines

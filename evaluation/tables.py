@@ -22,7 +22,7 @@ from numpy import ndarray
 from scipy import stats
 
 from args_setting import MetricArgs
-from cli import UserError
+from cli import UserError, visible
 from evaluation.compare import Comparison, Difference
 from images import write_bytes
 
@@ -46,7 +46,7 @@ def table(
     columns, all without it; marks and ranks count every method.
     """
     methods = list(methods or result.values)
-    lines = [["metric", *methods]]
+    lines = [["metric", *map(visible, methods)]]
     ranks = result.ranks()
     for k, (name, metric) in enumerate(result.metrics.items()):
         means = {m: result.mean(m)[k] for m in result.values}
@@ -129,7 +129,7 @@ def print_table(result: Comparison, rank: bool = False, file: TextIO | None = No
 
 def print_differences(result: Comparison, rows: list[Difference], between: Sequence[str]) -> None:
     """The rows of `differences` between two methods of the comparison."""
-    lines = [["metric", " - ".join(between), "95 % interval", "p", "p (Holm)"]]
+    lines = [["metric", visible(" - ".join(between)), "95 % interval", "p", "p (Holm)"]]
     for row in rows:
         interval = f"{_number(row.low)} .. {_number(row.high)}"
         label = f"{row.metric} {result.metrics[row.metric].arrow}"
