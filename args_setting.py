@@ -108,7 +108,7 @@ class TrainArgs(CommonArgs):
 
     data_dir: Path = setting(DATA_DIR, "folder of the HMIF data set", "published code")
     epoch: int = setting(60, "passes over the training pairs (published: 2000)", minimum=1)
-    lr: float = setting(1e-3, "highest learning rate of AdamW (published: 2e-4)", minimum=0)
+    lr: float = setting(1.5e-3, "highest learning rate of AdamW (published: 2e-4)", minimum=0)
     batch_size: int = setting(
         4, "pairs in a training step, over all processes", "published code", minimum=1
     )
@@ -125,7 +125,7 @@ class TrainArgs(CommonArgs):
         nargs="+",
         metavar="PATCHxBATCHxEPOCHS",
     )
-    weight_decay: float = setting(1e-4, "AdamW's decay of the weights", minimum=0)
+    weight_decay: float = setting(1e-2, "AdamW's decay of the weights", minimum=0)
     warmup: int = setting(100, "steps over which the learning rate rises from 0", minimum=0)
     cooldown: float = setting(
         0.3, "share of all steps, at the end, over which the learning rate falls to 0", minimum=0

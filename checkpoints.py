@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # A resumed run may differ in these, as they do not change what is trained.
 FREE = ("DEVICE", "threads", "data_dir", "save_dir", "workers", "resume", "minutes", "compile")
 FREE += ("save_every", "name", "overwrite", "epoch", "stages", "patch_size", "batch_size")
+FREE += ("cooldown", "val_every", "patience")
 
 
 class TrainState(NamedTuple):

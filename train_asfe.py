@@ -105,7 +105,7 @@ def main(args: TrainArgs) -> None:
             recompute_batchnorm(model, spread(pairs.images, BATCHNORM_PAIRS))
         try:
             row = train_epoch(step, pairs, stage, progress.epoch, state, processes)
-        except NotFinite as error:
+        except NotFiniteError as error:
             kept = keep_good(state.averaged.module, out) if processes.rank == 0 else ""
             raise UserError(f"{error}{kept}") from None
         progress.add(row)
@@ -137,7 +137,7 @@ def main(args: TrainArgs) -> None:
 # --- one epoch -------------------------------------------------------------------------------
 
 
-class NotFinite(ValueError):
+class NotFiniteError(ValueError):
     """A loss that is not finite; the message says where."""
 
 
@@ -165,7 +165,9 @@ def train_epoch(
         for images, names in progress:  # (B, 2, p, p)
             values = step(images.to(processes.device))
             if not math.isfinite(values["loss"]):
-                raise NotFinite(f"loss is {values['loss']} in epoch {epoch + 1}, pairs {names}")
+                raise NotFiniteError(
+                    f"loss is {values['loss']} in epoch {epoch + 1}, pairs {names}"
+                )
             for name, value in values.items():
                 means[name] = means.get(name, 0.0) + value / len(batches)
             progress.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
@@ -235,8 +237,8 @@ def memory_hint(batch: int, patch: int) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         raise UserError(
-            f"out of memory with {batch} pairs of {patch}x{patch} in a process: raise --accumulate, "
-            "or lower the patch or the batch of --stages, --patch_size or --batch_size"
+            f"out of memory with {batch} pairs of {patch}x{patch} at once: raise --accumulate, "
+            "or lower the patch or the batch (--stages, --patch_size, --batch_size)"
         ) from None
 
 
