@@ -19,10 +19,11 @@ import pytest
 from conftest import SHARED
 from task_files import write_task
 
-from args_setting import DATA_DIR, ROOT, TASKS
+from args_setting import DATA_DIR, ROOT, SIZES, TASKS
 from cli import UserError, make_parser, parse_args, run_script
 from dataset import people, task_pairs
 from images import write_png
+from network import ASFEFusion
 from phantom import phantom_pair
 
 PAGES = (ROOT / "README.md", ROOT / "model_pre/README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -281,6 +282,8 @@ LONG = {  # part of a command -> why it is not run here
     "export_onnx.py": "takes half a minute, see test_onnx.py",
     "onnx_example.py": "needs an exported file, see test_onnx.py",
     "--findings": "takes half a minute, see test_findings.py",
+    "--labels": "draws 200 permutations, see test_classify.py",
+    "dicom_folder/": "registers for half a minute, see test_volumes_register.py",
     "--exploratory": "measures all of SPECT-MRI, see test_classify.py",
     "--leakage": "measures all of SPECT-MRI, see test_classify.py",
     "--size paper": "needs weights that are not shipped",
@@ -418,3 +421,23 @@ def test_every_setting_is_told_of_somewhere():
         for cls in set(re.findall(r"command_line\((\w+),", path.read_text(encoding="utf-8"))):
             for field in fields(getattr(importlib.import_module("args_setting"), cls)):
                 assert field.metadata["help"], (cls, field.name)
+
+
+# --- figures that follow from the code -------------------------------------------------------
+
+
+def test_the_sizes_are_as_the_first_page_says():
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for name, words in {
+        "paper": "with {:.1f} million",
+        "compact": "modules with {:.2f} million",
+    }.items():
+        count = sum(p.numel() for p in ASFEFusion(SIZES[name]).parameters())
+        assert words.format(count / 1e6) in text, name
+
+
+def test_the_map_of_the_volumes_names_every_file():
+    text = (ROOT / "volumes" / "__init__.py").read_text(encoding="utf-8")
+    words = set(re.findall(r"\w+\.py", ast.get_docstring(ast.parse(text)))) - {"test_asfe.py"}
+    files = {path.name for path in (ROOT / "volumes").glob("*.py")} - {"__init__.py"}
+    assert words == files, f"volumes/__init__.py: {sorted(words ^ files)}"
