@@ -252,6 +252,21 @@ def test_links_of_the_documents_lead_to_files():
                 assert anchor in titles, f"{page}: {target}"
 
 
+def test_files_and_names_that_the_documents_tell_of_are_there():
+    """Such as `network.py`, and `split_pairs` in `dataset.py`."""
+    for page in (*PAGES, ROOT / "CHANGELOG.md"):
+        text = page.read_text(encoding="utf-8")
+        if page.name != "CHANGELOG.md":  # which also tells of what is gone
+            for name in re.findall(r"`((?:\w+/)*\w+\.(?:py|csv|toml))`", text):
+                places = (ROOT, page.parent, ROOT / "tests", ROOT / "HMIFDatasets")
+                made = name in ("pairs.csv", "labels.csv", "report.csv")  # by the user, or a run
+                assert made or any((place / name).exists() for place in places), f"{page}: {name}"
+        for name, file in re.findall(r"`(\w+)` (?:in|of) `((?:\w+/)*\w+\.py)`", text):
+            code = (ROOT / file).read_text(encoding="utf-8")
+            found = re.search(rf"^(?:def |class )?{name}\b", code, re.M)
+            assert found, f"{page}: {name} in {file}"
+
+
 PYTHON = [
     (page, block)
     for page in PAGES
