@@ -478,7 +478,7 @@ def is_volume(path: Path) -> bool:
         return True
     if path.suffix.lower() in EXTENSIONS or not path.is_file():
         return False
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
 
 
