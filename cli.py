@@ -368,7 +368,6 @@ USES = {
     TrainArgs: (
         Use("val", ("training",), without="val_cases"),
         Use("overwrite", ("training",), without="resume"),
-        Use("patch_size batch_size epoch", ("training",), without="stages"),
     ),
 }
 CASES = (ONE_PAIR, VOLUME_PAIR)  # what a case of a study is

@@ -429,6 +429,8 @@ def validation_people(sizes: dict[str, Counter], share: float) -> set[str]:
 def split_lines(split: Split) -> list[str]:
     """What a run prints of who does not train: the cases by setting, and what a task lacks."""
     lines, present = [], {w.task for w in split.who.values()}
+    if not present:
+        return ["nobody is held out for validation"]
     for what, pairs in (("left out", split.left_out), ("held out for validation", split.val)):
         if pairs:
             found = [split.who[pair] for pair in pairs]

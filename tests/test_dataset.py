@@ -113,6 +113,14 @@ def test_augmentation_treats_both_images_alike():
     }
 
 
+def test_crops_lie_in_the_head():
+    """A head in a corner of much black: a crop anywhere would mostly miss it."""
+    image = torch.zeros(2, 256, 256, dtype=torch.uint8)
+    image[0, 10:40, 200:240] = 200
+    assert all(augment(image, 32).any() for _ in range(50))
+    assert augment(torch.zeros(2, 64, 64, dtype=torch.uint8), 32).shape == (2, 32, 32)
+
+
 def test_training_pairs(tmp_path):
     for name in ("a", "b"):
         for folder, image in zip("12", phantom_pair("PET-MRI", 64), strict=True):
@@ -123,6 +131,8 @@ def test_training_pairs(tmp_path):
     assert len(pairs) == 2 and name == "b"
     assert images.shape == (2, 48, 48) and images.dtype == torch.float32
     assert 0 <= images.min() and images.max() <= 1
+    pairs.patch = 32
+    assert pairs[1][0].shape == (2, 32, 32)
     with pytest.raises(ValueError, match="is 64x64, expected 65x65 or more"):
         TrainPairs(match_pairs(tmp_path / "1", tmp_path / "2"), 65)
 
@@ -156,7 +166,8 @@ def test_validation_shares_no_person_with_training(data):
         split_pairs(TrainArgs(data_dir=data, val_cases=("3",), leave_out=("1",)))
     (data / "people.csv").unlink()
     split = split_pairs(TrainArgs(data_dir=data, val=0))
-    assert len(split.train) == 12 and not split.who and split_lines(split) == []
+    assert len(split.train) == 12 and not split.who
+    assert split_lines(split) == ["nobody is held out for validation"]
 
 
 @pytest.mark.parametrize(
