@@ -31,7 +31,15 @@ import numpy as np
 from numpy import ndarray
 
 from dataset import Pair
-from evaluation.compare import Comparison, compare_methods, differences, name_folders, named_pairs
+from evaluation.compare import (
+    Comparison,
+    Sample,
+    compare_methods,
+    compare_samples,
+    differences,
+    name_folders,
+    named_pairs,
+)
 from evaluation.findings import measure_methods
 from evaluation.maps import (
     QABF_ANGLE,
@@ -386,6 +394,11 @@ def compare(
 ) -> Comparison:
     """What `compare_methods` says of the named metrics; UserError also if a name is unknown."""
     return compare_methods(check_names(metrics, METRICS), files, pairs, jobs, title, skip_unmatched)
+
+
+def compare_lumas(named: dict[str, Sample], title: str = "") -> Comparison:
+    """What `compare_samples` says of the panel, in this process: after CUDA a fork would hang."""
+    return compare_samples(check_names(PANEL, METRICS), named, 1, title)
 
 
 def main(args: MetricArgs) -> None:

@@ -406,8 +406,8 @@ def load_pairs(run: Run, processes: Processes) -> tuple[TrainPairs, TrainPairs]:
     largest = max(stage.patch for stage in run.stages)
     pairs = TrainPairs(split.train, largest, args.seed, args.workers)
     if processes.rank == 0:
-        pairs.doubts.tell()
-        say(opening(args, processes.device, len(pairs)), *split_lines(split))
+        say(*pairs.doubts.notes(), opening(args, processes.device, len(pairs)))
+        say(*split_lines(split))
     return pairs, TrainPairs(split.val, MIN_SIDE)
 
 

@@ -97,8 +97,20 @@ def compare_methods(
     found = {m: f if isinstance(f, dict) else images_in(f) for m, f in files.items()}
     pairs = _complete_pairs(found, files, pairs, skip_unmatched)
     samples = read_samples(pairs, found)
+    named = dict(zip((pair.name for pair in pairs), samples, strict=True))
+    return compare_samples(metrics, named, jobs, title)
+
+
+def compare_samples(
+    metrics: dict[str, Metric], named: dict[str, Sample], jobs: int = 0, title: str = ""
+) -> Comparison:
+    """Evaluate what is at hand, by the names of the images; `jobs` and the rest as above.
+
+    Raises UserError if every image is too small for every metric.
+    """
+    samples = list(named.values())
     work = partial(evaluate_sample, metrics=metrics)
-    jobs = min(jobs or os.cpu_count() or 1, len(pairs))
+    jobs = min(jobs or os.cpu_count() or 1, len(samples))
     bar = {"total": len(samples), "desc": title, "unit": "pair", "leave": False, "disable": None}
     with OPENCV_ON_ONE_THREAD:  # the cores share out the pairs, not the rows of one image
         if jobs == 1:
@@ -109,7 +121,7 @@ def compare_methods(
     values = {method: np.array([row[method] for row in rows]) for method in rows[0]}
     if all(np.isnan(v).all() for v in values.values()):
         raise UserError(f"the images are too small for {', '.join(metrics)}")
-    return Comparison(title, metrics, [pair.name for pair in pairs], values)
+    return Comparison(title, metrics, list(named), values)
 
 
 class OneThread:

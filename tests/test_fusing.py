@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from task_files import files, write_task
 
-import test_asfe
 from args_setting import ROOT, TASKS
 from dataset import match_pairs, task_pairs
 from evaluation import sheets
 from evaluation.findings import by_kind, measure_findings
+from fusing import ImageRequest, fuse_images
 from images import read_luma8, to_uint8, write_png
 from inference import optimise
 from phantom import phantom_pair
@@ -64,10 +64,12 @@ def test_batches_keep_to_their_size_and_to_one_image_size(tmp_path):
             seen.append(luma1.shape)
             return torch.from_numpy((luma1 + luma2) / 2)
 
-    fused = dict(test_asfe.fuse_pairs(Mean(), match_pairs(folder / "CT", folder / "MRI"), 2, False))
-    assert [p.name for p in fused] == list(sides)
+    pairs = match_pairs(folder / "CT", folder / "MRI")
+    requests = [ImageRequest(pair, tmp_path / f"{pair.name}.png") for pair in pairs]
+    fused = {f.request.pair.name: f for f in fuse_images(requests, Mean(), 2)}
+    assert list(fused) == list(sides)
     assert [(n, side) for n, _, side, _ in seen] == [(2, 32), (1, 32), (2, 48), (1, 32)]
-    assert all(image.shape == (sides[p.name],) * 2 for p, image in fused.items())
+    assert all(f.image.shape == (sides[name],) * 2 for name, f in fused.items())
 
 
 def test_contact_sheet_shows_sources_and_result(call, weights, tmp_path):

@@ -119,13 +119,12 @@ def test_other_levels_are_refused(text):
 
 
 @pytest.mark.parametrize(("most", "white"), [(100, 255), (1176, 4095), (4095, 4095), (9000, 16383)])
-def test_a_dark_file_of_16_bits_is_questioned(tmp_path, most, white, capsys):
+def test_a_dark_file_of_16_bits_is_questioned(tmp_path, most, white):
     cv2.imwrite(str(tmp_path / "a.png"), np.minimum(RAMP * 3, most))
     told = Doubts("CT-MRI")
     for _ in range(3):
         told.add(tmp_path / "a.png", decode(tmp_path / "a.png"), 2)
-    told.tell()
-    [line] = capsys.readouterr().out.splitlines()
+    [line] = told.notes()
     assert f"no value above {most}" in line and f"--levels auto 0,{white}" in line
     assert "a.png" in line and "(and 2 other files)" in line
 
