@@ -349,14 +349,15 @@ USES = {
         Use("colour via", (VOLUME_PAIR,), tasks=("PET-MRI", "SPECT-MRI")),
     ),
     MetricArgs: (
-        Use("fused metrics jobs rank between json markdown latex", ("--fused",)),
+        Use("fused between jobs json markdown latex", ("--fused", "--one_source")),
+        Use("metrics rank", ("--fused",)),
+        Use("maps per_person", ("--one_source",)),
         Use("method weights size", ("--findings",)),
-        Use("seed", ("--findings",)),
+        Use("seed", ("--one_source", "--findings")),
         Use("seed", ("--fused",), beside="between"),
         Use("task", ("--findings",)),
-        Use("task", ("--fused",), without="dir1"),
-        Use("split cases data_dir", ("--fused", "--findings"), without="dir1"),
-        Use("case_pattern", ("--fused", "--findings"), beside="cases"),
+        Use("task", ("--fused", "--one_source"), without="dir1"),
+        Use("split cases data_dir", ("--fused", "--one_source", "--findings"), without="dir1"),
     ),
     ClassifyArgs: (
         Use("dir1 dir2 fused", ("--labels",)),
@@ -433,7 +434,10 @@ def check_uses(args, mode: str) -> None:
 def check_metrics(args: MetricArgs) -> None:
     """UserError if it is not said what to measure, or if a setting has no effect on that."""
     either("fused", "findings")(args)
-    check_uses(args, "--findings" if args.findings else "--fused")
+    if args.findings and args.one_source:
+        raise UserError("give one of --findings and --one_source, not both")
+    ways = ("findings", "one_source", "fused")
+    check_uses(args, f"--{next(name for name in ways if getattr(args, name))}")
 
 
 def check_classify(args: ClassifyArgs) -> None:

@@ -28,6 +28,7 @@ from dataset import Pair
 from images import (
     Doubts,
     Pixels,
+    coloured,
     decode,
     header_size,
     luma_and_chroma,
@@ -150,7 +151,7 @@ def check_plans(plans: Sequence[Plan]) -> None:
     an earlier run's. What an earlier run wrote under the same name is replaced.
     """
     outputs = [output for plan in plans for output in plan.outputs]
-    sources = Sources(path for plan in plans for path in plan.sources)
+    sources = SourceFiles(path for plan in plans for path in plan.sources)
     for output in outputs:
         sources.refuse(output)
     check_meeting(outputs)
@@ -224,7 +225,7 @@ def check_meeting(outputs: Sequence[Output]) -> None:
                 )
 
 
-class Sources:
+class SourceFiles:
     """The files that a run reads, and which outputs would hit one of them."""
 
     def __init__(self, paths: Iterable[Path]):
@@ -307,6 +308,13 @@ class ImageRequest:
         return self.register != "off"
 
     @property
+    def keeps_transform(self) -> bool:
+        """Whether the given transform lies already where it would be written: it stays as it is."""
+        place = self.out.with_name(self.out.stem + COMPANIONS["transform"])
+        given = self.transform and os.path.realpath(self.transform)
+        return given == os.path.realpath(place)
+
+    @property
     def sources(self) -> tuple[Path, ...]:
         """All files that are named to be read."""
         named = self.pair.path1, self.pair.path2, self.transform
@@ -319,7 +327,10 @@ class ImageRequest:
         outputs = [Output("fused image", self.out, replaces=True)]
         stem = self.out.stem
         if self.registers and self.register != "check":
-            outputs += [Output(w, self.out.with_name(stem + end)) for w, end in COMPANIONS.items()]
+            files = {what: self.out.with_name(stem + end) for what, end in COMPANIONS.items()}
+            if self.keeps_transform:
+                del files["transform"]
+            outputs += [Output(what, path) for what, path in files.items()]
         folders = (self.pair.path1.parent, self.pair.path2.parent) if self.of_folders else ()
         return Plan(tuple(outputs), self.sources, self.out.with_name(f"{stem}.json"), folders)
 
@@ -484,7 +495,7 @@ def _registered(pair: _Decoded) -> _Decoded:
 def stored(luma: np.ndarray, chroma: np.ndarray | None, dtype: np.dtype) -> Pixels:
     """An image in [0, 1] as its file holds it: with as many bits as the source had."""
     most = int(np.iinfo(dtype).max)
-    image = luma if chroma is None else luma[..., None] + chroma
+    image = luma if chroma is None else coloured(luma, chroma)
     return Pixels(np.clip(np.rint(image * most), 0, most).astype(dtype), 0, most)
 
 
@@ -492,10 +503,13 @@ def _fused(pairs: Iterable[_Decoded], model: ASFEFusion, batch_size: int) -> Ite
     """Fuse pairs as they come; those of equal size, one after the other, share a batch."""
     batch: list[_Decoded] = []
     for pair in pairs:
-        if batch and (len(batch) == batch_size or batch[0].group != pair.group):
+        if batch and batch[0].group != pair.group:
             yield from _fused_batch(batch, model)
             batch = []
         batch.append(pair)
+        if len(batch) == batch_size:  # before the next pair is decoded
+            yield from _fused_batch(batch, model)
+            batch = []
     if batch:
         yield from _fused_batch(batch, model)
 
@@ -517,8 +531,10 @@ def _written(pair: _Decoded, image: np.ndarray) -> FusedImage:
     files = {output.what: output.path for output in plan.outputs}
     contents = {"fused image": png_bytes(image)} | pair.extras
     if "sidecar" in files:
-        contents["sidecar"] = _sidecar(pair, [listed_as(p, plan.sidecar) for p in files.values()])
-    writers = {files[what]: partial(_write, data) for what, data in contents.items()}
+        kept = [request.transform] if request.keeps_transform else []
+        names = [listed_as(path, plan.sidecar) for path in (*files.values(), *kept)]
+        contents["sidecar"] = _sidecar(pair, names)
+    writers = {files[w]: partial(_write, data) for w, data in contents.items() if w in files}
     write_together(writers, plan.stale(files.values()))
     return FusedImage(request, image, pair.sources, files, request.sources, pair.shift, pair.odd)
 

@@ -374,13 +374,26 @@ class Doubts:
 
 
 def to_uint8(luma: np.ndarray, chroma: np.ndarray | None = None) -> np.ndarray:
-    """Luma (H, W) in [0, 1], with chroma also RGB: added, rounded and clipped once, here.
+    """Luma (H, W) in [0, 1], with chroma also RGB: clipped and rounded once, here.
 
-    Adding a source's chroma to a new luma is the YCbCr exchange of the luma. Where the sum leaves
-    the range of 8 bits, the clip changes the stored luma.
+    With a source's chroma this is the YCbCr exchange of the luma, see `coloured`.
     """
-    image = luma if chroma is None else luma[..., None] + chroma
+    image = luma if chroma is None else coloured(luma, chroma)
     return np.clip(np.rint(image * 255), 0, 255).astype(np.uint8)
+
+
+def coloured(luma: np.ndarray, chroma: np.ndarray) -> np.ndarray:
+    """RGB (H, W, 3) in [0, 1] of a luma (H, W) and a chroma that broadcasts to (H, W, 3).
+
+    A very bright or dark luma leaves less room for colour than the chroma may ask for. There the
+    whole chroma is scaled down, to what just fits. So the luma stays as it is, clipped to [0, 1],
+    and so does the hue, the angle of Cb and Cr. Clipping each channel would move both.
+    """
+    luma = np.clip(luma, 0, 1)[..., None]
+    room = np.where(chroma > 0, 1 - luma, luma)  # of each channel, up to white or down to black
+    needed = np.abs(chroma)
+    share = np.divide(room, needed, out=np.ones_like(room), where=needed > room)
+    return luma + share.min(axis=-1, keepdims=True) * chroma
 
 
 def write_png(path: Path, image: np.ndarray) -> None:
@@ -462,7 +475,7 @@ def png_bytes(image: np.ndarray) -> bytes:
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's content."""
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(2**20):
             digest.update(block)

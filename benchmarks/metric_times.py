@@ -91,10 +91,8 @@ def pooled_milliseconds(triples: list[Triple], jobs: int) -> float:
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.fused:
-        triples = stored_pairs(args.data_dir, args.task, args.fused)
-    else:
-        triples = drawn_pairs()
+    stored = (args.data_dir, args.task, args.fused)
+    triples = stored_pairs(*stored) if args.fused else drawn_pairs()
     triples = triples[: args.pairs]
     cv2.setNumThreads(1)  # also before the fork of other processes
     print(machine("numpy", "scipy", "scikit-image", "scikit-learn", "sewar"))

@@ -233,7 +233,14 @@ def test_a_flag_beside_another_counts_only_with_it():
             }.items()
         ),
         ("MetricArgs", check_metrics, {"fused": ("a",), "seed": 1}, "--seed is for --between"),
-        ("MetricArgs", check_metrics, {"fused": ("a",), "case_pattern": "1"}, "is for --cases"),
+        ("MetricArgs", check_metrics, {"fused": ("a",), "maps": "b"}, "is for --one_source"),
+        (
+            "MetricArgs",
+            check_metrics,
+            {"fused": ("a",), "one_source": True, "rank": True},
+            "--rank",
+        ),
+        ("MetricArgs", check_metrics, {"fused": ("a",), "one_source": True, "maps": "b"}, ""),
         ("MetricArgs", check_metrics, {"findings": True, "seed": 1, "plot": "a", "csv": "b"}, ""),
         ("MetricArgs", check_metrics, {"findings": True, "task": "PET-MRI", "dir1": "a"}, ""),
         ("MetricArgs", check_metrics, {"fused": ("a",), "between": ("a", "b"), "seed": 1}, ""),

@@ -66,7 +66,7 @@ def test_wrong_folders_are_named(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             match_pairs(*folders)
-    with pytest.raises(ValueError, match="dataset.py --download"):
+    with pytest.raises(ValueError, match=r"dataset\.py --download"):
         task_pairs(tmp_path, "CT-MRI", "test")
     with pytest.raises(ValueError, match="no file name occurs in both"):
         match_pairs(other, write_folder(tmp_path / "5", ["y.png"]), skip_unmatched=True)
@@ -75,7 +75,7 @@ def test_wrong_folders_are_named(tmp_path):
 def test_two_sizes_in_a_pair_are_named(tmp_path):
     dir1 = write_folder(tmp_path / "1", ["a.png"], 32)
     dir2 = write_folder(tmp_path / "2", ["a.png"], 48)
-    with pytest.raises(ValueError, match="32x32.*48x48"):
+    with pytest.raises(ValueError, match=r"32x32.*48x48"):
         read_pair(match_pairs(dir1, dir2)[0])
 
 
@@ -130,7 +130,7 @@ def test_training_pairs(tmp_path):
     images, name = pairs[1]
     assert len(pairs) == 2 and name == "b"
     assert images.shape == (2, 48, 48) and images.dtype == torch.float32
-    assert 0 <= images.min() and images.max() <= 1
+    assert images.min() >= 0 and images.max() <= 1
     pairs.patch = 32
     assert pairs[1][0].shape == (2, 32, 32)
     with pytest.raises(ValueError, match="is 64x64, expected 65x65 or more"):
@@ -402,7 +402,7 @@ def test_check_names_what_is_wrong(served, tmp_path, capsys):
     url, _, files, _ = served
     target = tmp_path / "target"
     dataset.download(target, url)
-    missing = list(files)[0]
+    missing = next(iter(files))
     (target / missing).unlink()
     stray = target / "PET-MRI/test/MRI/41101.jpg"
     stray.write_bytes(b"")

@@ -1,7 +1,8 @@
 """Forward pass and losses on tensors of device "cuda", without a card.
 
 FakeTensorMode computes shapes, types and devices only. So a tensor made on the wrong device, or a
-type that autocast cannot take, fails on any machine. Backward needs a real card: tests/test_cuda.py.
+type that autocast cannot take, fails on any machine. Backward needs a real
+card, see tests/test_cuda.py.
 """
 
 from unittest.mock import patch

@@ -1,9 +1,7 @@
-"""The house keeps its order: what stands at the root, how long it is, who imports whom."""
+"""The house keeps its order: what stands at the root, and who imports whom."""
 
 import ast
 from pathlib import Path
-
-import pytest
 
 from args_setting import ROOT
 
@@ -46,20 +44,12 @@ GRAPH = {module_name(path): imports_of(path) for path in FILES}
 
 def test_every_file_at_the_root_has_its_layer():
     assert {path.stem for path in ROOT.glob("*.py")} == LAYER_OF.keys() - ROOMS
-    assert {path.parent.name for path in FILES if path.parent != ROOT} == ROOMS
+    rooms = {path.relative_to(ROOT).parts[0] for path in FILES if path.parent != ROOT}
+    assert rooms == ROOMS
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_files_are_short_enough_to_read(path):
-    longest = 460 if path.name == "args_setting.py" else 420  # a table of settings
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= longest
-
-
-def test_network_and_readme_keep_to_their_size():
-    assert len((ROOT / "network.py").read_text().splitlines()) <= 400
+def test_the_readme_stays_a_page():
     assert len((ROOT / "README.md").read_bytes()) <= 9000
-    rooms = [path for path in FILES if path.parent.name == "benchmarks"]
-    assert sum(len(path.read_text().splitlines()) for path in rooms) <= 1500
 
 
 def test_imports_point_one_way():

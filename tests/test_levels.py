@@ -15,8 +15,9 @@ from task_files import files, write_task
 from args_setting import ROOT, MetricArgs, TrainArgs
 from cli import UserError
 from dataset import TrainPairs, split_pairs
-from evaluation.compare import named_pairs, read_samples
+from evaluation.compare import read_samples
 from images import Doubts, Reading, decode, parse_levels, read_image, read_luma8, write_png
+from metrics import named_pairs
 from phantom import phantom_pair
 
 RAMP = np.arange(0, 4096, 8, dtype=np.uint16).reshape(16, 32)  # 12 bits, to 4088

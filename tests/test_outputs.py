@@ -144,8 +144,9 @@ def test_a_folder_too_large_for_memory_is_checked_by_its_headers(tmp_path, monke
         ("--mosaic mri.nii", "expected a file name that ends in .png"),
     ],
 )
+@pytest.mark.usefixtures("brighter")
 def test_outputs_that_meet_something_end_in_one_line(
-    call, brighter, small, tmp_path, monkeypatch, flags, words
+    call, small, tmp_path, monkeypatch, flags, words
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
@@ -231,6 +232,21 @@ def test_an_image_registered_before_leaves_nothing_beside_the_new_one(call, brig
     code, _, err = call(*argv, "--register", "rigid")
     assert code == 2 and "f.tfm is there, and no earlier run into" in err
     assert call(*argv)[0] == 0 and (tmp_path / "f.tfm").read_text() == "of mine"
+
+
+def test_an_own_transform_can_be_given_again(call, brighter, tmp_path):
+    """It stays as it is, and still counts as this result's."""
+    for name, image in zip(("ct", "mri"), phantom_pair("CT-MRI"), strict=True):
+        write_png(tmp_path / f"{name}.png", image)
+    argv = ["--img1", tmp_path / "ct.png", "--img2", tmp_path / "mri.png"]
+    argv += ["--out", tmp_path / "f.png", "--register"]
+    assert call(*argv, "rigid")[0] == 0
+    before = (tmp_path / "f.tfm").read_bytes()
+    code, _, err = call(*argv, tmp_path / "f.tfm")
+    assert code == 0 and (tmp_path / "f.tfm").read_bytes() == before, err
+    assert "f.tfm" in json.loads((tmp_path / "f.json").read_text())["files"]
+    assert call(*argv, "off")[0] == 0
+    assert files(tmp_path) == {"ct.png", "mri.png", "f.png"}
 
 
 def test_weights_that_fail_leave_no_file_of_a_registration(call, tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def test_no_patient_is_in_two_sets(tmp_path):
     names = [f"patient0{case}_slice{i}" for case in (1, 2, 3) for i in (7, 9, 10, 11)]
     for task in ("CT-MRI", "PET-MRI", "SPECT-MRI"):
         write_task(tmp_path, task, "train", dict.fromkeys(names, 32))
-    with pytest.raises(UserError, match="patient01_slice10.png: its name does not fit"):
+    with pytest.raises(UserError, match=r"patient01_slice10\.png: its name does not fit"):
         split_pairs(TrainArgs(data_dir=tmp_path))
     for task in ("CT-MRI", "all"):  # in other tasks, too, patient01 is one person
         args = TrainArgs(task=task, data_dir=tmp_path, case_pattern=r"(.+)_slice\d+")

@@ -182,14 +182,14 @@ def test_two_folders_of_images_or_volumes(tmp_path):
             path.parent.mkdir(exist_ok=True)
             path.touch()
     dirs = {"dir1": tmp_path / "1", "dir2": tmp_path / "2"}
-    with pytest.raises(UserError, match="c is in .*2 but not in .*1; --skip-unmatched"):
+    with pytest.raises(UserError, match=r"c is in .*2 but not in .*1; --skip-unmatched"):
         cases_of(tmp_path / "o", **dirs)
     cases = cases_of(tmp_path / "o", **dirs, skip_unmatched=True)
     assert [case.request.plan().outputs[0].path.name for case in cases] == ["a.nii.gz", "b.png"]
     with pytest.raises(UserError, match="is a source"):
         cases_of(tmp_path / "1", **dirs, skip_unmatched=True)
     (tmp_path / "1" / "a.png").touch()
-    with pytest.raises(UserError, match="both a.nii.gz and a.png"):
+    with pytest.raises(UserError, match=r"both a\.nii\.gz and a\.png"):
         cases_of(tmp_path / "o", **dirs)
 
 
@@ -199,7 +199,7 @@ def test_files_of_two_cases_may_not_meet(table, tmp_path):
         write_png(table.parent / name, np.zeros((32, 32), np.uint8))
     rows.append({"img1": "1.png", "img2": "2.png", "name": "a_mosaic"})
     write_table(table, rows)
-    with pytest.raises(UserError, match="a_mosaic.png would be written by a and by a_mosaic"):
+    with pytest.raises(UserError, match=r"a_mosaic\.png would be written by a and by a_mosaic"):
         cases_of(tmp_path / "o", table=table)
 
 
@@ -277,7 +277,7 @@ def test_a_registered_image_is_recorded_with_its_files(tmp_path, brighter):
     (tmp_path / "o" / "a.tfm").write_text("")
     assert fused_again(case)
     rows.append({"img1": "ct.png", "img2": "mri.png", "name": "a_img2"})
-    with pytest.raises(UserError, match="a_img2.png would be written by a and by a_img2"):
+    with pytest.raises(UserError, match=r"a_img2\.png would be written by a and by a_img2"):
         cases_of(tmp_path / "o", table=write_table(tmp_path / "t.csv", rows))
 
 

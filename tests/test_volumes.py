@@ -163,7 +163,7 @@ def test_colour_png_and_mosaic(call, brighter, heads, tmp_path):
     rgb = np.asarray(colour.dataobj)
     rgb = np.stack([rgb[c] for c in "RGB"], -1)
     luma = grey.get_fdata()
-    assert 0 <= luma.min() and luma.max() == pytest.approx(1, abs=1e-4)
+    assert luma.min() >= 0 and luma.max() == pytest.approx(1, abs=1e-4)
     inside = (rgb.min(-1) > 0) & (rgb.max(-1) < 255)  # where nothing was clipped
     assert inside.sum() > 1000
     assert np.abs(rgb[inside] @ [0.299, 0.587, 0.114] / 255 - luma[inside]).max() < 0.01
@@ -294,6 +294,7 @@ def test_a_full_disk_leaves_no_volume_without_its_sidecar(
 ):
     """Nor the reverse, nor a part of a file, whichever write is the first to fail."""
     words = {"task": "PET-MRI", "img1": heads["pet"], "img2": heads["mri"], "colour": "hot"}
+    words["register"] = "off"
     request = request_from(words | {"out": tmp_path / name})
     if older:
         fuse_volumes(replace(request, slicing=Slicing("sagittal")), Brighter())
@@ -319,7 +320,7 @@ def test_a_full_disk_leaves_no_volume_without_its_sidecar(
 
 
 @pytest.mark.parametrize(
-    ("source", "out", "hit"),
+    "names",  # of source and output, and what the output would hit
     [
         ("ct.nii.gz", "ct.nii", "ct.json is the sidecar of"),
         ("ct.nii", "ct.nii.gz", "ct.json is the sidecar of"),
@@ -331,9 +332,9 @@ def test_a_full_disk_leaves_no_volume_without_its_sidecar(
     ],
 )
 @pytest.mark.parametrize("described", (True, False))
-def test_sources_and_their_sidecars_stay(
-    call, brighter, heads, tmp_path, source, out, hit, described
-):
+@pytest.mark.usefixtures("brighter")
+def test_sources_and_their_sidecars_stay(call, heads, tmp_path, names, described):
+    source, out, hit = names
     for folder in ("link", "other"):
         (tmp_path / folder).mkdir()
     source = tmp_path / source

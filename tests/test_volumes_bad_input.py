@@ -324,7 +324,8 @@ def test_bad_input_is_one_line_and_writes_nothing(call, brighter, heads, tmp_pat
         ("wrong modality", "modality", "its modality is MR"),
     ],
 )
-def test_force_names_what_it_forces(call, brighter, heads, tmp_path, kind, what, words):
+@pytest.mark.usefixtures("brighter")
+def test_force_names_what_it_forces(call, heads, tmp_path, kind, what, words):
     argv = [*SPOILT[kind][1](Inputs(tmp_path, heads)), "--force"]
     names = {"space", "overlap", "place", "modality", "registration"} - {what}
     code, _, err = call(*argv, ",".join(names))

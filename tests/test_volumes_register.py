@@ -78,7 +78,7 @@ def test_a_move_is_found_and_found_again(heads, kind, order):
     assert found.moved_mm == pytest.approx(way, abs=2)
     assert np.array_equal(rigid(*pair, kind.upper()).matrix, found.matrix)
     measured = check(*pair, kind.upper())
-    assert measured.moved_mm == pytest.approx(way, abs=3) and measured.seconds < found.seconds
+    assert measured.moved_mm == pytest.approx(way, abs=3)
 
 
 @pytest.mark.parametrize(("kind", "mm"), [("T2", 1.5), ("CT", 2.5), ("PET", 2.5), ("SPECT", 3.0)])
@@ -154,8 +154,9 @@ def test_doubt_stops_a_run_and_force_goes_on(call, brighter, heads, tmp_path, mo
         (None, False, ["rigid"]),
     ],
 )
+@pytest.mark.usefixtures("brighter")
 def test_auto_checks_one_frame_and_registers_others(
-    call, brighter, tmp_path, monkeypatch, frames, same_place, ways
+    call, tmp_path, monkeypatch, frames, same_place, ways
 ):
     seen = {way: fake(monkeypatch, way) for way in ("check", "rigid")}
     affine = affine_of("identity")
@@ -331,7 +332,8 @@ def test_a_dicom_registration_moves_a_mark(call, brighter, tmp_path, first):
         ("flatter.tfm", "singular", "has no inverse"),
     ],
 )
-def test_a_bad_transform_is_one_line(call, brighter, heads, tmp_path, name, content, words):
+@pytest.mark.usefixtures("brighter")
+def test_a_bad_transform_is_one_line(call, heads, tmp_path, name, content, words):
     path = tmp_path / name
     if content == "2-D":
         sitk.WriteTransform(sitk.Euler2DTransform(), str(path))

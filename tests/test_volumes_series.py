@@ -129,7 +129,7 @@ def test_images_that_nothing_tells_apart_are_refused(tmp_path):
         ds = pydicom.dcmread(path)
         del ds.InstanceNumber
         ds.save_as(path)
-    with pytest.raises(UserError, match="20 positions occur twice.*no field of their headers"):
+    with pytest.raises(UserError, match=r"20 positions occur twice.*no field of their headers"):
         read(folder, time="1")
 
 
@@ -144,7 +144,7 @@ def test_frames_of_a_4d_file(tmp_path, form):
     for frame, expected in (("2", DATA + 2.0), ("mean", DATA + 4.0), ("sum", DATA * 3.0 + 12)):
         volume = read_volume(path, choice=Choice(time=frame))
         assert np.allclose(volume.data, expected) and np.allclose(volume.affine, AFFINE)
-        assert len(volume.notes) == 1 and "3 volumes" in volume.notes[0] or frame == "2"
+        assert (len(volume.notes) == 1 and "3 volumes" in volume.notes[0]) or frame == "2"
 
 
 # --- slices ----------------------------------------------------------------------------------
@@ -174,9 +174,9 @@ def sheared():
 def test_thick_slices_are_no_gap_but_a_missing_one_is(tmp_path):
     depths, thickness = [0, 3, 6, 9, 12, 18, 24], [3, 3, 3, 3, 3, 6, 6]
     assert read(at_depths(tmp_path / "a", depths, thickness=thickness)).data.shape[2] == 9
-    with pytest.raises(UserError, match="2 slices missing in 2 gaps: 6.00 mm from IM0004"):
+    with pytest.raises(UserError, match=r"2 slices missing in 2 gaps: 6\.00 mm from IM0004"):
         read(at_depths(tmp_path / "b", depths, thickness=[3] * 7))
-    with pytest.raises(UserError, match="1 slices missing in 1 gaps: 5.00 mm"):
+    with pytest.raises(UserError, match=r"1 slices missing in 1 gaps: 5\.00 mm"):
         read(at_depths(tmp_path / "c", [0, 2.5, 5, 10, 12.5, 15]))
 
 
@@ -218,7 +218,7 @@ def test_one_uid_for_all_slices_is_no_copy(tmp_path):
 
 @pytest.mark.parametrize("syntax", (None, ImplicitVRLittleEndian))
 def test_files_without_preamble_and_meta_information(tmp_path, syntax):
-    for path in write_series(tmp_path, DATA, AFFINE, "CT", 2, -7):
+    for path in write_series(tmp_path, DATA, AFFINE, "CT", slope=2, intercept=-7):
         ds = pydicom.dcmread(path)
         implicit = syntax is not None
         ds.preamble, ds.file_meta = None, pydicom.dataset.FileMetaDataset()
@@ -252,7 +252,7 @@ def test_a_mosaic_is_refused(tmp_path):
     write_series(tmp_path, DATA[..., :1], AFFINE,
         change=lambda ds, k: setattr(ds, "ImageType", ["ORIGINAL", "PRIMARY", "M", "MOSAIC"])
     )  # fmt: skip
-    with pytest.raises(UserError, match="a Siemens mosaic.*dcm2niix"):
+    with pytest.raises(UserError, match=r"a Siemens mosaic.*dcm2niix"):
         read(tmp_path)
 
 
@@ -348,7 +348,7 @@ def test_sform_or_qform(tmp_path):
     assert np.allclose(volume.affine, wrong) and volume.code == 2
     [note] = volume.notes
     middle = (AFFINE @ np.append((np.array(SHAPE) - 1) / 2, 1))[:3]
-    places = [", ".join(f"{v:.1f}" for v in middle + [0, 0, z]) for z in (40, 0)]
+    places = [", ".join(f"{v:.1f}" for v in middle + np.array([0, 0, z])) for z in (40, 0)]
     assert f"({places[0]}) mm by the sform, ({places[1]}) by the qform" in note
     assert "--affine qform takes the other" in note
     volume = read_volume(tmp_path / "a.nii", choice=Choice(affine="qform"))
@@ -378,7 +378,7 @@ def test_real_series(shared):
         pytest.skip(f"needs {folder}, which is not here")
     volume = read(folder / "ct_tilt_two_slice_distances")
     assert volume.data.shape == (512, 512, 37) and "interpolated to 4.00 mm" in volume.notes[0]
-    with pytest.raises(UserError, match="Siemens mosaic.*dcm2niix"):
+    with pytest.raises(UserError, match=r"Siemens mosaic.*dcm2niix"):
         read(folder / "mr_one_mosaic")
     with pytest.raises(UserError, match="ImageType is FIELD_MAP or M"):
         read(folder / "mr_fieldmap_enhanced")
