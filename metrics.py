@@ -25,10 +25,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from args_setting import CASE_PATTERN, TASKS, MetricArgs
-from cli import UserError, command_line, either, run_script
+from cli import UserError, check_metrics, command_line, run_script
 
 if __name__ == "__main__":  # before the imports that take seconds
-    ARGS = command_line(MetricArgs, "Compare folders of fused images.", either("fused", "findings"))
+    ARGS = command_line(MetricArgs, "Compare folders of fused images.", check_metrics)
 
 import numpy as np
 from numpy import ndarray
@@ -422,6 +422,7 @@ def compare_lumas(named: dict[str, Sample], title: str = "") -> Comparison:
 
 def main(args: MetricArgs) -> None:
     """Compare what the command line names, print it, and write the files it asks for."""
+    check_metrics(args)
     files = outputs(args)
     if args.findings:
         compare_findings(args, files)

@@ -21,7 +21,17 @@ from hashlib import sha256
 from pathlib import Path
 
 from args_setting import StudyArgs, VolumeArgs
-from cli import Column, UserError, check_study, columns_of, command_line, pick_device, run_script
+from cli import (
+    Column,
+    UserError,
+    check_study,
+    columns_of,
+    command_line,
+    pick_device,
+    run_script,
+    say,
+    visible,
+)
 
 if __name__ == "__main__":  # before the imports that take seconds
     ARGS = command_line(StudyArgs, __doc__, check_study)
@@ -80,7 +90,7 @@ def main(args: StudyArgs) -> None:
             raise
         finally:  # also of a run that is stopped
             page = write_report(out, cases, records)
-            print(f"report: {page}")
+            say(f"report: {page}")
     failed = [name for name, record in records.items() if record["status"] == "failed"]
     if failed:
         raise UserError(f"{len(failed)} of {len(cases)} cases failed, {page} names them")
@@ -180,7 +190,7 @@ def fuse_all(client: "Client", cases: list[Case], records: dict[str, dict]) -> N
             case = waiting.pop(future)
             record = records[case.name] = result_of(future, case)
             if record["status"] == "failed":
-                progress.write(f"{case.name}: failed: {record['message']}")
+                progress.write(visible(f"{case.name}: failed: {record['message']}"))
             slow = max(records.values(), key=lambda r: r["seconds"])
             progress.set_postfix_str(f"slowest {slow['name']}, {slow['seconds']:.0f} s")
             progress.update()
@@ -189,7 +199,7 @@ def fuse_all(client: "Client", cases: list[Case], records: dict[str, dict]) -> N
     done = sum(record["status"] == "done" for record in records.values())
     print(f"{done} of {len(cases)} cases done, {again} of them before")
     slow = sorted(records.values(), key=lambda r: -r["seconds"])[:3]
-    print("slowest: " + ", ".join(f"{r['name']} {r['seconds']:.1f} s" for r in slow))
+    say("slowest: " + ", ".join(f"{r['name']} {r['seconds']:.1f} s" for r in slow))
 
 
 def result_of(future, case: Case) -> dict:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from args_setting import ROOT, TASKS, TestArgs
-from cli import UserError, check_mode, command_line, run_script, setup_runtime, stem_of
+from cli import UserError, check_mode, command_line, run_script, say, setup_runtime, stem_of
 
 if __name__ == "__main__":  # before the imports that take seconds
     ARGS = command_line(TestArgs, __doc__, check_mode)
@@ -68,9 +68,9 @@ def fuse_one(args: TestArgs, device: torch.device) -> None:
     [fused] = fuse_images([request], model)
     tell_oddities([fused.odd], args.task)
     if fused.shift:
-        print(line_of(fused.shift))
+        say(line_of(fused.shift))
     for what, path in fused.files.items():
-        print(f"{what}: {path}")
+        say(f"{what}: {path}")
     if args.metrics:
         print_metrics({pair.name: lumas(fused)}, args.task)
 
@@ -110,11 +110,11 @@ def fuse_folder(args: TestArgs, pairs: list[Pair], out: Path, device: torch.devi
         if args.metrics:
             samples[name] = lumas(fused)
     tell_oddities(odd, args.task)
-    print(f"{len(pairs)} pairs in {time.perf_counter() - started:.1f} s: {out}")
+    say(f"{len(pairs)} pairs in {time.perf_counter() - started:.1f} s: {out}")
     if rows:
         titles = ["source 1", "source 2"] if args.task == "all" else [TASKS[args.task], "MRI"]
         write_png(sheet, contact_sheet(rows, [*titles, "fused"]))
-        print(f"contact sheet: {sheet}")
+        say(f"contact sheet: {sheet}")
     if args.metrics:
         print_metrics(samples, args.task)
 
@@ -136,7 +136,7 @@ def fuse_demo(args: TestArgs, device: torch.device) -> None:
         samples[task] = lumas(fused)
     sheet = out / "contact_sheet.png"
     write_png(sheet, contact_sheet(rows, ["CT / PET / SPECT", "MRI", "fused"]))
-    print(f"look at {sheet}")
+    say(f"look at {sheet}")
     if args.metrics:
         print_metrics(samples, "phantoms")
 
@@ -157,7 +157,7 @@ def tell_oddities(found: Sequence[dict[str, list[str]]], task: str) -> None:
     for odd in found:
         doubts.add_all(odd)
     for note in doubts.notes():
-        print(note)
+        say(note)
 
 
 def print_metrics(samples: dict[str, tuple], title: str) -> None:
@@ -187,9 +187,9 @@ def fuse_pair_of_volumes(args: TestArgs, device: torch.device) -> None:
     request = request_from(vars(args))
     use_threads(args.threads)
     model = optimise(load_model(args, args.task, device))
-    fused = fuse_volumes(request, model, print, slice_bar(f"{args.size} {args.task}"))
+    fused = fuse_volumes(request, model, say, slice_bar(f"{args.size} {args.task}"))
     for what, paths in fused.files.items():
-        print(f"{what}: {paths[0].parent if what in ('png', 'dicom') else paths[0]}")
+        say(f"{what}: {paths[0].parent if what in ('png', 'dicom') else paths[0]}")
 
 
 def slice_bar(title: str) -> Callable[[int, int], None]:

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+import cli
 from args_setting import MODULES, ROOT, SIZES, ModelSize, WeightsArgs
 from cli import UserError
 from network import ASFEFusion
@@ -84,7 +85,7 @@ def load_model(
     which: Trained | WeightsArgs,
     task: str,
     device: torch.device | str,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = cli.say,
 ) -> ASFEFusion:
     """A trained network in evaluation mode.
 

@@ -70,7 +70,7 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, float]:
     """Values of whole slices of the people left out, as means over the tasks."""
     model, _ = load_weights(path)
     settings = TrainArgs(task="all", val_cases=LEFT_OUT, data_dir=args.data_dir)
-    held = TrainPairs(split_pairs(settings)[1], MIN_SIDE)
+    held = TrainPairs(split_pairs(settings).val, MIN_SIDE)
     chosen = []
     for task in TASKS:  # of PET-MRI there are none: it is one head, which all train on
         images = [i for i, t in zip(held.images, held.tasks, strict=True) if t == task]

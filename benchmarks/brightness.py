@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from machine import machine, make_parser
 
-from args_setting import CommonArgs
+from args_setting import DATA_DIR
 from cli import run_script
 from dataset import task_pairs
 from evaluation.compare import Sample, name_folders, read_samples
@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("fused", nargs="+", metavar="NAME=FOLDER")
-    parser.add_argument("--data_dir", type=Path, default=CommonArgs.data_dir)
+    parser.add_argument("--data_dir", type=Path, default=DATA_DIR)
     return parser.parse_args(argv)
 
 

@@ -15,7 +15,7 @@ import torch
 from machine import machine, make_parser, positive
 from torch import Tensor
 
-from args_setting import TASKS, CommonArgs
+from args_setting import DATA_DIR, TASKS
 from cli import run_script
 from dataset import read_pair, task_pairs
 from images import to_uint8
@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--task", default="CT-MRI", choices=tuple(TASKS))
-    parser.add_argument("--data_dir", type=Path, default=CommonArgs.data_dir)
+    parser.add_argument("--data_dir", type=Path, default=DATA_DIR)
     parser.add_argument("--pairs", type=positive, default=8)
     parser.add_argument("--steps", type=positive, default=150)
     return parser.parse_args(argv)

@@ -24,7 +24,7 @@ from skimage.metrics import mean_squared_error, structural_similarity
 from sklearn.metrics import mutual_info_score
 
 import metrics
-from args_setting import TASKS, CommonArgs
+from args_setting import DATA_DIR, TASKS
 from cli import run_script
 from dataset import task_pairs
 from evaluation.compare import read_samples
@@ -118,7 +118,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--fused", type=Path, help="folder of fused images; without it drawn pairs")
     parser.add_argument("--task", default="CT-MRI", choices=tuple(TASKS))
-    parser.add_argument("--data_dir", type=Path, default=CommonArgs.data_dir)
+    parser.add_argument("--data_dir", type=Path, default=DATA_DIR)
     parser.add_argument("--pairs", type=positive, default=24, help="at most so many")
     parser.add_argument("--jobs", type=positive, default=2)
     return parser.parse_args(argv)

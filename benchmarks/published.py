@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from machine import machine, make_parser
 
-from args_setting import TASKS, CommonArgs
+from args_setting import DATA_DIR, TASKS
 from cli import run_script
 from dataset import Pair, task_pairs
 from evaluation.compare import read_samples
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
-    parser.add_argument("--data_dir", type=Path, default=CommonArgs.data_dir)
+    parser.add_argument("--data_dir", type=Path, default=DATA_DIR)
     return parser.parse_args(argv)
 
 

@@ -29,7 +29,7 @@ from machine import ROOT, make_parser
 
 import evaluation.findings as planted
 import evaluation.one_source_tables as own_content
-from args_setting import TASKS, CommonArgs
+from args_setting import DATA_DIR, TASKS
 from cli import UserError, run_script
 from dataset import Pair, case_of, people, read_pair, task_pairs
 from evaluation.compare import Comparison, Files, name_folders
@@ -382,7 +382,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--fused", nargs="+", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--weights", type=Path, help="of ours; without it the shipped ones")
-    parser.add_argument("--data_dir", type=Path, default=CommonArgs.data_dir)
+    parser.add_argument("--data_dir", type=Path, default=DATA_DIR)
     parser.add_argument("--jobs", type=int, default=0, help="processes; 0: one for each core")
     parser.add_argument("--texts", action="store_true", help="measure nothing, write the texts")
     return parser.parse_args(argv)

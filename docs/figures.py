@@ -97,7 +97,7 @@ def ring(x, y, radius, depth=0.0, waves=0) -> str:
 
 def framework() -> None:
     desc = """An encoder with shared weights, a fusion module at each of four scales, and a decoder
-from the coarsest scale to the fused image; the compact size adds the brighter source to it."""
+from the coarsest scale to the fused image; the compact size corrects a blend of both images."""
     f = Figure(982, "The framework of ASFE-Fusion", desc)
     columns = {20: 260, 310: 210, 560: 200}
     names = "Encoder\nshared weights", "Fusion\nfour modules", "Decoder\ncoarse to fine"

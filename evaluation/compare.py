@@ -29,7 +29,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from args_setting import TASKS
-from cli import UserError
+from cli import UserError, visible
 from dataset import Pair, images_in
 from evaluation.maps import SMALLEST_SIDE, Luma, Metric, measure
 from evaluation.trivial import TRIVIAL
@@ -265,7 +265,7 @@ def check_method_names(given: Iterable[str], wanted: Iterable[str] = ()) -> None
 
 
 def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    print(f"note: {visible(text)}", file=sys.stderr)
 
 
 def read_samples(pairs: Sequence[Pair], found: dict[str, Files]) -> list[Sample]:

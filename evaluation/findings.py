@@ -34,7 +34,7 @@ from skimage.color import rgb2lab
 from tqdm import tqdm
 
 from args_setting import TASKS
-from cli import UserError
+from cli import UserError, visible
 from dataset import Pair, read_pair
 from evaluation.compare import interval, resampled_means
 from evaluation.methods import Method
@@ -274,7 +274,7 @@ def table_lines(summaries: dict[str, dict[str, float]]) -> list[list[str]]:
     names = [name for name in first if name not in ("low", "high")]
     lines = [["share kept ↑", *(TITLES.get(name, name) for name in names)]]
     for method, values in summaries.items():
-        lines.append([method, *(two_digits(values[name]) for name in names)])
+        lines.append([visible(method), *(two_digits(values[name]) for name in names)])
     limits = [(values["low"], values["high"]) for values in summaries.values()]
     cells = ["" if math.isnan(low) else f"{low:.2f} .. {high:.2f}" for low, high in limits]
     at = names.index("worst kind") + 2

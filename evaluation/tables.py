@@ -21,7 +21,7 @@ import numpy as np
 from numpy import ndarray
 from scipy import stats
 
-from cli import UserError
+from cli import UserError, visible
 from evaluation.compare import Comparison, Difference, interval
 from images import write_bytes
 
@@ -71,7 +71,7 @@ def table(
 
 def table_of(rows: list[Row], style: str, methods: Sequence[str]) -> str:
     """The table of some rows, with these methods as columns."""
-    lines = [["metric", *methods]]
+    lines = [["metric", *map(visible, methods)]]
     for row in rows:
         cells = _marked_cells(row, style)
         lines.append([row.label, *(cells[m] for m in methods)])
@@ -168,7 +168,7 @@ def images_and_people(count: int, images: str, people: Iterable[str]) -> str:
 def print_differences(result: Comparison, rows: list[Difference], between: Sequence[str]) -> None:
     """The rows of `differences` between two methods of the comparison."""
     over = " over people" if result.people else ""
-    lines = [["metric", " - ".join(between), f"95 % interval{over}", "p", "p (Holm)"]]
+    lines = [["metric", visible(" - ".join(between)), f"95 % interval{over}", "p", "p (Holm)"]]
     for row in rows:
         limits = "" if math.isnan(row.low) else f"{number(row.low)} .. {number(row.high)}"
         label = f"{row.metric} {result.metrics[row.metric].arrow}"

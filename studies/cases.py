@@ -13,7 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cli import VOLUMES, Column, UserError, check_uses, is_volume, stem_of
+from args_setting import StudyArgs
+from cli import (
+    ONE_PAIR,
+    VOLUME_PAIR,
+    VOLUMES,
+    Column,
+    UserError,
+    is_volume,
+    stem_of,
+    without_effect,
+)
 from dataset import Pair, match_files
 from fusing import ImageRequest, check_plans, image_request_from
 from images import is_image
@@ -96,10 +106,9 @@ def find_cases(
     else:
         found = of_folders(listing)
     cases = []
-    for name, own in found:
+    for name, words_here in words_of_cases(found, words, columns):
         check_name(name, many=listing.bids is not None)
-        shared = {k: v / name if k in FOLDERS and v else v for k, v in words.items()}
-        cases.append(case_of(listing.out, name, shared | own, columns))
+        cases.append(case_of(listing.out, name, words_here))
     check_cases(cases)
     return cases
 
@@ -246,14 +255,41 @@ def check_name(name: str, many: bool) -> None:
         raise UserError(f"{name!r} cannot be a file's name, expected letters, digits, -, _, + or .")
 
 
-def case_of(out: Path, name: str, words: dict[str, Any], columns: dict[str, Column]) -> Case:
+def words_of_cases(
+    found: Iterator[Found], shared: Mapping[str, Any], columns: dict[str, Column]
+) -> Iterator[Found]:
+    """Each case with all of its words: its own, else those that all share.
+
+    A shared word that has no effect on a case is left out of it. Raises UserError if that is so in
+    all cases, and for an own word without effect.
+    """
+    idle: dict[str, str] = {}
+    used: set[str] = set()
+    for name, own in found:
+        words = {k: v / name if k in FOLDERS and v else v for k, v in shared.items()} | own
+        useless = no_use_for(words, columns)
+        if named := sorted(useless.keys() & own.keys()):
+            raise UserError(f"{name}: {named[0]} {useless[named[0]]}")
+        idle |= useless
+        used |= shared.keys() - own.keys() - useless.keys()
+        yield name, words | {k: columns[k].default for k in useless}
+    if unused := sorted(idle.keys() - used):
+        raise UserError(f"--{unused[0]} {idle[unused[0]]}")
+
+
+def no_use_for(words: dict[str, Any], columns: dict[str, Column]) -> dict[str, str]:
+    """The words of a case that have no effect on it, and why."""
+    volumes = is_volume(words["img1"]) or is_volume(words["img2"])
+    given = {k for k, v in words.items() if k in columns and v != columns[k].default}
+    return without_effect(StudyArgs, VOLUME_PAIR if volumes else ONE_PAIR, words["task"], given)
+
+
+def case_of(out: Path, name: str, words: dict[str, Any]) -> Case:
     """The case of a name, by all its words; its files lie in `out`."""
     words = {k: v.absolute() if isinstance(v, Path) else v for k, v in words.items()}
     if Path(words["register"]).is_file():  # else it is a word
         words["register"] = Path(words["register"]).absolute()
     volumes = is_volume(words["img1"]) or is_volume(words["img2"])
-    given = {k for k, v in words.items() if k in columns and v != columns[k].default}
-    check_uses("volumes" if volumes else "one pair of images", given)
     words["out"] = out / f"{name}{'.nii.gz' if volumes else '.png'}"
     if volumes:
         request = volume_request(words | {"mosaic": out / f"{name}_mosaic.png"})

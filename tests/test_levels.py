@@ -316,7 +316,7 @@ def test_levels_reach_training_and_metrics(tmp_path):
     path = data / "CT-MRI" / "train" / "CT" / "1001.png"
     cv2.imwrite(str(path), np.full((32, 32), 1176, np.uint16))
     for levels, expected, doubts in (((), 5, 1), (("0,4095", "auto"), 73, 0)):
-        pairs, _ = split_pairs(TrainArgs(data_dir=data, val=0, levels=levels))
+        pairs, *_ = split_pairs(TrainArgs(data_dir=data, val=0, levels=levels))
         train = TrainPairs(pairs, 32)
         assert (train.images[0][0] == expected).all() and len(train.doubts.lines) == doubts
         given = {"dir1": path.parent, "dir2": path.parents[1] / "MRI", "levels": levels}

@@ -23,6 +23,7 @@ from studies import run
 from studies.cases import Case, Runtime
 from studies.report import write_report
 from volumes import request_from
+from volumes.requests import Levels
 from weights import Trained, load_weights, save_weights
 
 
@@ -100,7 +101,10 @@ def test_a_bad_table_is_one_line_and_nothing_runs(call, table, text, monkeypatch
         (["gone.csv", "--out", "o"], "gone.csv"),
         (["--dir1", "gone", "--dir2", "gone", "--out", "o"], "gone: no such folder"),
         (["TABLE", "--out", "o", "--mosaic", "m.png"], "writes one for each volume"),
-        (["TABLE", "--out", "o", "--stretch"], "--stretch and --metrics are for images"),
+        (
+            ["TABLE", "--out", "o", "--stretch"],
+            "--stretch is for one pair of images, but this fuses volumes",
+        ),
         (["TABLE", "--out", "o", "--scheduler", "x", "--scheduler-file", "y"], "not both"),
         (["TABLE", "--out", "o", "--scheduler", "x", "--jobs", "2"], "are for this machine"),
         (["TABLE", "--out", "o", "--scheduler-file", "gone.json"], "gone.json: no such file"),
@@ -111,6 +115,25 @@ def test_wrong_flags_are_one_line(call, table, argv, expected, tmp_path, monkeyp
     code, _, err = call(*(table if word == "TABLE" else word for word in argv))
     assert code == 2 and expected in err and err.count("\n") == 1
     assert not files(tmp_path) & {"o/report.csv", "o/report.html"}
+
+
+def test_a_flag_counts_for_the_cases_that_have_a_use_for_it(table, tmp_path):
+    pair = "ct00.nii.gz,mri00.nii.gz"
+    table.write_text(f"img1,img2,task,name\n{pair},CT-MRI,a\n{pair},PET-MRI,b\n")
+    one, two = cases_of(tmp_path / "o", table=table, suv=5, window="brain")
+    assert one.request.levels == Levels("brain") and two.request.levels == Levels(suv=5)
+    for given, message in (
+        ({"overlap": 32}, "--overlap is for --tile, which is not given"),
+        ({"stretch": True}, "--stretch is for one pair of images, but this fuses volumes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            cases_of(tmp_path / "o", table=table, **given)
+    with pytest.raises(UserError, match="--suv is for PET-MRI, but the task is SPECT-MRI"):
+        table.write_text(f"img1,img2,task\n{pair},SPECT-MRI\n")
+        cases_of(tmp_path / "o", table=table, suv=5)
+    table.write_text(f"img1,img2,task,suv,name\n{pair},PET-MRI,5,a\n{pair},CT-MRI,5,b\n")
+    with pytest.raises(UserError, match="b: suv is for PET-MRI, but the task is CT-MRI"):
+        cases_of(tmp_path / "o", table=table)
 
 
 def test_a_row_wins_over_the_settings_of_the_study(table, tmp_path):

@@ -293,7 +293,10 @@ SPOILT: dict[str, tuple[str, Callable[[Inputs], list]]] = {
     "tile": ("tile is 40", lambda on: on.args("--tile", "40")),
     "overlap": ("overlap 20", lambda on: on.args("--tile", "32", "--overlap", "20")),
     "mosaic": ("ends in .png", lambda on: on.args("--mosaic", on.path / "m.jpg")),
-    "stretch": ("are for images", lambda on: on.args("--stretch")),
+    "stretch": (
+        "--stretch is for the test split and two folders and one pair of images",
+        lambda on: on.args("--stretch"),
+    ),
     "all": ("need to know what img1 is", lambda on: on.args("--task", "all")),
     "flag of volumes": ("--tile is for volumes", png_sources),
 }

@@ -387,3 +387,25 @@ def test_real_series(shared):
         read(folder / "mr_uneven")
     for name in ("mr_enhanced_hyperfine", "mr_enhanced_philips", "mr_enhanced_siemens"):
         assert read(folder / name).data.shape[2] == 8
+
+
+def test_a_choice_that_chooses_nothing_is_told(call, brighter, heads, tmp_path):
+    argv = ["--img1", heads["ct"], "--img2", heads["mri"], "--out", tmp_path / "f.nii"]
+    argv += ["--register", "off", "--force", "space"]
+    code, out, err = call(*argv, "--where", "EchoTime=80", "--frame", 2, "--affine", "qform")
+    assert code == 0, err
+    for line in (
+        "--where EchoTime=80 has no effect: neither source has images that it tells apart",
+        "--frame 2 has no effect: neither source has several points in time",
+        "--affine qform has no effect: neither source is a NIfTI file with two places",
+    ):
+        assert line in out
+    assert "has no effect" not in call(*argv)[1]
+    image = nib.load(heads["mri"])
+    several = nib.Nifti1Image(np.stack([image.get_fdata()] * 2, -1), image.affine)
+    several.set_qform(image.affine + np.diag([0, 0, 0.5, 0]), 1)
+    several.set_sform(image.affine, 1)
+    several.to_filename(tmp_path / "two.nii")
+    argv[3] = tmp_path / "two.nii"
+    code, out, err = call(*argv, "--frame", 2, "--affine", "qform")
+    assert code == 0 and "has no effect" not in out, err

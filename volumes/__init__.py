@@ -123,12 +123,30 @@ def read_sources(request: VolumeRequest, report: Report) -> Sources:
         for number, source in enumerate((request.source1, request.source2), 1)
     )
     check_patients(source1.patient, source2.patient)
+    report.tell(*unused_choices(request.source1, source1.chosen_by | source2.chosen_by))
     via = None
     if companion := request.registering.via:
         via = read_volume(companion.path, None, "--via")
         check_patients(source1.patient, via.patient)
         make_finite(via, companion)
     return Sources(source1, source2, via, request.modality)
+
+
+UNUSED = {  # a field of Source -> its flag, and why it had no effect on two sources
+    "where": ("where", "neither source has images that it tells apart"),
+    "time": ("frame", "neither source has several points in time"),
+    "affine": ("affine", "neither source is a NIfTI file with two places"),
+}
+
+
+def unused_choices(source: Source, chosen_by: Collection[str]) -> list[str]:
+    """A line for each flag that was given and had no effect on either source."""
+    plain = Source(source.path)
+    return [
+        f"--{flag} {getattr(source, name)} has no effect: {why}"
+        for name, (flag, why) in UNUSED.items()
+        if getattr(source, name) != getattr(plain, name) and flag not in chosen_by
+    ]
 
 
 def read_source(

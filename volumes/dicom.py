@@ -120,6 +120,7 @@ def read_dicom(
             raise UserError(f"{error} ({note})" if note else error) from None
         volume = Volume(_values(stacks, choice.time), stacks[0].affine)
         volume.notes = [line for line in (*notes, note, when, stacks[0].note) if line]
+        volume.chosen_by = {flag for flag, line in (("where", notes[0]), ("frame", when)) if line}
         volume.patient, volume.origin = patient, planes[0].path
         volume.files = _files_below(path)
         volume.frame_of_reference = str(first.get("FrameOfReferenceUID") or "") or None

@@ -53,6 +53,7 @@ class Volume:
     origin: Path | None = None  # a DICOM file of it
     files: list[Path] = field(default_factory=list, repr=False)  # that its reader opened
     notes: list[str] = field(default_factory=list)
+    chosen_by: set[str] = field(default_factory=set)  # flags that had an effect on what was read
 
     @property
     def spacing(self) -> np.ndarray:

@@ -86,6 +86,7 @@ def read_nifti(path: Path, choice: Choice = ALL) -> Volume:
             volume = Volume(data, _checked(image.affine, path))
             volume.placed = isinstance(image, nib.MGHImage) and image.header["goodRASFlag"] == 1
         volume.notes += [note] if note else []
+        volume.chosen_by |= {"frame"} if note else set()
         named = (Path(part.filename) for part in image.file_map.values())
         volume.files = [file for file in named if file.is_file()]  # of a .hdr, the .img beside it
         return volume
@@ -154,6 +155,7 @@ def _nifti_volume(path: Path, image: nib.Nifti1Image, data: np.ndarray, place: s
             middle = [(a @ np.append((np.array(data.shape) - 1) / 2, 1))[:3] for a in both]
             at = [f"({', '.join(f'{v:.1f}' for v in xyz)})" for xyz in middle]
             other = "qform" if place == "sform" else "sform"
+            volume.chosen_by.add("affine")
             volume.notes.append(
                 f"sform and qform differ by up to {apart:.3g} mm: the middle is at {at[0]} mm by "
                 f"the sform, {at[1]} by the qform; the {place} counts, --affine {other} takes the "
