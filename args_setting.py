@@ -249,6 +249,29 @@ class VolumeArgs(WeightsArgs):
     dicom: Path | None = setting(
         None, "new folder for the fused slices as a DICOM series, by highdicom; names nobody"
     )
+    moved: Path | None = setting(
+        None,
+        "NIfTI file for the source without the grid: resampled onto it, in its own unit (SUV, "
+        "Bq/ml, HU, or as stored)",
+        metavar="FILE",
+    )
+    transform: Path | None = setting(
+        None,
+        "file for the transform, by its ending: .tfm or .txt (ITK), .mat (FSL), .lta (FreeSurfer), "
+        ".aff12.1D (AFNI)",
+        metavar="FILE",
+    )
+    labels: Path | None = setting(
+        None,
+        "a segmentation of either source (whole numbers, or DICOM SEG): it comes along onto the "
+        "grid of the result, as <out>_labels",
+        metavar="FILE",
+    )
+    labels_of: str = setting(
+        "auto",
+        "which source --labels belongs to; auto: its grid or DICOM frame of reference tells",
+        choices=("auto", "1", "2"),
+    )
     keep_patient: bool = setting(
         False, "copy patient and study from the DICOM source that has the grid"
     )
@@ -261,9 +284,9 @@ class VolumeArgs(WeightsArgs):
     )
     register: str = setting(
         "auto",
-        "rigid: move source 2 onto source 1; check: only measure; off; or an ITK transform or a "
-        "DICOM spatial registration; auto: check in one frame of reference, else rigid; images "
-        "also: similarity, and auto is off",
+        "rigid: move source 2 onto source 1; check: only measure; off; or a file with a transform "
+        "of ITK, FSL, FreeSurfer, AFNI or DICOM; auto: check in one frame of reference, else "
+        "rigid; images also: similarity, and auto is off",
         metavar="auto|off|check|rigid|FILE",
     )
     via: Path | None = setting(

@@ -32,8 +32,9 @@ if TYPE_CHECKING:  # its packages are an extra
 
 # Settings that say where and how fast, not what: a table has no column for them.
 ELSEWHERE = {"DEVICE", "threads", "data_dir", "png", "mosaic"}
-OUTPUTS = {"dicom"}  # columns whose paths need not be there
-FOLDERS = {"png", "dicom"}  # flags that name a folder, in which each case has one of its name
+OUTPUTS = {"dicom", "moved", "transform"}  # columns whose paths need not be there
+# Flags that name a folder, in which each case has one of its name, or a file with this ending.
+FOLDERS = {"png": "", "dicom": "", "moved": ".nii.gz"}
 WORDS = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 RECORDS = ".study"  # folder of the records, in the folder of the outputs
 Found = tuple[str, dict[str, Any]]  # the name of a case, and its own words by the names of flags
@@ -259,6 +260,11 @@ def check_name(name: str, many: bool) -> None:
         raise UserError(f"{name!r} cannot be a file's name, expected letters, digits, -, _, + or .")
 
 
+def placed(flag: str, value: Any, name: str) -> Any:
+    """What a shared word means for the case of a name: below a folder, each has its own place."""
+    return value / f"{name}{FOLDERS[flag]}" if flag in FOLDERS and value else value
+
+
 def words_of_cases(
     found: Iterator[Found],
     shared: Mapping[str, Any],
@@ -273,7 +279,7 @@ def words_of_cases(
     idle: dict[str, str] = {}
     used: set[str] = set()
     for name, own in found:
-        words = {k: v / name if k in FOLDERS and v else v for k, v in shared.items()} | own
+        words = {k: placed(k, v, name) for k, v in shared.items()} | own
         given = {k for k, v in words.items() if k in columns and v != columns[k].default}
         volumes = is_volume(words["img1"]) or is_volume(words["img2"])
         useless = no_effect(VOLUME_PAIR if volumes else ONE_PAIR, words["task"], given)

@@ -232,14 +232,21 @@ def fused_again(case: Case) -> bool:
 
 
 def test_what_is_done_is_not_done_again(table, tmp_path, brighter):
-    case = cases_of(tmp_path / "o", table=table, png=tmp_path / "o" / "png")[0]
+    folders = {flag: tmp_path / "o" / flag for flag in ("png", "moved")}
+    case = cases_of(tmp_path / "o", table=table, **folders)[0]
     assert fused_again(case) and not fused_again(case)
     assert not fused_again(replace(case, runtime=Runtime("cpu", 1)))
     other = with_levels(case, window="bone")
     assert fused_again(other) and not fused_again(other) and fused_again(case)
     write_volume(case.request.source2.path, draw_pair(7)[1])
     assert fused_again(case) and not fused_again(case)
-    for name in ("c00.nii.gz", "c00_mosaic.png", "c00.json", "png/c00/axial_0001.png"):
+    for name in (
+        "c00.nii.gz",
+        "c00_mosaic.png",
+        "c00.json",
+        "png/c00/axial_0001.png",
+        "moved/c00.nii.gz",
+    ):
         path = tmp_path / "o" / name
         path.write_bytes(path.read_bytes()[:-1])
         assert fused_again(case) and not fused_again(case), name

@@ -19,6 +19,7 @@ import numpy as np
 from cli import UserError
 from fusing import SOFTWARE, Plan, listed_as
 from images import png_bytes, write_together
+from volumes.exports import MovedSource, moved_source
 from volumes.grid import pixel_sides, slice_positions, slices
 from volumes.intensity import STORED_ONE, Scaling
 from volumes.io import Header, stream_nifti
@@ -47,6 +48,11 @@ class Fused:
     def affine(self) -> np.ndarray:
         """(4, 4), from a voxel's index to RAS in mm."""
         return self.together.source1.affine
+
+    @property
+    def moved(self) -> MovedSource:
+        """The source that does not have the grid, on it, and the unit of its values."""
+        return moved_source(self.together, self.scalings, self.request.modality)
 
     @property
     def stack(self) -> np.ndarray:
@@ -89,7 +95,7 @@ def check_dicom(writing: Writing) -> None:
 
 
 def write_outputs(
-    plan: Plan, fused: Fused, picture: np.ndarray | None, report: list[str]
+    plan: Plan, fused: Fused, extras: dict[str, Callable[[], bytes]], report: list[str]
 ) -> dict[str, tuple[Path, ...]]:
     """Write what a plan names; returns the files by what they are.
 
@@ -98,12 +104,12 @@ def write_outputs(
 
     Args:
         plan: without outputs that have no content.
-        picture: of the registration, uint8 RGB, where the plan has one.
+        extras: content of outputs that is not made of `fused`, by what they are.
         report: lines for the sidecar.
     """
     parts = contents(plan, fused)
-    if plan.path("overlay"):
-        parts["overlay"] = {plan.path("overlay"): partial(_bytes, lambda: png_bytes(picture))}
+    for what, content in extras.items():
+        parts[what] = {plan.path(what): partial(_bytes, content)}
     files = {what: tuple(writers) for what, writers in parts.items()}
     aside = plan.path("sidecar")
     files["sidecar"] = (aside,)
@@ -121,6 +127,11 @@ def _bytes(content: Callable[[], bytes], file: BinaryIO) -> None:
     file.write(content())
 
 
+def is_packed(path: Path) -> bool:
+    """Whether a file is compressed by gzip, by its name."""
+    return path.name.lower().endswith(".gz")
+
+
 def contents(plan: Plan, fused: Fused) -> dict[str, Writers]:
     """How to write each file of a plan but the sidecar and the overlay, by what it is.
 
@@ -132,7 +143,7 @@ def contents(plan: Plan, fused: Fused) -> dict[str, Writers]:
     grey = plan.path("grey")
     text = "; ".join([f"ASFE {fused.request.task}", *(s.text for s in fused.scalings)])
     header = Header(fused.affine, fused.code, text)
-    volume = partial(stream_nifti, packed=grey.name.lower().endswith(".gz"))
+    volume = partial(stream_nifti, packed=is_packed(grey))
     found: dict[str, Writers] = {}
     if path := plan.path("colour"):
         found["colour"] = {path: partial(volume, data=rgb, header=header)}
@@ -149,6 +160,8 @@ def contents(plan: Plan, fused: Fused) -> dict[str, Writers]:
         registration = fused.registered.found
         text = transform_text(registration.matrix, registration.centre)
         found["transform"] = {path: partial(_bytes, lambda: text)}
+    if path := plan.path("moved source"):
+        found["moved source"] = {path: partial(fused.moved.write, packed=is_packed(path))}
     if folder := plan.path("dicom"):
         found["dicom"] = _dicom_writers(folder, fused, pictures)
     scaled = header._replace(slope=fused.scale)
@@ -201,6 +214,7 @@ def sidecar(fused: Fused, report: list[str], files: list[str]) -> str:
         "grid": {"of": fused.together.grid, "affine_ras_mm": fused.affine.tolist()},
         "coverage": dict(zip(("source1", "source2"), fused.together.coverage, strict=True)),
         "registration": described(fused.registered),
+        "moved_source": fused.moved.described if request.writing.moved else None,
         "slices": fused.axis,
         "tile": slicing.tile or None,
         "overlap": slicing.overlap if slicing.tile else None,

@@ -1,5 +1,7 @@
 """Files of transforms: ITK's, in and out, and DICOM's spatial registration objects, in.
 
+Those of other programs are in programs.py.
+
 Sources: ITK's text format (.tfm) through SimpleITK; Spatial Registration in DICOM PS3.3, A.39 and
 C.20.2, whose matrices go from a frame of reference to the registered one.
 
@@ -9,6 +11,7 @@ which ITK, elastix and ANTs resample source 2 onto source 1. In the files it is 
 
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pydicom
@@ -16,6 +19,22 @@ import SimpleITK as sitk  # noqa: N813
 
 from cli import UserError, has_dicom_mark
 from volumes.grid import RAS_LPS, Volume
+from volumes.programs import (
+    PROGRAMS,
+    program_names,
+    program_of,
+    program_text,
+    read_program,
+    told_by_name,
+)
+
+
+class Found(NamedTuple):
+    """The matrix of a file."""
+
+    matrix: np.ndarray
+    line: str = ""  # what the user should know of how it was taken
+    checked: bool = True  # False: nothing in the file says which source is the fixed one
 
 
 def matrix_of(transform: sitk.Transform) -> np.ndarray:
@@ -36,7 +55,7 @@ def read_transform(path: Path, dimension: int = 3) -> np.ndarray:
         transform = sitk.ReadTransform(str(path))
     except RuntimeError:
         raise UserError(
-            f"{path}: no transform of ITK (.tfm, .txt, .mat) and no DICOM registration, "
+            f"{path}: no transform of {program_names()}, and no DICOM registration, "
             "--register rigid finds one"
         ) from None
     if transform.GetDimension() != dimension or not transform.IsLinear():
@@ -55,8 +74,11 @@ def regular(matrix: np.ndarray, path: Path) -> np.ndarray:
     return matrix
 
 
-def matrix_from(path: Path, source1: Volume, source2: Volume) -> np.ndarray:
-    """The matrix of a file for `--register FILE`.
+def matrix_from(path: Path, source1: Volume, source2: Volume, modality: str) -> Found:
+    """The matrix of a file for `--register FILE`, RAS.
+
+    Args:
+        modality: of source 1.
 
     Raises:
         UserError: no file, no linear transform, or one for other frames of reference.
@@ -65,10 +87,19 @@ def matrix_from(path: Path, source1: Volume, source2: Volume) -> np.ndarray:
         raise UserError(
             f"--register is {path}, expected auto, off, check, rigid, or a file with a transform"
         )
-    lps = (
-        read_registration(path, source1, source2) if has_dicom_mark(path) else read_transform(path)
-    )
-    return RAS_LPS @ lps @ RAS_LPS
+    if has_dicom_mark(path):
+        return Found(RAS_LPS @ read_registration(path, source1, source2) @ RAS_LPS)
+    if program := program_of(path):
+        matrix, named = read_program(path, program, source1, source2)
+        matrix = regular(matrix, path)
+    else:
+        matrix, named = RAS_LPS @ read_transform(path) @ RAS_LPS, False
+    names = [next(iter(volume.files), Path()) for volume in (source1, source2)]
+    told = None if named else told_by_name(path, tuple(names), modality)
+    if told == "source 1":
+        line = "the file's name says that it moves img1 onto img2, so its inverse is taken"
+        return Found(np.linalg.inv(matrix), line)
+    return Found(matrix, checked=named or told is not None)
 
 
 def read_registration(path: Path, source1: Volume, source2: Volume) -> np.ndarray:
@@ -112,6 +143,13 @@ def transform_text(matrix: np.ndarray, centre: np.ndarray) -> bytes:
     transform.SetMatrix(rotation.ravel().tolist())
     transform.SetTranslation((lps[:3, 3] + rotation @ middle - middle).tolist())
     return text_of(transform)
+
+
+def exported(path: Path, matrix: np.ndarray, source1: Volume, source2: Volume) -> bytes:
+    """A matrix for the program that a file's name asks for, see programs.py; ITK's by default."""
+    if path.suffix.lower() in PROGRAMS:
+        return program_text(path, matrix, source1, source2)
+    return transform_text(matrix, np.zeros(3))
 
 
 def text_of(transform: sitk.Transform) -> bytes:
