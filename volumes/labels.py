@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import SimpleITK as sitk  # noqa: N813
-from pydicom.uid import LabelMapSegmentationStorage, SegmentationStorage
+from pydicom.uid import SegmentationStorage
 
 from cli import UserError, has_dicom_mark
 from volumes.claims import check_claim
@@ -30,7 +30,7 @@ from volumes.requests import Labels
 from volumes.series import differ
 
 LARGEST = 2**24  # float32, which volumes are read as, holds every integer below it
-SEGMENTATIONS = (SegmentationStorage, LabelMapSegmentationStorage)
+SEGMENTATIONS = (SegmentationStorage, "1.2.840.10008.5.1.4.1.1.66.7")  # the other: label maps
 
 
 def read_labels(path: Path) -> Volume:
