@@ -23,6 +23,7 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRL
 
 from cli import UserError
 from volumes.claims import check_claim
+from volumes.decay import PRIVATE_TIMES
 from volumes.grid import Volume
 from volumes.planes import Plane, Stack, evened, stack
 from volumes.series import (
@@ -59,9 +60,12 @@ TAGS = """
     SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence
     DetectorInformationSequence ModalityLUTSequence Units DecayCorrection PatientWeight
     RadiopharmaceuticalInformationSequence SeriesDate SeriesTime AcquisitionDate
-    AcquisitionTime SUVType ContrastBolusAgent
+    AcquisitionTime SUVType ContrastBolusAgent CorrectedImage DecayCorrectionDateTime
+    TimezoneOffsetFromUTC Manufacturer PatientSex ActualFrameDuration
+    RealWorldValueMappingSequence SliceVector
 """.split()
 TAGS += [*CONTRASTS, *TIMES, 0x00190010, B_VALUE, *PHILIPS]
+TAGS += [tag for pair in PRIVATE_TIMES.values() for tag in pair]
 NUMBERS = ("SeriesNumber", "SliceThickness", "SpacingBetweenSlices")  # a file may lack them
 UNREADABLE = (  # what pydicom and numpy raise for fields that are missing or make no sense
     AttributeError,
@@ -124,7 +128,11 @@ def read_dicom(
         volume.frame = str(first.get("FrameOfReferenceUID") or "") or None
         volume.modality = str(first.get("Modality") or "") or None
         try:
-            volume.suv, volume.no_suv = suv_factor([ds for _, ds in headers])
+            volume.suv, line = suv_factor([ds for _, ds in headers])
+            if volume.suv is None:
+                volume.no_suv = line
+            elif line:
+                volume.notes.append(line)
         except UNREADABLE:
             volume.no_suv = "its fields for SUV cannot be read"
         if len(stacks) > 1 and choice.frame == "sum":
