@@ -1,17 +1,29 @@
 """Values that a reader takes for the truth: SUV, HU, frames over time, and whose they are.
 
-Expected SUV factors are worked out by hand in the tests, from QIBA's rule: weight in g over the dose
+Expected SUV factors are worked out by hand from QIBA's rule: the weight in g over the dose,
 decayed to the time that the values are corrected to. Where a comment says so, z-rad 26.9.0 (PyPI)
 gives the same for the same header; it is not needed here.
 """
 
+import json
+
+import nibabel as nib
+import numpy as np
 import pydicom
 import pytest
-from dicom_files import injected
+from dicom_files import injected, write_enhanced, write_series
 from pydicom.dataset import Dataset
+from pydicom.sr.codedict import codes
+from volume_files import affine_of, numbered
 
+from cli import UserError
 from volumes.decay import NUCLIDES, nuclide_of
+from volumes.dicom import read_dicom
+from volumes.durations import beside
+from volumes.intensity import scaling_of
+from volumes.io import read_volume
 from volumes.suv import suv_factor
+from volumes.varying import Choice
 
 HALF_LIFE = 6586.2  # s, fluorine-18
 SIEMENS = (0x0071, "SIEMENS MED PT", 0x22)
@@ -120,11 +132,6 @@ def test_without_it_the_earliest_counts_and_the_other_is_named():
 
 
 def test_a_note_on_the_time_reaches_the_volume(tmp_path):
-    from dicom_files import write_series
-    from volume_files import affine_of, numbered
-
-    from volumes.dicom import read_dicom
-
     def late(ds, k):
         injected(ds)
         ds.SeriesTime = "020000"
@@ -214,8 +221,6 @@ def test_administration_needs_no_time():
 
 
 def test_nuclides_by_code_and_by_name():
-    from pydicom.sr.codedict import codes
-
     for keyword, code in codes.cid4020.concepts.items():
         drug = Dataset()
         drug.RadionuclideCodeSequence = coded(code.value, code.scheme_designator)
@@ -226,3 +231,257 @@ def test_nuclides_by_code_and_by_name():
         drug.RadionuclideCodeSequence = coded("", "", meaning)
         assert nuclide_of(drug) == "18 Fluorine", meaning
     assert nuclide_of(pydicom.Dataset()) == ""
+
+
+# --- frames over time ------------------------------------------------------------------------
+
+SHAPE = (16, 18, 5)
+PLACE = np.diag([4.0, 4.0, 6.0, 1.0])
+
+
+def over_time(folder, values, seconds=None, modality="PT", **fields):
+    """A series of frames that hold one value each, the n-th for so many seconds."""
+    for n, value in enumerate(values):
+
+        def at(ds, k, n=n):
+            injected(ds)
+            ds.FrameReferenceTime = 1000.0 * n
+            if seconds:
+                ds.ActualFrameDuration = str(int(1000 * seconds[n]))
+            for name, content in fields.items():
+                setattr(ds, name, content)
+
+        data = np.full(SHAPE, value, np.int16)
+        for path in write_series(folder, data, PLACE, modality, change=at):
+            path.rename(path.with_name(f"{n}{path.name[2:]}"))
+    return folder
+
+
+def test_a_mean_over_time_weighs_frames_by_their_durations(tmp_path):
+    """100 for 15 s and 10 for 240 s: (100 * 15 + 10 * 240) / 255 = 15.29."""
+    choice = Choice(frame="mean")
+    volume = read_dicom(over_time(tmp_path / "a", (100, 10), (15, 240)), choice=choice)
+    assert np.allclose(volume.data, 3900 / 255, rtol=1e-5)
+    assert "weighted by their durations, 15 to 240 s" in volume.notes[0]
+    equal = read_dicom(over_time(tmp_path / "b", (100, 10), (60, 60)), choice=choice)
+    assert np.allclose(equal.data, 55) and "all of one duration" in equal.notes[0]
+    unknown = read_dicom(over_time(tmp_path / "c", (100, 10)), choice=choice)
+    assert np.allclose(unknown.data, 55) and "unweighted" in unknown.notes[0]
+    half = read_dicom(over_time(tmp_path / "d", (100, 10), (15, 0)), choice=choice)
+    assert np.allclose(half.data, 55) and "unweighted" in half.notes[0]
+    counts = over_time(tmp_path / "e", (100, 10), (15, 240), Units="CNTS")
+    volume = read_dicom(counts, choice=choice)
+    assert np.allclose(volume.data, 55) and "unweighted, as they are counts" in volume.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "mean"),
+    [
+        ({"FrameDuration": [15, 240.0]}, 3900 / 255),
+        ({"FrameDuration": [60, 60]}, 55),
+        ({"FrameDuration": [15]}, 55),
+        ({"FrameDuration": [15, -1]}, 55),
+        ({"FrameDuration": [15, "240"]}, 55),
+        ({"FrameDuration": None}, 55),
+        ([15, 240], 55),
+        (None, 55),
+    ],
+)
+def test_the_sidecar_of_a_4d_file_tells_durations(tmp_path, content, mean):
+    data = np.stack([np.full(SHAPE, 100.0), np.full(SHAPE, 10.0)], -1).astype(np.float32)
+    nib.Nifti1Image(data, PLACE).to_filename(tmp_path / "a_pet.nii.gz")
+    if content is not None:
+        (tmp_path / "a_pet.json").write_text(json.dumps(content))
+    volume = read_volume(tmp_path / "a_pet.nii.gz", choice=Choice(frame="mean"))
+    assert np.allclose(volume.data, mean, rtol=1e-5)
+    told = content == {"FrameDuration": [60, 60]}
+    words = "all of one" if told else "unweighted" if mean == 55 else "weighted by"
+    assert words in volume.notes[0] and "2 volumes" in volume.notes[0]
+
+
+def test_a_damaged_sidecar_is_no_reason_to_stop(tmp_path):
+    (tmp_path / "a.json").write_text("{")
+    assert beside(tmp_path / "a.json") == []
+    (tmp_path / "b.json").write_text("[" * 100000)
+    assert beside(tmp_path / "b.json") == []
+
+
+def test_a_sum_of_concentrations_is_named_for_what_it_is(tmp_path):
+    volume = read_dicom(over_time(tmp_path / "a", (100, 10)), choice=Choice(frame="sum"))
+    assert np.allclose(volume.data, 110) and volume.suv is None
+    assert "sum of 2 points in time" in volume.notes[0]
+    assert "of concentrations, 2 times their unweighted mean" in volume.notes[0]
+    scaling = scaling_of(volume, "PET", "wide", 15)
+    assert scaling.method["unit"] == "summed Bq/ml"
+    counts = over_time(tmp_path / "b", (100, 10), Units="CNTS")
+    scaling = scaling_of(read_dicom(counts, choice=Choice(frame="sum")), "PET", "wide", 15)
+    assert scaling.method["unit"] == "counts"
+
+
+# --- one series is one thing -----------------------------------------------------------------
+
+
+def one_slice_differs(folder, which, count=5, **fields):
+    def change(ds, k):
+        injected(ds)
+        if k in which:
+            for name, value in fields.items():
+                setattr(ds, name, value)
+
+    write_series(folder, numbered((16, 18, count)), PLACE, "PT", change=change)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"FrameOfReferenceUID": "1.2.99"}, "frames of reference"),
+        ({"Modality": "CT"}, "modalities"),
+        ({"Units": "CNTS"}, "units"),
+    ],
+)
+def test_a_slice_of_another_kind_is_left_out_with_a_line(tmp_path, fields, words):
+    volume = read_dicom(one_slice_differs(tmp_path / "end", [4], **fields))
+    assert volume.data.shape[2] == 4
+    assert volume.notes[0] == f"1 images with other {words} left out (IM0004)"
+    with pytest.raises(UserError, match=rf"1 slices missing.*other {words} left out \(IM0002"):
+        read_dicom(one_slice_differs(tmp_path / "middle", [2], **fields))
+    with pytest.raises(UserError, match=rf"mixed {words} in one series"):
+        read_dicom(one_slice_differs(tmp_path / "many", [0, 1], count=4, **fields))
+
+
+@pytest.mark.parametrize("slope", ("0", "0.0"))
+def test_a_slope_of_zero_is_refused(tmp_path, slope):
+    with pytest.raises(UserError, match="IM0003: its rescale slope is 0"):
+        read_dicom(one_slice_differs(tmp_path, [3], RescaleSlope=slope))
+    path = write_enhanced(tmp_path / "e.dcm", numbered(SHAPE), PLACE)
+    ds = pydicom.dcmread(path)
+    group = ds.PerFrameFunctionalGroupsSequence[1]
+    group.PixelValueTransformationSequence[0].RescaleSlope = slope
+    ds.save_as(path)
+    with pytest.raises(UserError, match="its rescale slope is 0"):
+        read_dicom(path)
+
+
+# --- single slices, nuclear medicine, real world values --------------------------------------
+
+
+def test_a_single_slice_of_an_enhanced_file_has_its_thickness(tmp_path):
+    path = write_enhanced(tmp_path / "e.dcm", numbered((16, 18, 1)), PLACE)
+    ds = pydicom.dcmread(path)
+    ds.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SliceThickness = "5"
+    ds.save_as(path)
+    assert read_dicom(path).spacing[2] == pytest.approx(5)
+    del ds.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SliceThickness
+    ds.save_as(path)
+    volume = read_dicom(path)
+    assert volume.spacing[2] == pytest.approx(1)
+    assert "the thickness of its slice is not told, taken as 1 mm" in volume.notes
+
+
+def nuclear(folder, data, vector=None, change=None):
+    """A reconstructed SPECT in one file, its frames as SliceVector says."""
+    [path] = write_series(folder, data[:, :, :1], PLACE, "NM")
+    ds = pydicom.dcmread(path)
+    ds.NumberOfFrames, ds.SpacingBetweenSlices = data.shape[2], "6"
+    ds.PixelData = np.ascontiguousarray(data.T).tobytes()
+    ds.ImageType = ["ORIGINAL", "PRIMARY", "RECON TOMO", "EMISSION"]
+    if vector is not None:
+        ds.FrameIncrementPointer, ds.SliceVector = 0x00540080, vector
+    if change:
+        change(ds)
+    ds.save_as(path)
+    return path
+
+
+def test_frames_of_nuclear_medicine_are_where_their_slice_vector_says(tmp_path):
+    data = numbered(SHAPE)
+    mixed = data[:, :, [0, 2, 4, 1, 3]]
+    volume = read_dicom(nuclear(tmp_path / "a", mixed, [1, 3, 5, 2, 4]))
+    assert np.array_equal(volume.data, data) and volume.spacing[2] == pytest.approx(6)
+    plain = read_dicom(nuclear(tmp_path / "b", data))
+    assert np.array_equal(plain.data, data) and np.allclose(plain.affine, volume.affine)
+    backwards = read_dicom(
+        nuclear(tmp_path / "c", data, change=lambda ds: setattr(ds, "SpacingBetweenSlices", "-6"))
+    )
+    assert np.array_equal(backwards.data, data[:, :, ::-1])
+    with pytest.raises(UserError, match="does not say where its image lies"):
+        read_dicom(nuclear(tmp_path / "d", data, [1, 2, 3]))
+
+
+def test_slices_that_a_vector_names_twice_are_chosen(tmp_path):
+    """1 to 5 twice is 5 slices, two of each, and not 10."""
+    twice = np.concatenate([numbered(SHAPE), numbered(SHAPE) + 7], 2)
+    path = nuclear(tmp_path / "a", twice, [*range(1, 6)] * 2)
+    with pytest.raises(UserError, match="5 positions occur twice.*choose by --frame 1 to 2"):
+        read_dicom(path)
+    volume = read_dicom(path, choice=Choice(frame="2"))
+    assert np.array_equal(volume.data, numbered(SHAPE) + 7)
+
+    def windows(ds):
+        ds.EnergyWindowVector = [1] * 5 + [2] * 5
+
+    path = nuclear(tmp_path / "b", twice, [*range(1, 6)] * 2, windows)
+    with pytest.raises(UserError, match="choose by --where EnergyWindowVector=1"):
+        read_dicom(path)
+    volume = read_dicom(path, choice=Choice("EnergyWindowVector=1"))
+    assert np.array_equal(volume.data, numbered(SHAPE))
+
+
+def without_place(ds):
+    del ds.ImagePositionPatient, ds.ImageOrientationPatient
+
+
+def test_nuclear_medicine_without_a_place_needs_force(call, brighter, tmp_path):
+    path = nuclear(tmp_path / "nm", numbered((20, 22, 18)), change=without_place)
+    mri = tmp_path / "mri.nii"
+    nib.Nifti1Image(numbered((20, 22, 18)), read_dicom(path).affine).to_filename(mri)
+    argv = ["--task", "SPECT-MRI", "--img1", path, "--img2", mri, "--out", tmp_path / "f.nii"]
+    argv += ["--register", "off"]
+    code, _, err = call(*argv)
+    assert code == 2 and "img1 does not say where it is" in err and "--force place" in err
+    code, stdout, err = call(*argv, "--force", "place")
+    assert code == 0 and "forced (place)" in stdout, err
+
+
+def mapping(unit, slope=0.5, intercept=0.0):
+    item = Dataset()
+    item.RealWorldValueFirstValueMapped, item.RealWorldValueLastValueMapped = 0, 4000
+    item.RealWorldValueSlope, item.RealWorldValueIntercept = slope, intercept
+    item.MeasurementUnitsCodeSequence = coded(unit, "UCUM")
+    return item
+
+
+def test_real_world_values_count_where_the_others_are_counts(tmp_path):
+    data = numbered(SHAPE)
+
+    def having(*items):
+        return lambda ds: setattr(ds, "RealWorldValueMappingSequence", list(items))
+
+    volume = read_dicom(nuclear(tmp_path / "a", data, change=having(mapping("kBq/ml", 0.25, 2))))
+    assert np.allclose(volume.data, data * 250.0 + 2000) and volume.unit == "Bq/ml"
+    assert "values in Bq/ml by its RealWorldValueMapping" in volume.notes
+    both = having(mapping("Bq/ml", 3), mapping("{SUVbw}g/ml", 0.5))
+    volume = read_dicom(nuclear(tmp_path / "b", data, change=both))
+    assert np.allclose(volume.data, data * 0.5) and volume.unit == "SUV"
+    for name, items in (("c", [mapping("[arb'U]")]), ("d", [mapping("Bq/ml")] * 2)):
+        volume = read_dicom(nuclear(tmp_path / name, data, change=having(*items)))
+        assert np.array_equal(volume.data, data) and volume.unit == "counts"
+        assert any("its RealWorldValueMapping was not used" in note for note in volume.notes)
+
+    def pet(ds, k):
+        injected(ds)
+        del ds.Units
+        ds.RealWorldValueMappingSequence = [mapping("Bq/ml", 2)]
+
+    write_series(tmp_path / "pet", data, PLACE, "PT", change=pet)
+    volume = read_dicom(tmp_path / "pet")
+    assert np.allclose(volume.data, data * 2.0) and volume.unit == "Bq/ml"
+    assert volume.suv == pytest.approx(77.5e3 / 200e6, rel=1e-6)
+
+    def known(ds, k):
+        pet(ds, k)
+        ds.Units = "BQML"
+
+    write_series(tmp_path / "known", data, PLACE, "PT", change=known)
+    assert np.array_equal(read_dicom(tmp_path / "known").data, data)

@@ -48,6 +48,7 @@ class Volume:
     suv: float | None = None  # body-weight SUV of a value of 1
     no_suv: str = "the file has no DICOM fields"  # why `suv` is None
     unit: str = ""  # of the values, where DICOM tells it: SUV, Bq/ml or counts
+    summed: bool = False  # concentrations of several times, added up
     patient: tuple[str, str] | None = field(default=None, repr=False)  # to be compared only
     origin: Path | None = None  # a DICOM file of it
     notes: list[str] = field(default_factory=list)

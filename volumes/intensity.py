@@ -126,7 +126,8 @@ def uptake_scaling(volume: Volume, kind: str, suv: float) -> Scaling:
         above = float((volume.data > suv / volume.suv).mean())
         method = {"method": "SUV (body weight)", "high": suv, "unit": "g/ml", "share_above": above}
         return Scaling(0.0, suv / volume.suv, f"PET 0..{suv:g} SUV", method)
-    method = {"method": "maximum", "high": peak, "unit": volume.unit or "as stored"}
+    unit = f"summed {volume.unit}".strip() if volume.summed else volume.unit or "as stored"
+    method = {"method": "maximum", "high": peak, "unit": unit}
     if kind == "PET":
         method["no_suv"] = volume.no_suv if suv else "not asked for"
     return Scaling(0.0, peak, f"{kind} 0..max {peak:.4g}", method)

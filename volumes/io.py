@@ -19,6 +19,7 @@ import SimpleITK as sitk  # noqa: N813
 from cli import UserError
 from volumes.claims import check_claim
 from volumes.dicom import read_dicom
+from volumes.durations import beside, mean_weights, sum_words
 from volumes.grid import RAS_LPS, SCANNER, SHEAR, Volume, displacement
 from volumes.varying import ALL, Choice, number_of
 
@@ -92,6 +93,7 @@ def read_nifti(path: Path, choice: Choice = ALL) -> Volume:
             volume = Volume(data, _checked(image.affine, path))
             volume.placed = isinstance(image, nib.MGHImage) and image.header["goodRASFlag"] == 1
         volume.notes += [note] if note else []
+        volume.summed = bool(note) and choice.frame == "sum"
         return volume
     except UserError:
         raise
@@ -128,12 +130,13 @@ def _nifti_frame(
     if number is not None:
         data = np.asarray(stored[tuple(one)], np.float32)
         return data, f"volume {number + 1} of {count}"
-    data = np.zeros(shape[:3], np.float32, order="F")
-    for one[3] in range(count):
-        data += stored[tuple(one)]
+    weights, how = np.ones(count), sum_words(count)
     if frame == "mean":
-        data /= count
-    return data, f"{frame} of {count} volumes"
+        weights, how = mean_weights(beside(path.with_name(f"{stem_of(path)}.json")), count)
+    data = np.zeros(shape[:3], np.float32, order="F")
+    for one[3], weight in enumerate(weights):
+        data += np.float32(weight) * np.asarray(stored[tuple(one)], np.float32)
+    return data, f"{frame} of {count} volumes: {how}"
 
 
 def _nifti_volume(path: Path, image: nib.Nifti1Image, data: np.ndarray, place: str) -> Volume:
