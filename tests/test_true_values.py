@@ -20,7 +20,7 @@ from cli import UserError
 from volumes.decay import NUCLIDES, nuclide_of
 from volumes.dicom import read_dicom
 from volumes.durations import beside
-from volumes.intensity import scaling_of
+from volumes.intensity import mri_scaling, scaling_of, units_doubt
 from volumes.io import read_volume
 from volumes.suv import suv_factor
 from volumes.varying import Choice
@@ -485,3 +485,161 @@ def test_real_world_values_count_where_the_others_are_counts(tmp_path):
 
     write_series(tmp_path / "known", data, PLACE, "PT", change=known)
     assert np.array_equal(read_dicom(tmp_path / "known").data, data)
+
+
+# --- two people ------------------------------------------------------------------------------
+
+PEOPLE = {"PatientID": "other", "PatientBirthDate": "19991231", "PatientSex": "M"}
+
+
+def pair_of(folder, **other) -> list:
+    """Arguments for a CT and an MRI on one grid, the latter of somebody with these fields."""
+
+    def ours(ds, k):
+        ds.PatientSex = "F"
+
+    def theirs(ds, k):
+        ours(ds, k)
+        for name, value in other.items():
+            setattr(ds, name, value)
+
+    data, place = numbered((20, 22, 18)), np.diag([4.0, 4.0, 6.0, 1.0])
+    write_series(folder / "ct", data, place, "CT", change=ours)
+    write_series(folder / "mr", data, place, "MR", change=theirs)
+    argv = ["--img1", folder / "ct", "--img2", folder / "mr", "--out", folder / "f.nii"]
+    return [*argv, "--window", "2000,4000", "--register", "off"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "stops"),
+    [
+        (("PatientID",), False),
+        (("PatientBirthDate",), False),
+        (("PatientSex",), False),
+        (("PatientID", "PatientBirthDate"), True),
+        (("PatientID", "PatientSex"), True),
+        (("PatientBirthDate", "PatientSex"), False),
+        ((), None),
+    ],
+)
+def test_people_who_differ_are_a_line_or_stop(call, brighter, tmp_path, fields, stops):
+    argv = pair_of(tmp_path, **{name: PEOPLE[name] for name in fields})
+    code, stdout, err = call(*argv)
+    assert code == (2 if stops else 0), err
+    assert ("img1 and img2 differ in the patient's" in stdout) == (stops is False)
+    if stops:
+        assert "img1 and img2 are of two patients: ID and" in err and "--force patient" in err
+        assert call(*argv, "--force")[0] == 2, "not by all, as it would be overlooked"
+        code, stdout, err = call(*argv, "--force", "patient")
+        assert code == 0 and "forced (patient): img1 and img2 are of two patients" in stdout, err
+    told = (stdout + err).replace(str(tmp_path), "")
+    for secret in ("other", "19991231", "19010203", "Doe"):
+        assert secret not in told
+
+
+def test_blanks_around_an_id_and_missing_fields_do_not_count(call, brighter, tmp_path):
+    argv = pair_of(tmp_path, PatientID=" id doe^jane ", PatientBirthDate="", PatientSex="")
+    code, stdout, err = call(*argv)
+    assert code == 0 and "differ" not in stdout, err
+
+
+# --- HU --------------------------------------------------------------------------------------
+
+
+def ct_of(change) -> np.ndarray:
+    """A drawn head CT of 60x60x40 voxels in HU, after a change."""
+    x, y, z = np.meshgrid(*[np.linspace(-1.3, 1.3, n) for n in (60, 60, 40)], indexing="ij")
+    radius = np.sqrt(x**2 + y**2 + z**2)
+    hu = np.where(radius < 0.85, 35.0, np.where(radius < 1, 900.0, -1000.0))
+    rng = np.random.default_rng(0)
+    return change(hu + rng.normal(scale=20, size=hu.shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "window", "words"),
+    [
+        (lambda hu: hu, "wide", ""),
+        (lambda hu: np.clip(hu, -1024, 3071), "brain", ""),
+        (lambda hu: np.where(np.arange(60)[:, None, None] < 9, -3024, hu), "wide", ""),
+        (lambda hu: hu + 1024, "wide", "near -1000 HU"),  # no intercept
+        (lambda hu: np.maximum(hu, 0), "wide", "near -1000 HU"),
+        (lambda hu: hu * 10, "wide", "near -1000 HU"),
+        (lambda hu: hu - 32792, "wide", "0.0% of them lie in the window of -100 to 1000"),
+        (lambda hu: hu / 1000, "wide", "near -1000 HU"),
+        (lambda hu: np.clip(hu / 1000, -1, 1) * 0.1 - 200, "wide", "lie in the window"),
+        (lambda hu: hu / 1000, "0.04,0.08", ""),
+        (lambda hu: hu + 1024, "1064,80", ""),
+        (lambda hu: hu, "5000,80", "0.0% of them lie in the window of 4960 to 5040"),
+    ],
+)
+def test_a_ct_that_is_not_in_hu_is_told(change, window, words):
+    doubt = units_doubt(ct_of(change), window)
+    assert words in doubt and bool(words) == bool(doubt)
+    if doubt:
+        assert "--window LEVEL,WIDTH" in doubt and "--force units" in doubt
+
+
+def test_a_ct_that_is_not_in_hu_stops(call, brighter, heads, tmp_path):
+    image = nib.load(heads["ct"])
+    wrong = tmp_path / "ct.nii.gz"
+    nib.Nifti1Image(image.get_fdata().astype(np.float32) + 1024, image.affine).to_filename(wrong)
+    argv = ["--img1", wrong, "--img2", heads["mri"], "--out", tmp_path / "f.nii"]
+    argv += ["--register", "off"]
+    code, _, err = call(*argv)
+    assert code == 2 and err.count("\n") == 1 and "its values go from 24 to 1924" in err
+    assert not (tmp_path / "f.nii").exists()
+    assert call(*argv, "--window", "1064,80")[0] == 0
+    code, stdout, err = call(*argv, "--force", "units")
+    assert code == 0 and "img1: forced (units): its values go from" in stdout, err
+    argv[1] = heads["pet"]
+    argv += ["--task", "PET-MRI", "--via", wrong, "--register", "rigid"]
+    code, _, err = call(*argv)
+    assert code == 2 and "near -1000 HU" in err, "nor is the CT that came with a PET"
+
+
+# --- one scale for one source ----------------------------------------------------------------
+
+
+def test_the_scale_of_a_source_does_not_follow_the_grid(call, brighter, heads, tmp_path):
+    levels = []
+    for n, grid in enumerate(("1", "2", "7")):
+        out = tmp_path / f"{n}.nii"
+        argv = ["--task", "PET-MRI", "--img1", heads["pet"], "--img2", heads["mri"]]
+        code, _, err = call(*argv, "--out", out, "--register", "off", "--grid", grid)
+        assert code == 0, err
+        levels.append(json.loads(out.with_suffix(".json").read_text())["levels"])
+    assert levels[0] == levels[1] == levels[2]
+    mri = nib.load(heads["mri"]).get_fdata(dtype=np.float32)
+    assert levels[0]["source2"]["high"] == mri_scaling(mri).high
+    assert levels[0]["source1"]["high"] == nib.load(heads["pet"]).get_fdata().max()
+
+
+# --- the CT that came with a PET -------------------------------------------------------------
+
+
+def test_via_takes_the_ct_of_a_folder_and_never_an_mri(tmp_path):
+    data = numbered(SHAPE)
+    write_series(tmp_path / "v" / "ct", data, PLACE, "CT", series="1.2.70")
+    write_series(tmp_path / "v" / "mr", data + 1, PLACE, "MR", series="1.2.71")
+    assert np.array_equal(read_volume(tmp_path / "v", None, "--via").data, data)
+    write_series(tmp_path / "v" / "ct2", data, PLACE, "CT", series="1.2.72")
+    with pytest.raises(UserError) as error:
+        read_volume(tmp_path / "v", None, "--via")
+    text = str(error.value)
+    assert "2 series are CT; give --via a folder that has the one alone" in text
+    assert "(in ct)" in text and "(in ct2)" in text and "mr)" not in text
+    assert np.array_equal(read_volume(tmp_path / "v" / "ct2", None, "--via").data, data)
+    for path in (tmp_path / "v" / "ct").iterdir():
+        path.unlink()
+    write_series(tmp_path / "w" / "a", data, PLACE, "MR", series="1.2.73")
+    write_series(tmp_path / "w" / "b", data, PLACE, "PT", series="1.2.74")
+    with pytest.raises(UserError, match="2 series, and none is a CT; give --via a folder"):
+        read_volume(tmp_path / "w", None, "--via")
+
+
+def test_an_mri_is_no_companion_ct(call, brighter, heads, tmp_path):
+    write_series(tmp_path / "mr", numbered(), affine_of("identity"), "MR")
+    argv = ["--task", "PET-MRI", "--img1", heads["pet"], "--img2", heads["mri"]]
+    argv += ["--out", tmp_path / "f.nii", "--register", "rigid", "--via"]
+    code, _, err = call(*argv, tmp_path / "mr")
+    assert code == 2 and "its modality is MR, PET-MRI expects CT as --via" in err

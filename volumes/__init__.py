@@ -21,7 +21,7 @@ from args_setting import TASKS, TestArgs
 from cli import UserError
 from network import MIN_SIDE, ASFEFusion
 from volumes.grid import Volume, forces, pick_axis, slices
-from volumes.intensity import DICOM_MODALITY, STORED_ONE, Scaling, scaling_of
+from volumes.intensity import DICOM_MODALITY, STORED_ONE, Scaling, scaling_of, units_doubt
 from volumes.io import read_volume
 from volumes.outputs import FusedVolume, make_folders, plan_outputs, write_outputs
 from volumes.pair import Together, bring_together
@@ -57,12 +57,11 @@ def fuse_volumes(
     check_tiles(settings.tile, settings.overlap, model.multiple)
     if settings.threads:
         sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(settings.threads)
-    together = read_pair(settings, tell)
+    together, scalings = read_pair(settings, tell)
     fixed, moved = together.fixed, together.moving
     if settings.keep_patient and together.giver.origin is None:
         raise UserError("--keep-patient needs a DICOM source that has the grid; leave it out")
     outputs = outputs.without(together.matrix is None, together.picture is None)
-    scalings = scale_pair(fixed, moved, settings, tell)
     axis = pick_axis(fixed.affine, settings.axis)
     luma = np.empty(fixed.data.shape, np.int16, order="F")  # as NIfTI stores it
     scale = 1 / STORED_ONE
@@ -82,20 +81,37 @@ def fuse_volumes(
     return fused
 
 
-def read_pair(settings: TestArgs, tell: Callable[..., None]) -> Together:
-    """Source 1 and source 2, registered and on one grid; `tell` gets what was done to them."""
+def read_pair(
+    settings: TestArgs, tell: Callable[..., None]
+) -> tuple[Together, tuple[Scaling, Scaling]]:
+    """Source 1 and source 2, registered and on one grid, and the scalings of both.
+
+    Scalings are those of the sources as they came, so that they do not depend on the grid. `tell`
+    gets what was done.
+    """
     forces(settings.force, "all")  # before anything is read, whether it can be
+    if settings.via and settings.task == "CT-MRI":
+        raise UserError("--via is for PET and SPECT, a CT is registered itself")
     fixed = read_source(settings, 1, tell)
     moving = read_source(settings, 2, tell)
-    check_patients(fixed.patient, moving.patient)
-    via = None
-    if settings.via:
-        if settings.task == "CT-MRI":
-            raise UserError("--via is for PET and SPECT, a CT is registered itself")
-        via = read_volume(settings.via, None, "--via")
-        check_patients(fixed.patient, via.patient)
-        make_finite(via, settings.via, settings.nan_to_zero)
-    return bring_together(fixed, moving, via, settings, tell)
+    tell(*check_patients(fixed.patient, moving.patient, settings.force))
+    via = read_via(settings, fixed, tell) if settings.via else None
+    lines: list[str] = []
+    scalings = scale_pair(fixed, moving, settings, lines.append)
+    together = bring_together(fixed, moving, via, settings, tell)
+    tell(*lines)
+    return together, scalings
+
+
+def read_via(settings: TestArgs, fixed: Volume, tell: Callable[..., None]) -> Volume:
+    """The CT that is registered in place of source 1; UserError if it is none, or of another."""
+    via = read_volume(settings.via, None, "--via")
+    make_finite(via, settings.via, settings.nan_to_zero)
+    tell(*check_patients(fixed.patient, via.patient, settings.force, "--via"))
+    check_kind(via, settings.via, "CT", f"--via of {settings.task}", settings.force)
+    check_units(via, settings.via, "wide", settings.force)
+    tell(*(f"--via: {note}" for note in via.notes))
+    return via
 
 
 def read_source(settings: TestArgs, i: int, tell: Callable[..., None]) -> Volume:
@@ -110,16 +126,34 @@ def read_source(settings: TestArgs, i: int, tell: Callable[..., None]) -> Volume
     make_finite(volume, path, settings.nan_to_zero)
     if volume.data.min() == volume.data.max():
         raise UserError(f"{path}: all voxels are {volume.data.flat[0]:g}, there is nothing to fuse")
-    expected = DICOM_MODALITY[kind]
-    if volume.modality not in (None, expected):
-        doubt = f"its modality is {volume.modality}, {settings.task} expects {expected}"
-        if not forces(settings.force, "modality"):
-            raise UserError(f"{path}: {doubt} as img{i}; --force modality fuses all the same")
-        volume.notes.append(f"forced (modality): {doubt}")
-    if kind == "CT" and volume.data.min() >= 0:
-        volume.notes.append("no value below 0: is it in HU? --window can take another scale")
+    check_kind(volume, path, kind, f"img{i} of {settings.task}", settings.force)
+    if kind == "CT":
+        check_units(volume, path, settings.window, settings.force)
     tell(f"img{i}: {kind}, {volume.describe()}", *(f"img{i}: {note}" for note in volume.notes))
     return volume
+
+
+def check_kind(volume: Volume, path: Path, kind: str, of: str, force: str) -> None:
+    """UserError for a DICOM modality that is not that of `kind`, or a note if it is forced.
+
+    `of` is the name of the source for the line, as "img1 of CT-MRI".
+    """
+    expected = DICOM_MODALITY[kind]
+    if volume.modality in (None, expected):
+        return
+    name, _, task = of.partition(" of ")
+    doubt = f"its modality is {volume.modality}, {task} expects {expected}"
+    if not forces(force, "modality"):
+        raise UserError(f"{path}: {doubt} as {name}; --force modality fuses all the same")
+    volume.notes.append(f"forced (modality): {doubt}")
+
+
+def check_units(volume: Volume, path: Path, window: str, force: str) -> None:
+    """UserError for a CT that does not look as if it was in HU, or a note if it is forced."""
+    doubt = units_doubt(volume.data, window)
+    if doubt and not forces(force, "units"):
+        raise UserError(f"{path}: {doubt}")
+    volume.notes += [f"forced (units): {doubt}"] if doubt else []
 
 
 def make_finite(volume: Volume, path: Path, nan_to_zero: bool) -> None:
@@ -138,13 +172,14 @@ def make_finite(volume: Volume, path: Path, nan_to_zero: bool) -> None:
 
 
 def scale_pair(
-    fixed: Volume, moved: Volume, settings: TestArgs, tell: Callable[..., None]
+    fixed: Volume, moved: Volume, settings: TestArgs, tell: Callable[[str], None]
 ) -> tuple[Scaling, Scaling]:
     """The scalings of source 1 and source 2; `tell` gets them and, for PET, why SUV is missing."""
     kind = TASKS[settings.task]
     scaling1 = scaling_of(fixed, kind, settings.window, settings.suv)
     scaling2 = scaling_of(moved, "MRI", settings.window, settings.suv)
-    tell(scaling1.text, scaling2.text)
+    tell(scaling1.text)
+    tell(scaling2.text)
     if reason := scaling1.method.get("no_suv"):
         tell(f"no SUV ({reason}): {kind} scaled to its maximum")
     return scaling1, scaling2

@@ -32,6 +32,7 @@ from volumes.series import (
     Headers,
     by_series,
     choose,
+    choose_ct,
     frame_count,
     once,
     patient_of,
@@ -112,7 +113,9 @@ def read_dicom(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's quote the header's values
         headers, strays = _read_headers(path)
-        headers = choose(path, by_series(headers), series, flag)
+        groups = by_series(headers)
+        is_via = flag == "--via"
+        headers = choose_ct(path, groups) if is_via else choose(path, groups, series, flag)
         patient = patient_of(path, headers)
         headers, copies = once(headers)
         refuse_mosaic(path, headers[0][1])

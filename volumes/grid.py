@@ -29,7 +29,8 @@ REGISTER = "--register rigid moves img2 onto img1"
 NEAR = 0.01  # of a voxel: positions closer than this are the same
 SHEAR = 0.1  # of a voxel: how far a voxel may lie from where orthogonal axes would put it
 AXES = ("sagittal", "coronal", "axial")  # the axes L, P, S of a patient
-FORCED = ("modality", "space", "place", "overlap", "registration")  # what --force can name
+# what --force can name; alone it means all but the last
+FORCED = ("modality", "space", "place", "overlap", "registration", "units", "patient")
 GRIDS = ("auto", "1", "2")  # what --grid takes beside a side in mm
 FWHM = 2 * np.sqrt(2 * np.log(2))  # width at half height of a Gaussian, in its sigma
 MAX_VOXELS = 1024**3  # of a grid by --grid MM
@@ -49,7 +50,7 @@ class Volume:
     no_suv: str = "the file has no DICOM fields"  # why `suv` is None
     unit: str = ""  # of the values, where DICOM tells it: SUV, Bq/ml or counts
     summed: bool = False  # concentrations of several times, added up
-    patient: tuple[str, str] | None = field(default=None, repr=False)  # to be compared only
+    patient: tuple[str, ...] | None = field(default=None, repr=False)  # to be compared only
     origin: Path | None = None  # a DICOM file of it
     notes: list[str] = field(default_factory=list)
 
@@ -181,7 +182,7 @@ def forces(force: str, what: str) -> bool:
     names = [name.strip() for name in force.split(",") if name.strip()]
     if wrong := [name for name in names if name not in (*FORCED, "all")]:
         raise UserError(f"--force names {wrong[0]!r}, expected all, or of {', '.join(FORCED)}")
-    return what in names or "all" in names
+    return what in names or ("all" in names and what != "patient")
 
 
 def passed_over(doubts: list[tuple[str, str]], force: str) -> list[str]:
@@ -198,7 +199,7 @@ def check_place(fixed: Volume, moving: Volume, force: str) -> list[str]:
 
     A registration does not help: left and right would be in doubt.
     """
-    line = "does not say where it is in the patient (no sform, qform, space)"
+    line = "does not say where it is in the patient (no sform, qform, space or position)"
     pairs = (("img1", fixed), ("img2", moving))
     return passed_over([("place", f"{n} {line}") for n, v in pairs if not v.placed], force)
 

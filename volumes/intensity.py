@@ -22,6 +22,9 @@ WINDOWS = {"wide": (450, 1100), "brain": (40, 80), "bone": (600, 2800), "subdura
 PERCENTILES = (0.5, 99.5)
 SAMPLES = 2_000_000  # voxels that decide on percentiles, at most about
 DICOM_MODALITY = {"CT": "CT", "PET": "PT", "SPECT": "NM", "MRI": "MR"}  # from our names
+AIR = (-1200, -800)  # HU that air has, with noise
+# shares of a CT's voxels: at least in its window, at least near air, at most below air
+IN_WINDOW, NEAR_AIR, BELOW_AIR = 0.005, 0.005, 0.05
 STORED_ONE = 32767  # a fused luma of 1, as the int16 that is stored
 
 
@@ -78,13 +81,42 @@ def ct_scaling(window: str) -> Scaling:
     return Scaling(low, high, f"CT {low:g}..{high:g} HU", method)
 
 
+def units_doubt(data: np.ndarray, window: str) -> str:
+    """Why a CT (I, J, K) does not look as if it was in HU, or in the window's unit; else empty.
+
+    A window in numbers may be in another unit, so air is looked for only where it has a name.
+    """
+    scaling, values = ct_scaling(window), data[sampling(data)].ravel()
+    found = f"its values go from {data.min():g} to {data.max():g}"
+    how = "give --window LEVEL,WIDTH in its own values, or --force units takes them as HU"
+    inside = float(((values > scaling.low) & (values < scaling.high)).mean())
+    if inside < IN_WINDOW:
+        window = f"{scaling.low:g} to {scaling.high:g}"
+        return f"{found}, and {inside:.1%} of them lie in the window of {window} HU; {how}"
+    lowest = values.min()
+    if (
+        lowest < AIR[0] and (values == lowest).mean() > IN_WINDOW
+    ):  # what is beyond the scanner's field
+        values = values[values > lowest]
+    near = float(((values >= AIR[0]) & (values <= AIR[1])).mean())
+    below = float((values < AIR[0]).mean())
+    if window in WINDOWS and (near < NEAR_AIR or below > BELOW_AIR):
+        return f"{found}, and {near:.1%} of them are near -1000 HU, as air is; {how}"
+    return ""
+
+
+def sampling(data: np.ndarray) -> tuple[slice, ...]:
+    """Which of many voxels (I, J, K) are looked at: about SAMPLES, evenly."""
+    step = max(1, int(np.ceil((data.size / SAMPLES) ** (1 / 3))))
+    return tuple(slice(None, None, step if n > 4 * step else 1) for n in data.shape)
+
+
 def mri_scaling(data: np.ndarray) -> Scaling:
     """The percentiles of PERCENTILES among the voxels of the head, (I, J, K).
 
     Raises UserError if all voxels are equal.
     """
-    step = max(1, int(np.ceil((data.size / SAMPLES) ** (1 / 3))))
-    sample = data[tuple(slice(None, None, step if n > 4 * step else 1) for n in data.shape)]
+    sample = data[sampling(data)]
     if sample.min() == sample.max():
         raise UserError(f"MRI: all voxels are {sample.flat[0]:g}, there is nothing to fuse")
     low, high = np.percentile(sample[head(sample)], PERCENTILES)
