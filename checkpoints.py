@@ -2,6 +2,8 @@
 
 import csv
 import io
+import math
+import re
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 
 # A resumed run may differ in these, as they do not change what is trained.
 FREE = ("DEVICE", "threads", "data_dir", "save_dir", "workers", "resume", "minutes", "compile")
-FREE += ("save_every", "name", "overwrite")
+FREE += ("save_every", "name", "overwrite", "epoch", "stages", "patch_size", "batch_size")
+FREE += ("cooldown", "val_every", "patience")
 
 
 class TrainState(NamedTuple):
@@ -39,6 +42,74 @@ class TrainState(NamedTuple):
 def run_file(out: Path, ending: str) -> Path:
     """A file of the run whose files begin with `out`, such as modelsave/compact_CT-MRI."""
     return out.with_name(out.name + ending)
+
+
+class Stage(NamedTuple):
+    """A part of a run: crops of one size."""
+
+    patch: int  # side of a crop, in pixels
+    batch: int  # pairs in a step, over all processes
+    epochs: int
+    frozen: bool  # BatchNorm uses the statistics of whole images, as fusing does
+
+    def __str__(self) -> str:
+        return f"{self.patch}x{self.batch}" + ":frozen" * self.frozen
+
+
+def stages_of(args: TrainArgs) -> list[Stage]:
+    """The stages that --stages names; without it one of --patch_size, --batch_size and --epoch.
+
+    Raises UserError for a stage that is not PATCHxBATCHxEPOCHS, with ":frozen" or without.
+    """
+    if not args.stages:
+        return [Stage(args.patch_size, args.batch_size, args.epoch, False)]
+    stages = []
+    for text in args.stages:
+        found = re.fullmatch(r"(\d{1,5})x(\d{1,5})x(\d{1,6})(:frozen)?", text)
+        numbers = tuple(map(int, found.groups()[:3])) if found else (0,)
+        if 0 in numbers:
+            raise UserError(
+                f"stage {text!r}, expected PATCHxBATCHxEPOCHS as in 64x8x200, or 256x4x10:frozen"
+            )
+        stages.append(Stage(*numbers, bool(found[4])))
+    return stages
+
+
+def stage_of(stages: list[Stage], epoch: int) -> tuple[Stage, bool]:
+    """The stage of an epoch, counted from 0, and whether it begins there."""
+    for stage in stages:
+        if epoch < stage.epochs:
+            return stage, epoch == 0
+        epoch -= stage.epochs
+    raise ValueError(f"the stages end {epoch + 1} epochs before")
+
+
+class Progress:
+    """How far a run has come; a checkpoint keeps it."""
+
+    def __init__(self, epoch: int = 0, best: float = math.inf, waited: int = 0, rows=()):
+        self.epoch = epoch  # how many are done
+        self.best = best  # smallest shortfall so far, see evaluation/floors.py
+        self.waited = waited  # validations since then
+        self.rows = list(rows)  # what each epoch measured
+
+    @property
+    def seconds(self) -> float:
+        """Time of training so far."""
+        return sum(row["seconds"] for row in self.rows)
+
+    def add(self, row: dict[str, float]) -> None:
+        """Count an epoch with what it measured."""
+        self.epoch += 1
+        self.rows.append(row)
+
+    def judge(self, kind: str, measured: dict[str, float]) -> bool:
+        """Add what a validation measured to the last epoch; whether it is the best so far."""
+        self.rows[-1] |= {f"{kind}_{name}": value for name, value in measured.items()}
+        better = measured["shortfall"] < self.best
+        self.best = min(self.best, measured["shortfall"])
+        self.waited = 0 if better else self.waited + 1
+        return better
 
 
 def start_of_files(args: TrainArgs) -> Path:
@@ -61,31 +132,52 @@ def start_of_files(args: TrainArgs) -> Path:
     return out
 
 
-def save_checkpoint(path: Path, state: TrainState, args: TrainArgs, run: dict) -> None:
+def save_checkpoint(
+    path: Path, state: TrainState, args: TrainArgs, stages: list[Stage], progress: Progress
+) -> None:
     """Write all that --resume needs; a kill at any moment leaves the old file or the new one.
 
     No state of random generators is in it: what is random in an epoch follows from its number.
     """
     states = {name: part.state_dict() for name, part in state._asdict().items()}
     with whole_file(path) as file:
+        run = {"stages": past(stages, progress.epoch), "progress": vars(progress)}
         torch.save({"state": states, "settings": plain(args), "run": run}, file)
 
 
-def load_checkpoint(path: Path, state: TrainState, args: TrainArgs) -> dict:
-    """Put `state` back to what a checkpoint keeps; returns the run so far.
+def past(stages: list[Stage], epoch: int) -> list[list]:
+    """The stages until an epoch, as lists of numbers: what a resumed run can no longer change."""
+    done = []
+    for stage in stages:
+        epochs = min(stage.epochs, epoch)
+        epoch -= epochs
+        if epochs:
+            done.append([*stage._replace(epochs=epochs)])
+    return done
+
+
+def load_checkpoint(
+    path: Path, state: TrainState, args: TrainArgs, stages: list[Stage]
+) -> Progress:
+    """Put `state` back to what a checkpoint keeps; returns how far the run has come.
 
     It is read to the CPU, where AdamW keeps its step counts: on a GPU, each step would wait for
     every one of them. The parts copy the rest to their own device.
 
-    Raises UserError if there is none, if it is damaged, or if a setting has changed.
+    Raises UserError if there is none, if it is damaged, or if a setting has changed. What is still
+    to come of the stages may change.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file, so there is no run to resume")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        settings, states, run = saved["settings"], saved["state"], saved["run"]
+        settings, states = saved["settings"], saved["state"]
+        done, progress = saved["run"]["stages"], Progress(**saved["run"]["progress"])
     except Exception:  # a parser of strange bytes may stumble in any way
-        raise UserError(f"{path}: damaged or not a checkpoint of train_asfe.py") from None
+        raise UserError(
+            f"{path}: damaged, or not a checkpoint of this version of train_asfe.py; begin a new "
+            "run from its weights: --init WEIGHTS --name NEW"
+        ) from None
     now = plain(args)
     settings = plain(TrainArgs()) | settings  # what an older version did not know
     changed = [
@@ -93,6 +185,8 @@ def load_checkpoint(path: Path, state: TrainState, args: TrainArgs) -> dict:
         for name in {**settings, **now}
         if name not in FREE and unordered(now.get(name)) != unordered(settings.get(name))
     ]
+    if past(stages, progress.epoch) != done:
+        changed.append(f"the first {progress.epoch} epochs were {named(done)}")
     if changed:
         weights = path.with_name(path.name.removesuffix("_last.pt") + ".safetensors")
         raise UserError(
@@ -101,7 +195,12 @@ def load_checkpoint(path: Path, state: TrainState, args: TrainArgs) -> dict:
         )
     for name, part in state._asdict().items():
         part.load_state_dict(states[name])
-    return run
+    return progress
+
+
+def named(done: list[list]) -> str:
+    """Stages of a checkpoint as --stages has them."""
+    return " ".join(f"{p}x{b}x{epochs}" + ":frozen" * frozen for p, b, epochs, frozen in done)
 
 
 def unordered(value):
@@ -119,14 +218,14 @@ def plain(args: TrainArgs) -> dict:
     }
 
 
-def describe(args: TrainArgs, run: dict, loss: float, measured: dict, val_pairs: int) -> dict:
+def describe(args: TrainArgs, progress: Progress, measured: dict, val_pairs: int) -> dict:
     """What a weights file says of its making."""
     settings = {key: value for key, value in plain(args).items() if key not in FREE}
     return {
         "task": args.task,
-        "epochs": run["epoch"],
-        "training_loss": round(loss, 4),
-        "minutes": round(run["seconds"] / 60, 1),
+        "epochs": progress.epoch,
+        "training_loss": round(progress.rows[-1]["loss"], 4),
+        "minutes": round(progress.seconds / 60, 1),
         "date": date.today().isoformat(),
         "validation_pairs": val_pairs,
         "metrics": measured,
@@ -142,6 +241,23 @@ def opening(args: TrainArgs, device: torch.device, train: list[Pair], val: list[
         return f"{text}, nobody held out for validation"
     cases = sorted({case_of(pair, args.case_pattern) for pair in val})
     return f"{text}, {len(val)} held out for validation (cases {', '.join(cases)})"
+
+
+def farewell(epoch: int, epochs: int, out: Path) -> str:
+    """What a run says at its end, or where it was stopped."""
+    weights = run_file(out, ".safetensors")
+    rest = "" if epoch == epochs else f" of {epochs} (--resume goes on)"
+    there = weights if weights.is_file() else "none yet, they come with the first validation"
+    return f"{epoch} epochs{rest}; weights: {there}"
+
+
+def write_board(folder: Path, progress: Progress) -> None:
+    """Add the last epoch's values to the run's TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter  # only here, and it loads slowly
+
+    with SummaryWriter(folder, purge_step=progress.epoch) as board:
+        for name, value in progress.rows[-1].items():
+            board.add_scalar(name.replace("_", "/", 1), value, progress.epoch)
 
 
 def write_csv(path: Path, rows: list[dict[str, float]]) -> None:
