@@ -66,13 +66,16 @@ def row_of(case: Case, record: dict | None) -> dict:
     told = sidecar_of(settings.out) if record["status"] == "done" else {}
     registration = told.get("registration") or {}
     covered = re.search(r"covers ([\d.]+) ?%", " ".join(told.get("report", [])))
-    moved = registration.get("moved_mm")
+    applied = registration.get("applied", True)
+    moved = registration.get("moved_mm") if applied else None
+    apart = None if applied else registration.get("apart_mm")
     return {
         "name": case.name,
         "status": record["status"],
         "task": settings.task,
         "seconds": record.get("seconds", ""),
         "moved_mm": "" if moved is None else largest(moved),
+        "apart_mm": "" if apart is None else largest(apart),
         "overlap_percent": covered[1] if covered else "",
         "doubts": "; ".join(map(str, registration.get("doubts") or [])),
         "message": record["message"],
@@ -136,6 +139,8 @@ def article(row: dict, case: Case, out: Path) -> str:
     facts = [row["task"], f"{row['seconds']:.1f} s"]
     if row["moved_mm"] != "":
         facts.append(f"moved {row['moved_mm']} mm")
+    if row["apart_mm"] != "":
+        facts.append(f"measured {row['apart_mm']} mm apart, not moved")
     if row["overlap_percent"]:
         facts.append(f"overlap {row['overlap_percent']} %")
     text = f"<p>{escape(' · '.join(facts))}</p>"

@@ -20,11 +20,12 @@ import SimpleITK as sitk  # noqa: N813
 from args_setting import TASKS, TestArgs
 from cli import UserError
 from network import MIN_SIDE, ASFEFusion
-from volumes.grid import Volume, forces, pick_axis, slices
+from volumes.grid import Volume, forces, pick_axis, pixel_sides, slices
 from volumes.intensity import DICOM_MODALITY, STORED_ONE, Scaling, scaling_of, units_doubt
 from volumes.io import read_volume
 from volumes.outputs import FusedVolume, make_folders, plan_outputs, write_outputs
 from volumes.pair import Together, bring_together
+from volumes.pictures import square_size
 from volumes.series import check_patients
 from volumes.tiles import check_tiles, fuse_slices
 from volumes.varying import Choice
@@ -71,6 +72,9 @@ def fuse_volumes(
     check_sides(fused.stack, axis)
     count, height, width = fused.stack.shape
     tell(f"{count} {axis} slices of {height}x{width}")
+    size = square_size((height, width), pixel_sides(fixed.affine, axis))
+    if outputs.png and size != (height, width):
+        tell(f"--png: slices as {size[0]}x{size[1]}, so that pixels are square")
     make_folders(outputs)
     stacks = tuple(slices(data, fixed.affine, axis) for data in (fixed.data, moved.data))
     fuse_slices(model, stacks, scalings, fused.stack, settings)

@@ -11,7 +11,6 @@ Legend: P planes, each a (rows, columns) image; I J K voxels of a volume, see vo
 """
 
 import struct
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from volumes.durations import mean_weights, sum_words
 from volumes.grid import Volume
 from volumes.nuclear import check_nuclear, frames_of, place_of
 from volumes.planes import Plane, Stack, evened, stack
+from volumes.quiet import quiet
 from volumes.series import (
     Headers,
     by_series,
@@ -94,6 +94,7 @@ PLUGINS = {
 }
 
 
+@quiet()  # pydicom's warnings quote the header's values
 def read_dicom(
     path: Path, series: str | None = None, flag: str = "--series1", choice: Choice = ALL
 ) -> Volume:
@@ -110,17 +111,15 @@ def read_dicom(
             a mosaic, slices missing or in several orientations, no position, damaged or compressed
             pixels that cannot be read.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom's quote the header's values
-        headers, strays = _read_headers(path)
-        groups = by_series(headers)
-        is_via = flag == "--via"
-        headers = choose_ct(path, groups) if is_via else choose(path, groups, series, flag)
-        patient = patient_of(path, headers)
-        headers, copies = once(headers)
-        refuse_mosaic(path, headers[0][1])
-        volume = _volume_of(path, headers, choice)
-        volume.patient = patient
+    headers, strays = _read_headers(path)
+    groups = by_series(headers)
+    is_via = flag == "--via"
+    headers = choose_ct(path, groups) if is_via else choose(path, groups, series, flag)
+    patient = patient_of(path, headers)
+    headers, copies = once(headers)
+    refuse_mosaic(path, headers[0][1])
+    volume = _volume_of(path, headers, choice)
+    volume.patient = patient
     if copies:
         volume.notes.append(f"{copies} files are copies of others, counted once")
     if strays:

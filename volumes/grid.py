@@ -204,32 +204,38 @@ def check_place(fixed: Volume, moving: Volume, force: str) -> list[str]:
     return passed_over([("place", f"{n} {line}") for n, v in pairs if not v.placed], force)
 
 
-def check_space(fixed: Volume, moving: Volume, force: str, registered: bool = False) -> list[str]:
+def check_space(
+    fixed: Volume, moving: Volume, force: str, registered: bool = False, seen: bool = False
+) -> list[str]:
     """Lines on what is in doubt about two volumes being in one patient space.
 
     Args:
         force: which of FORCED may be passed over.
         registered: one was moved onto the other, so that frames and spaces no longer count.
+        seen: they were measured to lie on each other, whatever their frames and spaces say.
 
     Raises:
         UserError: what must not be passed over without `force`.
     """
-    doubts, notes = [], []  # doubts as what to force and a line
+    apart, doubts, notes = [], [], []  # doubts as what to force and a line
     spaces = {v.code for v in (fixed, moving)}
     frames = fixed.frame, moving.frame
     if not registered:
         if len(spaces) == 2 and spaces & set(STANDARD):
             first, second = (SPACES.get(v.code, "unknown") for v in (fixed, moving))
-            line = f"img1 is in {first} space, img2 in {second} space, {REGISTER}"
-            doubts.append(("space", line))
+            line = f"img1 is in {first} space, img2 in {second} space"
+            apart.append(line)
         if all(frames) and frames[0] != frames[1]:
-            line = f"img1 and img2 have different DICOM frames of reference, {REGISTER}"
-            doubts.append(("space", line))
+            apart.append("img1 and img2 have different DICOM frames of reference")
         elif not all(frames):
             notes.append(
                 "not both files name a DICOM frame of reference: taken as one patient space, "
                 "unchecked"
             )
+    if seen:
+        notes += [f"{line}, but they were measured to lie on each other" for line in apart]
+    else:
+        doubts += [("space", f"{line}, {REGISTER}") for line in apart]
     share = common(fixed, moving)
     if share < 0.5:
         line = f"img1 and img2 share only {share:.0%} of the smaller field, expected half"

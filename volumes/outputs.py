@@ -24,7 +24,7 @@ from volumes.grid import pixel_sides, slice_positions, slices
 from volumes.intensity import STORED_ONE, Scaling
 from volumes.io import NIFTI, stem_of, stream_nifti
 from volumes.pair import WAYS, Together
-from volumes.pictures import colour_slice, colour_table, eight_bit, mosaic, with_bar
+from volumes.pictures import colour_slice, colour_table, eight_bit, mosaic, squared, with_bar
 from volumes.transforms import transform_text
 
 
@@ -182,9 +182,10 @@ def write_outputs(settings: TestArgs, fused: FusedVolume, source1: np.ndarray) -
     colour = colour_of(settings)
     rgb = colour_volume(fused, source1, colour) if colour else None
     pictures = fused.stack if rgb is None else slices(rgb, fused.affine, fused.axis)
+    pixel = pixel_sides(fused.affine, fused.axis)
     if outputs.png:
         for n, image in enumerate(pictures):
-            picture = with_bar(eight_bit(image), colour, fused.scalings[0])
+            picture = with_bar(squared(eight_bit(image), pixel), colour, fused.scalings[0])
             write_png(outputs.png / f"{fused.axis}_{n:04d}.png", picture)
     if outputs.dicom:
         from volumes.derived import write_series  # only --dicom needs highdicom
@@ -195,7 +196,6 @@ def write_outputs(settings: TestArgs, fused: FusedVolume, source1: np.ndarray) -
         write_series(outputs.dicom, pictures, *place, giver.frame, patient)
     if outputs.mosaic:
         labels = slice_positions(fused.luma.shape, fused.affine, fused.axis)
-        pixel = pixel_sides(fused.affine, fused.axis)
         sheet = mosaic(pictures, labels, fused.axis, pixel)
         write_png(outputs.mosaic, with_bar(sheet, colour, fused.scalings[0]))
     text = f"ASFE {settings.task}; {'; '.join(scaling.text for scaling in fused.scalings)}"

@@ -76,7 +76,8 @@ def bring_together(
     number, grid = pick_grid(fixed, moving, TASKS[settings.task], settings.grid)
     before, matrix = moving, found.matrix if applied else np.eye(4)
     at_source1 = moved(moving, np.linalg.inv(matrix))
-    tell(*check_space(fixed, at_source1, settings.force, applied))
+    seen = how == "check" and not found.doubts and found.moved <= limit(fixed, moving)
+    tell(*check_space(fixed, at_source1, settings.force, applied, seen))
     picture = None
     if applied or (found and found.moved > limit(fixed, moving)):
         there = moved(moving, np.linalg.inv(found.matrix))
@@ -201,7 +202,8 @@ def described(how: str, applied: bool, found: Registration) -> dict:
         "matrix_ras_mm": found.matrix.tolist(),
         "maps": "points of source 1 to points of source 2",
         "centre_ras_mm": found.centre.tolist(),
-        "moved_mm": found.moved,
+        "moved_mm": found.moved if applied else 0.0,
+        "apart_mm": found.moved,  # as measured, whether it was applied or not
         "mutual_information": {"before": found.before, "after": found.after},
         "seconds": round(found.seconds, 2),
         "doubts": found.doubts,

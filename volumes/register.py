@@ -33,6 +33,7 @@ ARM = 80.0  # mm: a turn counts as much as the way of a point so far from the ce
 TURN = 15.0  # degrees, of the turned starts
 MARGIN = 4.0  # mm of air around the head that count, too
 HU = (-1000, 1000)
+MM = (1.0, "mm")
 # what is needed to trust a result
 AGREE = 3.0  # mm between what two starts arrive at
 EQUAL = 0.97  # of the best mutual information: a start that reaches it is as good
@@ -305,13 +306,21 @@ def information(level: Level, transform: sitk.Transform) -> float:
 # --- what to think of it ---------------------------------------------------------------------
 
 
-def disagreement(best: Candidate, others: list[Candidate], points: np.ndarray) -> list[str]:
-    """The doubt that other starts arrive elsewhere, and are as good there."""
+def disagreement(
+    best: Candidate, others: list[Candidate], points: np.ndarray, unit: tuple[float, str] = MM
+) -> list[str]:
+    """The doubt that other starts arrive elsewhere, and are as good there.
+
+    `unit` is the length in mm that the user counts in, and its name.
+    """
+    length, name = unit
     good = [c for c in others if c.information >= EQUAL * best.information]
     far = max((apart(c.transform, best.transform, points) for c in good), default=0)
-    return (
-        [f"its starts disagree by {far:.1f} mm, expected at most {AGREE:g}"] if far > AGREE else []
-    )
+    if far <= AGREE:
+        return []
+    return [
+        f"its starts disagree by {far / length:.1f} {name}, expected at most {AGREE / length:.3g}"
+    ]
 
 
 def judged(best: Candidate, level: Level, points, others, doubts: list[str], began: float):
