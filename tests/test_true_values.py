@@ -6,23 +6,35 @@ gives the same for the same header; it is not needed here.
 """
 
 import json
+from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK as sitk  # noqa: N813
 from dicom_files import injected, write_enhanced, write_series
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
+from scipy.spatial.transform import Rotation
+from test_volumes_register import registration_object
 from volume_files import affine_of, numbered
 
+from args_setting import TestArgs
 from cli import UserError
+from images import read_uint8
+from studies.cases import Case
+from studies.report import article, row_of
 from volumes.decay import NUCLIDES, nuclide_of
 from volumes.dicom import read_dicom
 from volumes.durations import beside
+from volumes.grid import RAS_LPS, Volume
 from volumes.intensity import mri_scaling, scaling_of, units_doubt
 from volumes.io import read_volume
+from volumes.register import disagreement
 from volumes.suv import suv_factor
+from volumes.transforms import matrix_from, read_transform
 from volumes.varying import Choice
 
 HALF_LIFE = 6586.2  # s, fluorine-18
@@ -643,3 +655,126 @@ def test_an_mri_is_no_companion_ct(call, brighter, heads, tmp_path):
     argv += ["--out", tmp_path / "f.nii", "--register", "rigid", "--via"]
     code, _, err = call(*argv, tmp_path / "mr")
     assert code == 2 and "its modality is MR, PET-MRI expects CT as --via" in err
+
+
+# --- transforms that do not place a head -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("linear", "words"),
+    [
+        (np.diag([-1.0, 1, 1]), "mirrors"),
+        (np.diag([-1.0, -1, -1]), "mirrors"),
+        (np.diag([3.0, 3, 3]), "stretches by 3 and 3"),
+        (np.diag([1.0, 1, 0.7]), "stretches by 0.7 and 1"),
+        (np.diag([1.0, 1.3, 1]), "stretches by 1 and 1.3"),
+        (np.array([[1.0, 0.9, 0], [0, 1, 0], [0, 0, 1]]), "stretches by"),  # a shear
+        (np.diag([1.24, 0.81, 1]), ""),
+        (Rotation.from_euler("xyz", (170, 20, -30), degrees=True).as_matrix(), ""),
+    ],
+)
+def test_a_linear_file_must_place_a_head(tmp_path, linear, words):
+    transform = sitk.AffineTransform(3)
+    transform.SetMatrix(linear.ravel().tolist())
+    transform.SetTranslation((3.0, 4.0, 5.0))
+    matrix = np.eye(4)
+    matrix[:3, :3], matrix[:3, 3] = linear, (3, 4, 5)
+    sitk.WriteTransform(transform, str(tmp_path / "t.tfm"))
+    registration_object(tmp_path / "r.dcm", {"1.2.1": np.eye(4), "1.2.2": np.linalg.inv(matrix)})
+    volumes = [Volume(np.zeros(SHAPE, np.float32), PLACE, frame=f"1.2.{n}") for n in (1, 2)]
+    for name in ("t.tfm", "r.dcm"):
+        if words:
+            with pytest.raises(UserError, match=words):
+                matrix_from(tmp_path / name, *volumes)
+        else:
+            found = RAS_LPS @ matrix_from(tmp_path / name, *volumes) @ RAS_LPS
+            assert np.allclose(found, matrix, atol=1e-6)
+
+
+@pytest.mark.parametrize(("scale", "taken"), [(1.9, True), (0.55, True), (2.2, False), (-1, False)])
+def test_a_linear_file_of_images_may_scale_more(tmp_path, scale, taken):
+    transform = sitk.AffineTransform(2)
+    transform.SetMatrix([scale, 0, 0, abs(scale)])
+    sitk.WriteTransform(transform, str(tmp_path / "t.tfm"))
+    if taken:
+        assert read_transform(tmp_path / "t.tfm", 2)[0, 0] == pytest.approx(scale)
+    else:
+        with pytest.raises(UserError, match="its matrix"):
+            read_transform(tmp_path / "t.tfm", 2)
+
+
+def test_a_dicom_matrix_that_is_none_of_points_is_refused(tmp_path):
+    odd = np.eye(4)
+    odd[3] = [0, 0, 0.1, 1]
+    registration_object(tmp_path / "r.dcm", {"1.2.1": np.eye(4), "1.2.2": odd})
+    volumes = [Volume(np.zeros(SHAPE, np.float32), PLACE, frame=f"1.2.{n}") for n in (1, 2)]
+    with pytest.raises(UserError, match="last row"):
+        matrix_from(tmp_path / "r.dcm", *volumes)
+
+
+# --- sentences that were not true ------------------------------------------------------------
+
+
+def test_what_was_measured_to_lie_on_each_other_is_not_refused(call, brighter, heads, tmp_path):
+    """Two volumes on one grid, of which one's NIfTI code names another space."""
+    image = nib.load(heads["mri"])
+    image = nib.Nifti1Image(image.get_fdata(dtype=np.float32), image.affine)
+    image.set_sform(image.affine, 4)
+    image.set_qform(image.affine, 4)
+    image.to_filename(tmp_path / "mri.nii.gz")
+    ct = nib.load(heads["ct"])
+    ct = nib.Nifti1Image(ct.get_fdata(dtype=np.float32), ct.affine)
+    ct.set_sform(ct.affine, 1)
+    ct.set_qform(ct.affine, 1)
+    ct.to_filename(tmp_path / "ct.nii.gz")
+    argv = ["--img1", tmp_path / "ct.nii.gz", "--img2", tmp_path / "mri.nii.gz"]
+    code, stdout, err = call(*argv, "--out", tmp_path / "f.nii.gz")
+    assert code == 0 and "lie on each other" in stdout, err
+    assert "img2 in MNI152 space, but they were measured to lie on each other" in stdout
+    registration = json.loads((tmp_path / "f.json").read_text())["registration"]
+    assert registration["moved_mm"] == 0 < registration["apart_mm"]
+    code, _, err = call(*argv, "--out", tmp_path / "g.nii.gz", "--register", "off")
+    assert code == 2 and "--force space" in err
+
+
+def test_slices_as_png_have_square_pixels(call, brighter, tmp_path):
+    """20 x 18 voxels of 4 x 6 mm: a coronal slice is 18 * 6 / 4 = 27 pixels high."""
+    data, place = numbered((20, 22, 18)), np.diag([4.0, 4.0, 6.0, 1.0])
+    for name, modality in (("nm", "NM"), ("mr", "MR")):
+        write_series(tmp_path / name, data, place, modality)
+    argv = ["--task", "SPECT-MRI", "--img1", tmp_path / "nm", "--img2", tmp_path / "mr"]
+    argv += ["--register", "off", "--colour", "none"]
+    for axis, shape, told in (("coronal", (27, 20), True), ("axial", (22, 20), False)):
+        out = tmp_path / axis
+        more = ["--out", out / "f.nii", "--png", out / "png", "--axis", axis]
+        code, stdout, err = call(*argv, *more)
+        assert code == 0, err
+        assert read_uint8(out / "png" / f"{axis}_0000.png").shape == shape
+        assert ("so that pixels are square" in stdout) == told
+
+
+def test_a_study_calls_only_a_move_moved(tmp_path):
+    case = Case(
+        "c", TestArgs(img1=Path("a"), img2=Path("b"), out=tmp_path / "f.nii.gz"), tmp_path / "r"
+    )
+    for applied, words in ((True, "moved 2.39 mm"), (False, "measured 2.39 mm apart, not moved")):
+        told = {"applied": applied, "moved_mm": 2.39 if applied else 0.0, "apart_mm": 2.39}
+        (tmp_path / "f.json").write_text(json.dumps({"registration": told}))
+        row = row_of(case, {"status": "done", "message": "", "seconds": 1.0})
+        assert words in article(row, case, tmp_path)
+        assert (row["moved_mm"] == 2.39) == applied
+
+
+def test_images_that_cannot_be_registered_do_not_speak_of_mm():
+    class Found(NamedTuple):
+        information: float
+        transform: sitk.Transform
+
+    away = sitk.Euler2DTransform()
+    away.SetTranslation((20.0, 0.0))
+    found = [Found(1.0, sitk.Euler2DTransform()), Found(1.0, away)]
+    points = np.zeros((1, 2))
+    [doubt] = disagreement(found[0], found, points, (2.0, "pixels"))
+    assert doubt == "its starts disagree by 10.0 pixels, expected at most 1.5"
+    [doubt] = disagreement(found[0], found, points)
+    assert doubt == "its starts disagree by 20.0 mm, expected at most 3"
