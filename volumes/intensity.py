@@ -25,6 +25,8 @@ DICOM_MODALITY = {"CT": "CT", "PET": "PT", "SPECT": "NM", "MRI": "MR"}  # from o
 AIR = (-1200, -800)  # HU that air has, with noise
 # shares of a CT's voxels: at least in its window, at least near air, at most below air
 IN_WINDOW, NEAR_AIR, BELOW_AIR = 0.005, 0.005, 0.05
+NOISY, FILLED = 0.7, 0.9  # of the field: a mask with noise in it, perhaps; and more than a head
+SMOOTH = 2.0  # voxels, of the Gaussian that takes noise away
 STORED_ONE = 32767  # a fused luma of 1, as the int16 that is stored
 
 
@@ -119,12 +121,16 @@ def mri_scaling(data: np.ndarray) -> Scaling:
     sample = data[sampling(data)]
     if sample.min() == sample.max():
         raise UserError(f"MRI: all voxels are {sample.flat[0]:g}, there is nothing to fuse")
-    low, high = np.percentile(sample[head(sample)], PERCENTILES)
+    mask = head(sample)
+    low, high = np.percentile(sample[mask], PERCENTILES)
     if not low < high:
         low, high = sample.min(), sample.max()
-    method = {"method": "percentiles inside the head", "percentiles": list(PERCENTILES)}
+    where = "of the whole field, as no head stands out" if fills(mask) else "inside the head"
+    method = {"method": f"percentiles {where}", "percentiles": list(PERCENTILES)}
     method |= {"low": float(low), "high": float(high)}
-    return Scaling(float(low), float(high), f"MRI 0.5-99.5 % {low:.4g}..{high:.4g}", method)
+    text = f"MRI 0.5-99.5 % {low:.4g}..{high:.4g}"
+    text += f" ({where})" if fills(mask) else ""
+    return Scaling(float(low), float(high), text, method)
 
 
 def head(data: np.ndarray) -> np.ndarray:
@@ -132,8 +138,23 @@ def head(data: np.ndarray) -> np.ndarray:
 
     That is the largest part above half of Otsu's threshold, its holes filled. Half, because the
     threshold itself also cuts fluid off. The holes are filled slice by slice along each axis, since
-    the nose and the neck open the head.
+    the nose and the neck open the head. Where noise around the head would make nearly the whole
+    field part of it, the values are smoothed first.
     """
+    mask = _brightest_part(data)
+    if mask.mean() > NOISY:
+        smooth = ndimage.gaussian_filter(data.astype(np.float32, copy=False), SMOOTH)
+        mask = _brightest_part(smooth)
+    return mask
+
+
+def fills(mask: np.ndarray) -> bool:
+    """Whether a mask of the head, (I, J, K), is nearly the whole field, so that none was found."""
+    return bool(mask.mean() > FILLED)
+
+
+def _brightest_part(data: np.ndarray) -> np.ndarray:
+    """The largest part above half of Otsu's threshold, its holes filled slice by slice."""
     mask = data > (data.min() + threshold_otsu(data)) / 2
     parts, count = ndimage.label(mask)
     if count > 1:
