@@ -359,6 +359,13 @@ class MetricArgs:
         nargs="+",
         metavar="FOLDER",
     )
+    one_source: bool = setting(
+        False, "measure what the folders keep of that which only one source shows"
+    )
+    maps: Path | None = setting(
+        None, "folder for a picture of each pair: what is lost, and where, and what is foreign"
+    )
+    per_person: bool = setting(False, "print the means of each person, too")
     findings: bool = setting(
         False, "plant findings and measure what is kept of them, in place of comparing folders"
     )
@@ -388,11 +395,11 @@ class MetricArgs:
     rank: bool = setting(False, "add the mean rank over all metrics")
     between: tuple[str, ...] = setting(
         (),
-        "two methods to test against each other: paired Wilcoxon, bootstrap 95 % interval",
+        "two methods to test against each other, by people: Wilcoxon, bootstrap 95 % interval",
         nargs=2,
         metavar=("A", "B"),
     )
-    seed: int = setting(3407, "seed of the bootstrap", minimum=0)
+    seed: int = setting(3407, "seed of the bootstrap and of the planted findings", minimum=0)
     csv: Path | None = setting(None, "write each image and the means")
     json: Path | None = setting(None, "write the same with ranks and differences")
     markdown: Path | None = setting(None, "write the table of means")

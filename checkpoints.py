@@ -22,6 +22,7 @@ from network import ASFEFusion
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
 
 # A resumed run may differ in these, as they do not change what is trained.
 FREE = ("DEVICE", "threads", "data_dir", "save_dir", "workers", "resume", "minutes", "compile")
@@ -39,11 +40,6 @@ class TrainState(NamedTuple):
     scaler: torch.amp.GradScaler
 
 
-def run_file(out: Path, ending: str) -> Path:
-    """A file of the run whose files begin with `out`, such as modelsave/compact_CT-MRI."""
-    return out.with_name(out.name + ending)
-
-
 class Stage(NamedTuple):
     """A part of a run: crops of one size."""
 
@@ -54,6 +50,28 @@ class Stage(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.patch}x{self.batch}" + ":frozen" * self.frozen
+
+
+class Run(NamedTuple):
+    """What one run is: its settings, its stages, and where its files lie."""
+
+    args: TrainArgs
+    stages: list[Stage]
+    out: Path  # what its files begin with, such as modelsave/compact_CT-MRI
+    started: float  # time.time(); --minutes counts from here
+
+    @property
+    def epochs(self) -> int:
+        return sum(stage.epochs for stage in self.stages)
+
+    def file(self, ending: str) -> Path:
+        """A file of the run."""
+        return run_file(self.out, ending)
+
+
+def run_file(out: Path, ending: str) -> Path:
+    """A file of the run whose files begin with `out`."""
+    return out.with_name(out.name + ending)
 
 
 def stages_of(args: TrainArgs) -> list[Stage]:
@@ -132,17 +150,15 @@ def start_of_files(args: TrainArgs) -> Path:
     return out
 
 
-def save_checkpoint(
-    path: Path, state: TrainState, args: TrainArgs, stages: list[Stage], progress: Progress
-) -> None:
+def save_checkpoint(run: Run, state: TrainState, progress: Progress) -> None:
     """Write all that --resume needs; a kill at any moment leaves the old file or the new one.
 
     No state of random generators is in it: what is random in an epoch follows from its number.
     """
     states = {name: part.state_dict() for name, part in state._asdict().items()}
-    with whole_file(path) as file:
-        run = {"stages": past(stages, progress.epoch), "progress": vars(progress)}
-        torch.save({"state": states, "settings": plain(args), "run": run}, file)
+    done = {"stages": past(run.stages, progress.epoch), "progress": vars(progress)}
+    with whole_file(run.file("_last.pt")) as file:
+        torch.save({"state": states, "settings": plain(run.args), "run": done}, file)
 
 
 def past(stages: list[Stage], epoch: int) -> list[list]:
@@ -156,9 +172,7 @@ def past(stages: list[Stage], epoch: int) -> list[list]:
     return done
 
 
-def load_checkpoint(
-    path: Path, state: TrainState, args: TrainArgs, stages: list[Stage]
-) -> Progress:
+def load_checkpoint(run: Run, state: TrainState) -> Progress:
     """Put `state` back to what a checkpoint keeps; returns how far the run has come.
 
     It is read to the CPU, where AdamW keeps its step counts: on a GPU, each step would wait for
@@ -167,6 +181,7 @@ def load_checkpoint(
     Raises UserError if there is none, if it is damaged, or if a setting has changed. What is still
     to come of the stages may change.
     """
+    path = run.file("_last.pt")
     if not path.is_file():
         raise UserError(f"{path}: no such file, so there is no run to resume")
     try:
@@ -178,17 +193,17 @@ def load_checkpoint(
             f"{path}: damaged, or not a checkpoint of this version of train_asfe.py; begin a new "
             "run from its weights: --init WEIGHTS --name NEW"
         ) from None
-    now = plain(args)
+    now = plain(run.args)
     settings = plain(TrainArgs()) | settings  # what an older version did not know
     changed = [
         f"{name} is {now.get(name)!r} and was {settings.get(name)!r}"
         for name in {**settings, **now}
         if name not in FREE and unordered(now.get(name)) != unordered(settings.get(name))
     ]
-    if past(stages, progress.epoch) != done:
+    if past(run.stages, progress.epoch) != done:
         changed.append(f"the first {progress.epoch} epochs were {named(done)}")
     if changed:
-        weights = path.with_name(path.name.removesuffix("_last.pt") + ".safetensors")
+        weights = run.file(".safetensors")
         raise UserError(
             f"cannot resume {path} with other settings: {'; '.join(changed)}. To train on with "
             f"these, begin a new run from its weights: --init {weights} --name NEW"
@@ -243,21 +258,25 @@ def opening(args: TrainArgs, device: torch.device, train: list[Pair], val: list[
     return f"{text}, {len(val)} held out for validation (cases {', '.join(cases)})"
 
 
-def farewell(epoch: int, epochs: int, out: Path) -> str:
+def farewell(run: Run, progress: Progress) -> str:
     """What a run says at its end, or where it was stopped."""
-    weights = run_file(out, ".safetensors")
-    rest = "" if epoch == epochs else f" of {epochs} (--resume goes on)"
+    weights = run.file(".safetensors")
+    rest = "" if progress.epoch == run.epochs else f" of {run.epochs} (--resume goes on)"
     there = weights if weights.is_file() else "none yet, they come with the first validation"
-    return f"{epoch} epochs{rest}; weights: {there}"
+    return f"{progress.epoch} epochs{rest}; weights: {there}"
 
 
-def write_board(folder: Path, progress: Progress) -> None:
-    """Add the last epoch's values to the run's TensorBoard."""
-    from torch.utils.tensorboard import SummaryWriter  # only here, and it loads slowly
+def open_board(run: Run, progress: Progress) -> "SummaryWriter":
+    """The TensorBoard of a run, to go on after the epochs that are done."""
+    from torch.utils.tensorboard import SummaryWriter  # only training needs it, and it loads slowly
 
-    with SummaryWriter(folder, purge_step=progress.epoch) as board:
-        for name, value in progress.rows[-1].items():
-            board.add_scalar(name.replace("_", "/", 1), value, progress.epoch)
+    return SummaryWriter(run.file("_tensorboard"), purge_step=progress.epoch + 1)
+
+
+def write_board(board: "SummaryWriter", progress: Progress) -> None:
+    """Add the last epoch's values to the TensorBoard."""
+    for name, value in progress.rows[-1].items():
+        board.add_scalar(name.replace("_", "/", 1), value, progress.epoch)
 
 
 def write_csv(path: Path, rows: list[dict[str, float]]) -> None:

@@ -19,13 +19,13 @@ import tempfile
 import time
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from args_setting import EXTENSIONS, TestArgs, VolumeArgs, WeightsArgs
+from args_setting import EXTENSIONS, StudyArgs, TestArgs, VolumeArgs, WeightsArgs
 
 if TYPE_CHECKING:  # it takes seconds to load, and flags need none of it
     import torch
@@ -312,17 +312,77 @@ def is_volume(path: Path) -> bool:
     """Whether a path is for volumes/: by its name, a folder (DICOM), or DICOM's mark in it."""
     if path.is_dir() or path.name.lower().endswith(VOLUMES):
         return True
-    if path.suffix.lower() in EXTENSIONS or not path.is_file():
-        return False
-    with open(path, "rb") as file:
+    return path.suffix.lower() not in EXTENSIONS and path.is_file() and has_dicom_mark(path)
+
+
+def has_dicom_mark(path: Path) -> bool:
+    """Whether a file says that it is DICOM, after the 128 bytes of its preamble."""
+    with path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
+
+
+def stem_of(path: Path) -> str:
+    """A file's name without the ending of its format, also a double one: "ct" of "ct.nii.gz"."""
+    ends = [end for end in (*VOLUMES, *EXTENSIONS) if path.name.lower().endswith(end)]
+    return path.name[: -len(max(ends, key=len))] if ends else path.name
 
 
 def check_mode(args: TestArgs) -> str:
     """`mode_of`; UserError if a setting of MODES was given that has no effect on what is fused."""
     mode = mode_of(args)
-    for f in fields(args):
-        users = [name for name, settings in MODES.items() if f.name in settings]
-        if users and mode not in users and getattr(args, f.name) != f.default:
-            raise UserError(f"--{f.name} is for {' and '.join(users)}, but this fuses {mode}")
+    check_uses(mode, changed(args))
     return mode
+
+
+def changed(args) -> set[str]:
+    """The names of the settings that differ from their defaults."""
+    return {f.name for f in fields(args) if getattr(args, f.name) != f.default}
+
+
+def check_uses(mode: str, given: Iterable[str]) -> None:
+    """UserError if a setting of MODES was given that has no effect in this mode."""
+    for name in sorted(given):
+        users = [other for other, settings in MODES.items() if name in settings]
+        if users and mode not in users:
+            raise UserError(f"--{name} is for {' and '.join(users)}, but this fuses {mode}")
+
+
+def check_study(args: StudyArgs) -> None:
+    """UserError if the settings do not go together."""
+    ways = [args.table, args.bids, args.dir1 and args.dir2]
+    if sum(way is not None for way in ways) != 1 or bool(args.dir1) != bool(args.dir2):
+        raise UserError("give a table, or --bids, or --dir1 with --dir2")
+    if args.out is None and args.bids is None:
+        raise UserError("--out is missing, expected the folder for the fused pairs")
+    if args.inside and args.table is None:
+        raise UserError("--inside is for a table")
+    if args.mosaic:
+        raise UserError("--mosaic is for one pair, a study writes one for each volume")
+    if bool(args.scheduler) and bool(args.scheduler_file):
+        raise UserError("give --scheduler or --scheduler-file, not both")
+    if (args.scheduler or args.scheduler_file) and (args.jobs or args.memory):
+        raise UserError("--jobs and --memory are for this machine, a cluster has its own")
+
+
+class Column(NamedTuple):
+    """What a table may hold in the column of a setting."""
+
+    kind: type  # bool, int, float, str or Path
+    choices: tuple[str, ...] | None
+    minimum: float | None
+    default: Any
+
+
+def columns_of(cls: type, names: Collection[str]) -> dict[str, Column]:
+    """The columns of a table for some settings of a dataclass."""
+    hints = typing.get_type_hints(cls)
+    return {
+        f.name: Column(
+            plain_type(hints[f.name]),
+            f.metadata.get("choices"),
+            f.metadata.get("minimum"),
+            f.default,
+        )
+        for f in fields(cls)
+        if f.name in names
+    }

@@ -14,13 +14,13 @@ import os
 import re
 import urllib.request
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from args_setting import CASE_PATTERN, TASKS, DataArgs, TrainArgs
-from cli import UserError, command_line, run_script
+from cli import UserError, command_line, run_script, stem_of
 
 if __name__ == "__main__":  # before the imports that take seconds
     ARGS = command_line(DataArgs, __doc__)
@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import images
-from images import Doubts, Pixels, Reading, is_image, to_uint8, write_bytes
+from images import Doubts, Pixels, Reading, file_hash, is_image, to_uint8, write_bytes
 from phantom import seed_of
 
 HMIF_URL = (
@@ -54,16 +54,40 @@ class Pair(NamedTuple):
 # --- pairs -----------------------------------------------------------------------------------
 
 
-def match_pairs(dir1: Path, dir2: Path, skip_unmatched: bool = False) -> list[Pair]:
-    """Pairs of equal file name (without extension) of two folders, sorted by name.
+def match_pairs(
+    dir1: Path, dir2: Path, skip_unmatched: bool = False, say: Callable[[str], None] = print
+) -> list[Pair]:
+    """Pairs of equal file name (without extension) of two folders of images, sorted by name.
+
+    `say` gets a line on what is left out. Raises UserError as `match_files` does.
+    """
+    matched, unmatched = match_files(dir1, dir2, skip_unmatched)
+    if unmatched:
+        say(f"left out, without a partner: {', '.join(unmatched)}")
+    return [Pair(name, *paths) for name, paths in matched.items()]
+
+
+def match_files(
+    dir1: Path,
+    dir2: Path,
+    skip_unmatched: bool = False,
+    takes: Callable[[Path], bool] = is_image,
+) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
+    """Files of equal name (without the ending of their format) of two folders.
+
+    Returns: by name, sorted, a file of each folder; and the names that one folder lacks.
+
+    Args:
+        skip_unmatched: leave these names out.
+        takes: whether a file is one to pair.
 
     Raises:
         UserError: a folder is missing, empty or given twice, a name occurs twice in a folder, or
-            one has no partner (unless `skip_unmatched`, which prints what is left out).
+            one has no partner (unless `skip_unmatched`).
     """
     if os.path.realpath(dir1) == os.path.realpath(dir2):
         raise UserError(f"{dir1} is given for both sources, expected two folders")
-    files1, files2 = images_in(Path(dir1)), images_in(Path(dir2))
+    files1, files2 = files_in(Path(dir1), takes), files_in(Path(dir2), takes)
     unmatched = sorted(files1.keys() ^ files2.keys())
     if unmatched and not skip_unmatched:
         name = unmatched[0]
@@ -75,23 +99,31 @@ def match_pairs(dir1: Path, dir2: Path, skip_unmatched: bool = False) -> list[Pa
     names = sorted(files1.keys() & files2.keys())
     if not names:
         raise UserError(f"no file name occurs in both {dir1} and {dir2}")
-    if unmatched:
-        print(f"left out, without a partner: {', '.join(unmatched)}")
-    return [Pair(name, files1[name], files2[name]) for name in names]
+    return {name: (files1[name], files2[name]) for name in names}, unmatched
 
 
 def images_in(folder: Path) -> dict[str, Path]:
-    """The images of a folder by file name without extension; UserError if none, or two of one."""
+    """The images of a folder by file name without extension; UserError as `files_in`."""
+    return files_in(folder, is_image)
+
+
+def files_in(folder: Path, takes: Callable[[Path], bool]) -> dict[str, Path]:
+    """The files of a folder that `takes` takes, by name without the ending of their format.
+
+    Raises UserError if there is no such folder or file, or if two files have one name.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if is_image(path):
-            if path.stem in files:
-                raise UserError(f"{folder}: both {files[path.stem].name} and {path.name}")
-            files[path.stem] = path
+        if takes(path):
+            name = stem_of(path)
+            if name in files:
+                raise UserError(f"{folder}: both {files[name].name} and {path.name}")
+            files[name] = path
     if not files:
-        raise UserError(f"{folder}: no images, expected {' '.join(images.EXTENSIONS)}")
+        kind = "images" if takes is is_image else "images or volumes"
+        raise UserError(f"{folder}: no {kind}, expected {' '.join(images.EXTENSIONS)}")
     return files
 
 
@@ -357,7 +389,7 @@ def download(root: Path, url: str = HMIF_URL) -> int:
 
 
 def _sha256(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    return file_hash(path) if path.is_file() else None
 
 
 def check(root: Path) -> tuple[list[str], list[str]]:

@@ -31,8 +31,8 @@ WEIGHTS = {
         "gradient": 80.0,
         "structure": 2.0,
         "information": 0.1,
-        "one_source": 1.5,
-        "brightness": 20.0,
+        "one_source": 1.2,
+        "brightness": 30.0,
         "bone": 20.0,
     },
 }

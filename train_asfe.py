@@ -16,8 +16,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 from args_setting import SIZES, TrainArgs
@@ -26,6 +24,7 @@ from cli import UserError, command_line, run_script, setup_runtime
 if __name__ == "__main__":  # before the imports that take seconds
     ARGS = command_line(TrainArgs, __doc__)
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -33,18 +32,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from checkpoints import (
     Progress,
+    Run,
     Stage,
     TrainState,
     describe,
     draw_curve,
     farewell,
     load_checkpoint,
+    open_board,
     opening,
-    run_file,
     save_checkpoint,
     stage_of,
     stages_of,
@@ -63,7 +64,8 @@ from weights import load_sized, save_weights
 
 GRADIENT_CLIP = 1.0  # largest norm of a step's gradient
 METRICS = ("SSIM", "VIF", "Qabf")  # of validation, beside the values of one source
-VALIDATION_PAIRS, BATCHNORM_PAIRS, TRAINING_PAIRS = 32, 64, 8  # at most, spread evenly
+# At most so many pairs, spread evenly.
+VALIDATION_PAIRS, BATCHNORM_PAIRS, TRAINING_PAIRS, SHOWN_PAIRS = 32, 64, 8, 4
 
 
 class Processes(NamedTuple):
@@ -76,61 +78,71 @@ class Processes(NamedTuple):
 
 def main(args: TrainArgs) -> None:
     # setup
-    started = time.time()
     processes = join_processes(setup_runtime(args))
     amp = set_precision(args.precision, processes.device)
-    out, stages = start_of_files(args), stages_of(args)
+    run = Run(args, stages_of(args), start_of_files(args), time.time())
 
     # data and model
-    pairs, held = load_pairs(args, stages, processes)
-    check_settings(args, stages, pairs, held, processes)
+    pairs, held = load_pairs(run, processes)
+    check_settings(run, pairs, held, processes)
     torch.manual_seed(args.seed)
-    model = make_model(args, stages, processes.device)
-    state = make_state(model, args, stages, len(pairs))
+    model = make_model(run, processes.device)
+    state = make_state(model, run, len(pairs))
     step = make_step(wrap(model, args, processes), state, args, amp, processes)
 
     # the run so far
     writable_folder(args.save_dir)
-    progress = Progress()
-    if args.resume:
-        progress = load_checkpoint(run_file(out, "_last.pt"), state, args, stages)
-    save = partial(save_checkpoint, run_file(out, "_last.pt"), state, args, stages)
+    progress = load_checkpoint(run, state) if args.resume else Progress()
+    board = open_board(run, progress) if processes.rank == 0 else None
 
     # loop
-    epochs = sum(stage.epochs for stage in stages)
-    while progress.epoch < epochs:
-        stage, begins = stage_of(stages, progress.epoch)
+    stop = False
+    while progress.epoch < run.epochs and not stop:
+        stage, begins = stage_of(run.stages, progress.epoch)
         if stage.frozen and begins:
-            recompute_batchnorm(model, spread(pairs.images, BATCHNORM_PAIRS))
+            recompute_batchnorm(model, pairs.images)
         try:
             row = train_epoch(step, pairs, stage, progress.epoch, state, processes)
         except NotFiniteError as error:
-            kept = keep_good(state.averaged.module, out) if processes.rank == 0 else ""
+            kept = keep_good(state.averaged.module, run) if processes.rank == 0 else ""
             raise UserError(f"{error}{kept}") from None
         progress.add(row)
-        stop = 0 < args.minutes * 60 <= time.time() - started
-        if processes.rank == 0:
-            last = stop or progress.epoch == epochs
-            if last or progress.epoch % args.save_every == 0:
-                save(progress)  # before validation, which may fail
-            if progress.epoch == epochs or progress.epoch % args.val_every == 0:
-                if not stage.frozen:
-                    recompute_batchnorm(
-                        state.averaged.module, spread(pairs.images, BATCHNORM_PAIRS)
-                    )
-                keep_best(state.averaged.module, pairs, held, args, progress, out)
-                save(progress)  # with the best so far
-            write_csv(run_file(out, ".csv"), progress.rows)
-            write_board(run_file(out, "_tensorboard"), progress)
-            stop |= 0 < args.patience <= progress.waited
-        if agreed(stop, processes):
-            break
+        if board is not None:
+            stop = finish_epoch(run, state, pairs, held, progress, board)
+        stop = agreed(stop, processes)
 
-    if processes.rank == 0:
-        draw_curve(run_file(out, "_curve.png"), progress.rows, METRICS)
-        print(farewell(progress.epoch, epochs, out))
+    if board is not None:
+        board.close()
+        draw_curve(run.file("_curve.png"), progress.rows, METRICS)
+        print(farewell(run, progress))
     if processes.world > 1:
         dist.destroy_process_group()
+
+
+def finish_epoch(
+    run: Run,
+    state: TrainState,
+    pairs: TrainPairs,
+    held: TrainPairs,
+    progress: Progress,
+    board: SummaryWriter,
+) -> bool:
+    """Save and validate when it is time, write down what was measured; whether the run may stop."""
+    args, model = run.args, state.averaged.module
+    ends = progress.epoch == run.epochs
+    stop = 0 < args.minutes * 60 <= time.time() - run.started
+    if ends or stop or progress.epoch % args.save_every == 0:
+        save_checkpoint(run, state, progress)  # before validation, which may fail
+    if ends or progress.epoch % args.val_every == 0:
+        stage, _ = stage_of(run.stages, progress.epoch - 1)
+        if not stage.frozen:
+            recompute_batchnorm(model, pairs.images)
+        picture = keep_best(model, pairs, held, run, progress)
+        board.add_image("img1, img2, fused", picture, progress.epoch, dataformats="HW")
+        save_checkpoint(run, state, progress)  # now with the best so far
+    write_csv(run.file(".csv"), progress.rows)
+    write_board(board, progress)
+    return stop or 0 < args.patience <= progress.waited
 
 
 # --- one epoch -------------------------------------------------------------------------------
@@ -162,16 +174,17 @@ def train_epoch(
     hidden = processes.rank > 0
     with tqdm(loader, title, unit="step", disable=hidden, mininterval=1) as progress:
         for images, names in progress:  # (B, 2, p, p)
+            lr = state.schedule.get_last_lr()[0]
             values = step(images.to(processes.device))
             if not math.isfinite(values["loss"]):
                 raise NotFiniteError(
-                    f"loss is {values['loss']} in epoch {epoch + 1}, pairs {names}"
+                    f"loss is {values['loss']} in epoch {epoch + 1}, pairs {list(names)}"
                 )
             for name, value in values.items():
                 means[name] = means.get(name, 0.0) + value / len(batches)
             progress.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
     seconds = time.time() - started
-    rate, lr = len(batches) * stage.batch / seconds, state.schedule.get_last_lr()[0]
+    rate = len(batches) * stage.batch / seconds
     return {"epoch": epoch + 1, **means, "lr": lr, "seconds": seconds, "pairs_per_s": rate}
 
 
@@ -241,9 +254,9 @@ def memory_hint(batch: int, patch: int) -> Iterator[None]:
         ) from None
 
 
-def keep_good(model: ASFEFusion, out: Path) -> str:
+def keep_good(model: ASFEFusion, run: Run) -> str:
     """Save the averaged weights of a run that fails, if they are sound; what to tell of it."""
-    path = run_file(out, "_stopped.safetensors")
+    path = run.file("_stopped.safetensors")
     try:
         save_weights(model, path, {"stopped": True})
     except UserError:  # not finite
@@ -258,23 +271,35 @@ def keep_best(
     model: ASFEFusion,
     pairs: TrainPairs,
     held: TrainPairs,
-    args: TrainArgs,
+    run: Run,
     progress: Progress,
-    out: Path,
-) -> None:
-    """Validate the averaged weights, save them if they are the best so far, and say so."""
+) -> np.ndarray:
+    """Validate the averaged weights, save them if they are the best so far, and say so.
+
+    Returns a picture of some of the pairs and their fused images, see `picture_of`.
+    """
     shown, count = (held, VALIDATION_PAIRS) if len(held) else (pairs, TRAINING_PAIRS)
     chosen = spread(list(zip(shown.tasks, shown.images, strict=True)), count)
     measured = validate(model, chosen)
     kind = "val" if len(held) else "train"  # training pairs only say that training worked
     better = progress.judge(kind, measured)
     if better or not len(held):
-        metadata = describe(args, progress, {kind: measured}, len(held))
-        save_weights(model, run_file(out, ".safetensors"), metadata)
+        metadata = describe(run.args, progress, {kind: measured}, len(held))
+        save_weights(model, run.file(".safetensors"), metadata)
     what = f"{len(chosen)} validation" if len(held) else "some training"
     kept = "weights saved" if better or not len(held) else f"the best lack {progress.best:.4f}"
     lacking = f"{measured['shortfall']:.4f} lacking of the floors"
     print(f"epoch {progress.epoch}: {lacking} on {what} pairs, {kept}")
+    return picture_of(model, [images for _, images in chosen[:SHOWN_PAIRS]])
+
+
+def picture_of(model: ASFEFusion, chosen: list[Tensor]) -> np.ndarray:
+    """Rows of source 1, source 2 and fused image, (H, W) uint8; only those as wide as the first."""
+    rows = []
+    for images in chosen:  # (2, H, W) in 0..255
+        fused = to_uint8(model.fuse(*images).cpu().numpy())
+        rows.append(np.concatenate([*images.numpy(), fused], 1))
+    return np.concatenate([row for row in rows if row.shape[1] == rows[0].shape[1]])
 
 
 def validate(model: ASFEFusion, chosen: list[tuple[str, Tensor]]) -> dict[str, float]:
@@ -311,14 +336,17 @@ def batchnorms(model: nn.Module) -> list[nn.BatchNorm2d | nn.SyncBatchNorm]:
 
 @torch.no_grad()
 def recompute_batchnorm(model: ASFEFusion, images: list[Tensor]) -> None:
-    """Replace the running statistics by plain means over whole, unaugmented images (2, H, W)."""
+    """Replace the running statistics by plain means over whole images (2, H, W), not augmented.
+
+    Of many images, some that are spread evenly are enough.
+    """
     norms = batchnorms(model)
     device = next(model.parameters()).device
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative mean
     model.train()
-    for pair in images:
+    for pair in spread(images, BATCHNORM_PAIRS):
         height, width = (n - n % model.multiple for n in pair.shape[-2:])
         if height and width:
             img1, img2 = pair[:, None, None, :height, :width].to(device).float() / 255
@@ -371,31 +399,26 @@ def spread(items: list, count: int) -> list:
     return [items[i * len(items) // count] for i in range(count)] if len(items) > count else items
 
 
-def load_pairs(
-    args: TrainArgs, stages: list[Stage], processes: Processes
-) -> tuple[TrainPairs, TrainPairs]:
+def load_pairs(run: Run, processes: Processes) -> tuple[TrainPairs, TrainPairs]:
     """The pairs to train on and those to validate on; the first process says which they are."""
+    args = run.args
     train, held = split_pairs(args)
-    pairs = TrainPairs(train, max(stage.patch for stage in stages), args.seed, args.workers)
+    pairs = TrainPairs(train, max(stage.patch for stage in run.stages), args.seed, args.workers)
     if processes.rank == 0:
-        pairs.doubts.tell()
+        for note in pairs.doubts.notes():
+            print(note)
         print(opening(args, processes.device, train, held))
         if args.val and not held:
             print(f"{args.task} shows one person, so nobody can be kept for validation")
     return pairs, TrainPairs(held, MIN_SIDE)
 
 
-def check_settings(
-    args: TrainArgs,
-    stages: list[Stage],
-    pairs: TrainPairs,
-    held: TrainPairs,
-    processes: Processes,
-) -> None:
+def check_settings(run: Run, pairs: TrainPairs, held: TrainPairs, processes: Processes) -> None:
     """UserError for numbers that do not fit the data, the processes or each other."""
+    args = run.args
     term_weights(args.recipe, args.loss_weights)
     parts = processes.world * args.accumulate
-    for stage in stages:
+    for stage in run.stages:
         if stage.batch > len(pairs):
             raise UserError(f"batch_size is {stage.batch}, but there are {len(pairs)} pairs")
         if stage.batch % parts:
@@ -403,7 +426,7 @@ def check_settings(
                 f"batch_size is {stage.batch}, expected a multiple of {parts} "
                 f"({processes.world} processes, {args.accumulate} parts)"
             )
-    if stages[0].frozen and not args.init:
+    if run.stages[0].frozen and not args.init:
         raise UserError("a frozen first stage needs the statistics of trained weights, give --init")
     if args.patience and not len(held):
         raise UserError("patience needs validation, but nobody is kept for it: see --val")
@@ -415,25 +438,27 @@ def check_settings(
         raise UserError(f"cooldown is {args.cooldown}, expected a share from 0 to 1")
 
 
-def make_model(args: TrainArgs, stages: list[Stage], device: torch.device) -> ASFEFusion:
+def make_model(run: Run, device: torch.device) -> ASFEFusion:
     """The network with random weights, or those of --init; UserError if it does not fit."""
+    args = run.args
     if args.init:
         model = load_sized(args.init, args.size, device, args.aff)
     else:
         model = ASFEFusion(SIZES[args.size].without(args.without), args.aff).to(device)
-    for stage in stages:
+    for stage in run.stages:
         if stage.patch % model.multiple:
             raise UserError(f"patch_size is {stage.patch}, expected a multiple of {model.multiple}")
     return model
 
 
-def make_state(model: ASFEFusion, args: TrainArgs, stages: list[Stage], pairs: int) -> TrainState:
+def make_state(model: ASFEFusion, run: Run, pairs: int) -> TrainState:
     """All that training changes, at its beginning: AdamW, its schedule, the moving average."""
+    args = run.args
     # One kernel for all parameters.
     optimiser = torch.optim.AdamW(
         model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True
     )
-    steps = sum(stage.epochs * (pairs // stage.batch) for stage in stages)
+    steps = sum(stage.epochs * (pairs // stage.batch) for stage in run.stages)
     schedule = LambdaLR(
         optimiser, lambda step: learning_rate(step, steps, args.warmup, args.cooldown)
     )

@@ -12,14 +12,14 @@ from dicom_files import SECRET, write_series
 from scipy.spatial.transform import Rotation
 from volume_files import Brighter, affine_of, numbered
 
-from args_setting import TASKS, AppArgs, TestArgs
+from args_setting import TASKS
 from cli import UserError
 from images import write_png
 
 gradio = pytest.importorskip("gradio", reason="needs requirements-app.txt")
 
 import app  # noqa: E402
-from volumes import fuse_volumes, page, uploads  # noqa: E402
+from volumes import fuse_volumes, page, request_from, uploads  # noqa: E402
 
 MORE = {name: "" for name in ("series1", "series2", "where", "frame")}
 MORE |= {"window": "wide", "affine": "sform", "nan_to_zero": False, "force": []}
@@ -28,15 +28,15 @@ MORE |= {"window": "wide", "affine": "sform", "nan_to_zero": False, "force": []}
 @pytest.fixture
 def tab(tmp_path) -> page.VolumePage:
     (tmp_path / "uploads").mkdir()
-    args = AppArgs(volume_mb=4, volume_voxels=1)
+    limits = page.Limits(4, 1e6, 10)
     models = dict.fromkeys(TASKS, Brighter())
-    return page.VolumePage(gradio, args, models, tmp_path / "uploads", app.sentence)
+    return page.VolumePage(gradio, limits, models, tmp_path / "uploads", app.sentence)
 
 
 def fuse(tab, file1, file2, task="CT-MRI", size=page.QUICK, register="auto", **more):
     lines = []
-    settings = page.settings_of(task, size, register, MORE | more)
-    made = tab.fuse(file1 and str(file1), file2 and str(file2), settings,
+    words = page.words_of(task, size, register, MORE | more)
+    made = tab.fuse(file1 and str(file1), file2 and str(file2), words,
                     lambda _, desc: lines.append(desc))  # fmt: skip
     return lines, *made
 
@@ -104,8 +104,8 @@ def test_a_known_shift_is_undone_and_shown(tab, heads, tmp_path, capsys):
 
 def test_the_full_size_is_what_the_script_writes(tab, series, tmp_path):
     *_, files, _ = fuse(tab, *series(), size=page.FULL)
-    settings = TestArgs(img1=tmp_path / "ct", img2=tmp_path / "mr", out=tmp_path / "f.nii.gz")
-    fuse_volumes(settings, Brighter(), lambda _: None)
+    words = {"img1": tmp_path / "ct", "img2": tmp_path / "mr", "out": tmp_path / "f.nii.gz"}
+    fuse_volumes(request_from(words | {"task": "CT-MRI"}), Brighter())
     assert Path(files[0]).read_bytes() == (tmp_path / "f.nii.gz").read_bytes()
     assert len(files) == 1, "one frame of reference: nothing was moved, so there is no transform"
 
@@ -280,8 +280,8 @@ def test_a_setting_that_is_not_on_the_page_is_refused():
     good = "CT-MRI", page.QUICK, "auto"
     for at, wrong in enumerate(("all", "1mm", "/etc/passwd")):
         with pytest.raises(UserError, match="none of those on the page"):
-            page.settings_of(*good[:at], wrong, *good[at + 1 :], MORE)
-    assert page.settings_of(*good, MORE | {"force": ["space"]}).force == "space"
+            page.words_of(*good[:at], wrong, *good[at + 1 :], MORE)
+    assert page.words_of(*good, MORE | {"force": ["space"]})["force"] == "space"
 
 
 def test_a_result_that_was_swept_is_named(tab, tmp_path, monkeypatch):

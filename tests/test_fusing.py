@@ -1,7 +1,6 @@
 """test_asfe.py on images: what it writes, and one line with exit code 2 for bad input."""
 
 import hashlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from task_files import files, write_task
 
-import test_asfe
 from args_setting import ROOT, TASKS
 from dataset import match_pairs, task_pairs
 from evaluation import sheets
 from evaluation.findings import by_kind, measure_findings
+from fusing import ImageRequest, fuse_images
 from images import read_luma8, to_uint8, write_png
 from inference import optimise
 from phantom import phantom_pair
@@ -64,10 +63,12 @@ def test_batches_keep_to_their_size_and_to_one_image_size(tmp_path):
             seen.append(luma1.shape)
             return torch.from_numpy((luma1 + luma2) / 2)
 
-    fused = dict(test_asfe.fuse_pairs(Mean(), match_pairs(folder / "CT", folder / "MRI"), 2, False))
-    assert [p.name for p in fused] == list(sides)
+    pairs = match_pairs(folder / "CT", folder / "MRI")
+    requests = [ImageRequest(pair, tmp_path / f"{pair.name}.png") for pair in pairs]
+    fused = {f.request.pair.name: f for f in fuse_images(requests, Mean(), 2)}
+    assert list(fused) == list(sides)
     assert [(n, side) for n, _, side, _ in seen] == [(2, 32), (1, 32), (2, 48), (1, 32)]
-    assert all(image.shape == (sides[p.name],) * 2 for p, image in fused.items())
+    assert all(f.image.shape == (sides[name],) * 2 for name, f in fused.items())
 
 
 def test_contact_sheet_shows_sources_and_result(call, weights, tmp_path):
@@ -80,7 +81,7 @@ def test_contact_sheet_shows_sources_and_result(call, weights, tmp_path):
     ct = cv2.resize(phantom_pair("CT-MRI", 64)[0], (cell, cell), interpolation=cv2.INTER_NEAREST)
     shown = sheet[header : header + cell - 30, gap : gap + cell, 0]  # above the name
     assert np.array_equal(shown, ct[:-30])
-    os.remove(tmp_path / "out_contact_sheet.png")
+    (tmp_path / "out_contact_sheet.png").unlink()
     assert call(*argv, "--contact_rows", 0)[0] == 0
     assert not (tmp_path / "out_contact_sheet.png").exists()
 

@@ -11,7 +11,7 @@ LAYERS = (  # a file imports from layers before its own, or from its own without
     {"args_setting", "cli"},
     {"network", "losses", "images"},
     {"inference", "weights", "dataset", "checkpoints", "phantom"},
-    {"volumes", "evaluation"},
+    {"volumes", "evaluation", "fusing"},
     {"metrics"},
     {"train_asfe", "test_asfe", "app", "classify_asfe", "export_onnx", "hubconf", "onnx_example"}
     | {"study", "studies"},
@@ -70,8 +70,29 @@ def test_imports_point_one_way():
     commands = LAYERS[-1] - ROOMS
     house = {name for name in GRAPH if name.split(".")[0] in LAYER_OF}
     users = {name: GRAPH[name] & commands for name in house}
-    users["studies.run"] -= {"test_asfe"}  # a study is test_asfe.py, run on many pairs
     assert not any(users.values()), f"a command is no library: {users}"
+
+
+def test_nothing_below_the_commands_sees_their_settings():
+    """Of the settings of fusing: cli.py reads flags, the commands make requests of them."""
+    rooms = {"volumes", "evaluation", "studies"}
+    below = set().union(*LAYERS[1:-1]) | rooms
+    for path in FILES:
+        name = module_name(path)
+        if name.split(".")[0] in below:
+            text = path.read_text(encoding="utf-8")
+            found = [word for word in ("TestArgs", "VolumeArgs", "StudyArgs") if word in text]
+            assert not found, f"{name} knows {found}"
+
+
+def test_words_are_printed_by_commands_only():
+    """What a study or the page calls says what it has to say in fields, or to a function."""
+    for path in FILES:
+        if module_name(path).split(".")[0] in ("fusing", "volumes", "studies"):
+            text = path.read_text(encoding="utf-8")
+            called = [node.func for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+            names = {function.id for function in called if isinstance(function, ast.Name)}
+            assert not names & {"print", "redirect_stdout", "redirect_stderr"}, module_name(path)
 
 
 def test_there_is_no_circle():

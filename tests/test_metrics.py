@@ -7,13 +7,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import torch
 from drawn_images import awkward, textured, triple
 from skimage.measure import shannon_entropy
 
 import metrics
 from dataset import task_pairs
-from evaluation.batch import BATCH_METRICS, evaluate_batch
 from evaluation.maps import Luma
 
 pytestmark = [
@@ -260,47 +258,3 @@ def test_panel():
         "Nabf",
         "QCV",
     ]
-
-
-# --- the batched form ------------------------------------------------------------------------
-
-
-def as_batch(triples) -> list[torch.Tensor]:
-    stacks = (np.stack(images)[:, None] for images in zip(*triples, strict=True))
-    return [torch.from_numpy(stack.astype(np.float32) / 255) for stack in stacks]
-
-
-@pytest.mark.parametrize("shape", [(64, 72), (32, 33)], ids=str)
-def test_batch_is_the_same_number(shape):
-    triples = [triple(shape), *awkward(shape).values()]
-    found = evaluate_batch(*as_batch(triples))
-    assert list(found) == list(BATCH_METRICS)
-    for name, values in found.items():
-        assert values.shape == (len(triples),)
-        single = [metrics.METRICS[name].function(*images) for images in triples]
-        assert values.tolist() == pytest.approx(single, rel=1e-6, abs=1e-9), name
-
-
-def test_batch_on_real_images(shared):
-    triples = [case_images(shared, case) for case in CASES[::2]]
-    found = evaluate_batch(*as_batch(triples), ["SSIM", "Qabf", "VIF", "SCD"])
-    for name, values in found.items():
-        single = [metrics.METRICS[name].function(*images) for images in triples]
-        assert values.tolist() == pytest.approx(single, rel=1e-4), name
-
-
-def test_batch_rounds_to_what_a_file_would_hold():
-    fused, img1, img2 = as_batch([triple()])
-    before = evaluate_batch(fused, img1, img2)
-    shaken = fused + (torch.rand_like(fused) - 0.5) * 0.9 / 255
-    outside = torch.where(fused == 0, -0.2, shaken)
-    for name, values in evaluate_batch(outside, img1, img2).items():
-        assert torch.equal(values, before[name]), name
-
-
-def test_batch_names_wrong_shapes():
-    x = torch.zeros(2, 1, 32, 32)
-    with pytest.raises(ValueError, match=r"img2 has shape \(2, 3, 32, 32\), expected"):
-        evaluate_batch(x, x, torch.zeros(2, 3, 32, 32))
-    with pytest.raises(ValueError, match="unknown metric 'QCB'"):
-        evaluate_batch(x, x, x, ["QCB"])

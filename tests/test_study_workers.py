@@ -19,7 +19,7 @@ from distributed.comm import CommClosedError
 import study
 from args_setting import ROOT, StudyArgs
 from cli import UserError, parse_args
-from studies.cases import RECORDS, find_cases
+from studies.cases import RECORDS, Case
 from studies.run import run_case
 
 PATIENCE = 300  # seconds for a start or an end; a busy machine is slow
@@ -74,7 +74,7 @@ def kill(pid: int) -> None:
 
 def plain_loop(table: Path, out: Path) -> dict[str, bytes]:
     """What a study should write, fused one by one in this process."""
-    for case in find_cases(StudyArgs(table=table, out=out, threads=1))[1]:
+    for case in study.cases_of(StudyArgs(table=table, out=out, threads=1))[1]:
         run_case(case.packed())
     return written(out)
 
@@ -174,9 +174,9 @@ def test_another_cluster_gives_the_same_files(tmp_path):
     assert written(tmp_path / "out") == expected and broken <= rows_of(tmp_path / "out").keys()
 
 
-def dies(packed: str) -> dict:
+def dies(packed: bytes) -> dict:
     """In place of `remote`: the case c00 kills its worker, c01 only the first that takes it."""
-    name = "c00" if '"c00"' in packed else "c01" if '"c01"' in packed else ""
+    name = Case.unpacked(packed).name
     mark = Path(os.environ["ASFE_TEST_MARK"])
     if name == "c00" or (name == "c01" and not mark.exists()):
         mark.touch()
@@ -189,7 +189,7 @@ def test_a_case_that_kills_its_worker_twice_has_failed(tmp_path, monkeypatch):
     monkeypatch.setenv("ASFE_TEST_MARK", str(tmp_path / "mark"))
     table, _ = write_study(tmp_path / "in", 4)
     args, jobs = study.shares(StudyArgs(table=table, out=tmp_path / "out", jobs=1))
-    cases = find_cases(args)[1]
+    _, cases = study.cases_of(args)
     records = {}
     with study.workers(args, jobs) as client:
         study.fuse_all(client, cases[1:] + cases[:1], records)
@@ -216,5 +216,5 @@ def test_a_cluster_that_goes_and_memory_for_nothing_are_one_line():
 
     with pytest.raises(UserError, match="the cluster is gone; start again to go on"):
         study.result_of(Future(), None)
-    with pytest.raises(UserError, match="--memory is 0.3, expected at least 2"):
+    with pytest.raises(UserError, match=r"--memory is 0.3, expected at least 2"):
         study.shares(StudyArgs(memory=0.3))

@@ -7,6 +7,7 @@ gives the same for the same header; it is not needed here.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import nibabel as nib
@@ -21,10 +22,8 @@ from scipy.spatial.transform import Rotation
 from test_volumes_register import registration_object
 from volume_files import affine_of, numbered
 
-from args_setting import TestArgs
 from cli import UserError
 from images import read_uint8
-from studies.cases import Case
 from studies.report import article, row_of
 from volumes.decay import NUCLIDES, nuclide_of
 from volumes.dicom import read_dicom
@@ -33,6 +32,7 @@ from volumes.grid import RAS_LPS, Volume
 from volumes.intensity import mri_scaling, scaling_of, units_doubt
 from volumes.io import read_volume
 from volumes.register import disagreement
+from volumes.requests import Source, VolumeRequest, Writing
 from volumes.suv import suv_factor
 from volumes.transforms import matrix_from, read_transform
 from volumes.varying import Choice
@@ -271,7 +271,7 @@ def over_time(folder, values, seconds=None, modality="PT", **fields):
 
 def test_a_mean_over_time_weighs_frames_by_their_durations(tmp_path):
     """100 for 15 s and 10 for 240 s: (100 * 15 + 10 * 240) / 255 = 15.29."""
-    choice = Choice(frame="mean")
+    choice = Choice(time="mean")
     volume = read_dicom(over_time(tmp_path / "a", (100, 10), (15, 240)), choice=choice)
     assert np.allclose(volume.data, 3900 / 255, rtol=1e-5)
     assert "weighted by their durations, 15 to 240 s" in volume.notes[0]
@@ -304,7 +304,7 @@ def test_the_sidecar_of_a_4d_file_tells_durations(tmp_path, content, mean):
     nib.Nifti1Image(data, PLACE).to_filename(tmp_path / "a_pet.nii.gz")
     if content is not None:
         (tmp_path / "a_pet.json").write_text(json.dumps(content))
-    volume = read_volume(tmp_path / "a_pet.nii.gz", choice=Choice(frame="mean"))
+    volume = read_volume(tmp_path / "a_pet.nii.gz", choice=Choice(time="mean"))
     assert np.allclose(volume.data, mean, rtol=1e-5)
     told = content == {"FrameDuration": [60, 60]}
     words = "all of one" if told else "unweighted" if mean == 55 else "weighted by"
@@ -319,14 +319,14 @@ def test_a_damaged_sidecar_is_no_reason_to_stop(tmp_path):
 
 
 def test_a_sum_of_concentrations_is_named_for_what_it_is(tmp_path):
-    volume = read_dicom(over_time(tmp_path / "a", (100, 10)), choice=Choice(frame="sum"))
+    volume = read_dicom(over_time(tmp_path / "a", (100, 10)), choice=Choice(time="sum"))
     assert np.allclose(volume.data, 110) and volume.suv is None
     assert "sum of 2 points in time" in volume.notes[0]
     assert "of concentrations, 2 times their unweighted mean" in volume.notes[0]
     scaling = scaling_of(volume, "PET", "wide", 15)
     assert scaling.method["unit"] == "summed Bq/ml"
     counts = over_time(tmp_path / "b", (100, 10), Units="CNTS")
-    scaling = scaling_of(read_dicom(counts, choice=Choice(frame="sum")), "PET", "wide", 15)
+    scaling = scaling_of(read_dicom(counts, choice=Choice(time="sum")), "PET", "wide", 15)
     assert scaling.method["unit"] == "counts"
 
 
@@ -427,7 +427,7 @@ def test_slices_that_a_vector_names_twice_are_chosen(tmp_path):
     path = nuclear(tmp_path / "a", twice, [*range(1, 6)] * 2)
     with pytest.raises(UserError, match="5 positions occur twice.*choose by --frame 1 to 2"):
         read_dicom(path)
-    volume = read_dicom(path, choice=Choice(frame="2"))
+    volume = read_dicom(path, choice=Choice(time="2"))
     assert np.array_equal(volume.data, numbered(SHAPE) + 7)
 
     def windows(ds):
@@ -681,7 +681,9 @@ def test_a_linear_file_must_place_a_head(tmp_path, linear, words):
     matrix[:3, :3], matrix[:3, 3] = linear, (3, 4, 5)
     sitk.WriteTransform(transform, str(tmp_path / "t.tfm"))
     registration_object(tmp_path / "r.dcm", {"1.2.1": np.eye(4), "1.2.2": np.linalg.inv(matrix)})
-    volumes = [Volume(np.zeros(SHAPE, np.float32), PLACE, frame=f"1.2.{n}") for n in (1, 2)]
+    volumes = [
+        Volume(np.zeros(SHAPE, np.float32), PLACE, frame_of_reference=f"1.2.{n}") for n in (1, 2)
+    ]
     for name in ("t.tfm", "r.dcm"):
         if words:
             with pytest.raises(UserError, match=words):
@@ -707,7 +709,9 @@ def test_a_dicom_matrix_that_is_none_of_points_is_refused(tmp_path):
     odd = np.eye(4)
     odd[3] = [0, 0, 0.1, 1]
     registration_object(tmp_path / "r.dcm", {"1.2.1": np.eye(4), "1.2.2": odd})
-    volumes = [Volume(np.zeros(SHAPE, np.float32), PLACE, frame=f"1.2.{n}") for n in (1, 2)]
+    volumes = [
+        Volume(np.zeros(SHAPE, np.float32), PLACE, frame_of_reference=f"1.2.{n}") for n in (1, 2)
+    ]
     with pytest.raises(UserError, match="last row"):
         matrix_from(tmp_path / "r.dcm", *volumes)
 
@@ -754,15 +758,17 @@ def test_slices_as_png_have_square_pixels(call, brighter, tmp_path):
 
 
 def test_a_study_calls_only_a_move_moved(tmp_path):
-    case = Case(
-        "c", TestArgs(img1=Path("a"), img2=Path("b"), out=tmp_path / "f.nii.gz"), tmp_path / "r"
+    request = VolumeRequest(
+        "CT-MRI", Source(Path("a.nii")), Source(Path("b.nii")), Writing(tmp_path / "f.nii.gz")
     )
+    case = SimpleNamespace(name="c", request=request)
     for applied, words in ((True, "moved 2.39 mm"), (False, "measured 2.39 mm apart, not moved")):
-        told = {"applied": applied, "moved_mm": 2.39 if applied else 0.0, "apart_mm": 2.39}
-        (tmp_path / "f.json").write_text(json.dumps({"registration": told}))
-        row = row_of(case, {"status": "done", "message": "", "seconds": 1.0})
-        assert words in article(row, case, tmp_path)
+        found = {"applied": applied, "moved_mm": 2.39, "moved_pixels": None, "doubts": []}
+        record = {"status": "done", "message": "", "seconds": 1.0, "found": found, "outputs": {}}
+        row = row_of(case, record)
         assert (row["moved_mm"] == 2.39) == applied
+        assert words in (f"moved {row['moved_mm']} mm" if applied else row["measured"])
+        assert words in article(row, case, record, tmp_path)
 
 
 def test_images_that_cannot_be_registered_do_not_speak_of_mm():

@@ -19,8 +19,8 @@ from volumes.varying import Choice
 DATA, AFFINE = numbered(), affine_of("identity")
 
 
-def read(path, where="", frame=""):
-    return read_dicom(path, choice=Choice(where, frame))
+def read(path, where="", time=""):
+    return read_dicom(path, choice=Choice(where, time))
 
 
 def several(folder, changes, data=DATA):
@@ -97,14 +97,14 @@ def test_points_in_time(tmp_path):
     with pytest.raises(UserError, match="3 points in time, by AcquisitionTime; choose by --frame"):
         read(folder)
     for number, n in ((1, 1), (2, 0), (3, 2)):  # in the order of time, not of files
-        volume = read(folder, frame=str(number))
+        volume = read(folder, time=str(number))
         assert np.array_equal(volume.data, DATA + n)
         assert volume.notes == [f"point {number} of 3 in time, by AcquisitionTime"]
-    assert np.allclose(read(folder, frame="mean").data, DATA + 1)
-    assert np.array_equal(read(folder, frame="sum").data, DATA * 3.0 + 3)
+    assert np.allclose(read(folder, time="mean").data, DATA + 1)
+    assert np.array_equal(read(folder, time="sum").data, DATA * 3.0 + 3)
     for frame in ("4", "0", "median"):
         with pytest.raises(UserError, match=f"but --frame is '{frame}'; choose by --frame 1 to 3"):
-            read(folder, frame=frame)
+            read(folder, time=frame)
 
 
 def test_a_sum_over_time_has_no_suv(tmp_path):
@@ -119,8 +119,8 @@ def test_a_sum_over_time_has_no_suv(tmp_path):
     for n, change in enumerate(write):
         for path in write_series(tmp_path, DATA, AFFINE, "PT", change=lambda d, k, c=change: c(d)):
             path.rename(path.with_name(f"{n}{path.name[2:]}"))
-    assert read(tmp_path, frame="mean").suv
-    volume = read(tmp_path, frame="sum")
+    assert read(tmp_path, time="mean").suv
+    volume = read(tmp_path, time="sum")
     assert volume.suv is None and "summed" in volume.no_suv and volume.unit == "Bq/ml"
 
 
@@ -131,7 +131,7 @@ def test_images_that_nothing_tells_apart_are_refused(tmp_path):
         del ds.InstanceNumber
         ds.save_as(path)
     with pytest.raises(UserError, match="20 positions occur twice.*no field of their headers"):
-        read(folder, frame="1")
+        read(folder, time="1")
 
 
 @pytest.mark.parametrize("form", ("nii.gz", "mgz"))
@@ -143,7 +143,7 @@ def test_frames_of_a_4d_file(tmp_path, form):
     with pytest.raises(UserError, match=r"is 4-D \(3 volumes\); choose by --frame 1 to 3"):
         read_volume(path)
     for frame, expected in (("2", DATA + 2.0), ("mean", DATA + 4.0), ("sum", DATA * 3.0 + 12)):
-        volume = read_volume(path, choice=Choice(frame=frame))
+        volume = read_volume(path, choice=Choice(time=frame))
         assert np.allclose(volume.data, expected) and np.allclose(volume.affine, AFFINE)
         assert len(volume.notes) == 1 and "3 volumes" in volume.notes[0] or frame == "2"
 

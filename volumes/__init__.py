@@ -2,165 +2,197 @@
 
     python test_asfe.py --task CT-MRI --img1 ct.nii.gz --img2 dicom_folder/ --out fused.nii.gz
 
-Both are registered where they need it, and the fused volume lies on the grid of one of them.
-Files are in io.py and dicom.py (with planes.py and suv.py), geometry in grid.py, registration in
+What a job needs is in requests.py. Both sources are registered where they need it, and the fused
+volume lies on the grid of one of them. Files are in io.py (with claims.py and uploads.py) and
+dicom.py (with series.py, planes.py, varying.py and suv.py), geometry in grid.py, registration in
 pair.py (with register.py, transforms.py and overlay.py; flat.py for images), intensities in
-intensity.py, the network in tiles.py, and what is written in outputs.py and pictures.py. The
-packages for them are an extra, requirements-volumes.txt.
+intensity.py, the network in tiles.py, and what is written in outputs.py, pictures.py and
+derived.py. page.py is the tab of app.py, report.py what a run has to say. The packages for them
+are an extra, requirements-volumes.txt.
 
 Legend: I J K voxels as stored; N slices of (H, W) pixels, see grid.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
-from args_setting import TASKS, TestArgs
 from cli import UserError
+from fusing import check_plans
 from network import MIN_SIDE, ASFEFusion
-from volumes.grid import Volume, forces, pick_axis, pixel_sides, slices
-from volumes.intensity import DICOM_MODALITY, STORED_ONE, Scaling, scaling_of, units_doubt
+from volumes.grid import Volume, pick_axis, pixel_sides, slices
+from volumes.intensity import DICOM_MODALITY, Scaling, scaling_of, units_doubt
 from volumes.io import read_volume
-from volumes.outputs import FusedVolume, make_folders, plan_outputs, write_outputs
-from volumes.pair import Together, bring_together
+from volumes.outputs import Fused, FusedVolume, check_dicom, write_outputs
+from volumes.pair import Registered, Sources, Together, bring_together, picture_of, register
 from volumes.pictures import square_size
+from volumes.report import Report
+from volumes.requests import Levels, Source, VolumeRequest, request_from
 from volumes.series import check_patients
 from volumes.tiles import check_tiles, fuse_slices
 from volumes.varying import Choice
 
-__all__ = ["FusedVolume", "fuse_volumes"]
+__all__ = ["FusedVolume", "VolumeRequest", "fuse_volumes", "request_from", "use_threads"]
 
 
 def fuse_volumes(
-    settings: TestArgs, model: ASFEFusion, say: Callable[[str], None] = print
+    request: VolumeRequest,
+    model: ASFEFusion,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] = lambda done, count: None,
 ) -> FusedVolume:
-    """Fuse the volumes `img1` and `img2` into `out` and what else the settings ask for.
+    """Fuse two volumes, and write what the request asks for.
 
     Args:
-        say: gets each line of the report as soon as it is known, and at the end the files.
+        model: a network, as of `weights.load_weights`.
+        say: gets each line of the report as soon as it is known.
+        progress: gets how many slices are fused, and how many there are.
 
     Raises:
-        UserError: input or settings that cannot be trusted; nothing is written then.
+        UserError: input or a request that cannot be trusted; nothing is written then.
         OSError: a file that cannot be read or written.
     """
-    if not (settings.img1 and settings.img2 and settings.out):
-        raise UserError("volumes need img1, img2 and out")
-    report: list[str] = []
-
-    def tell(*lines: str) -> None:
-        for line in lines:
-            report.append(line)
-            say(line)
-
-    outputs = plan_outputs(settings)
-    check_tiles(settings.tile, settings.overlap, model.multiple)
-    if settings.threads:
-        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(settings.threads)
-    together, scalings = read_pair(settings, tell)
-    fixed, moved = together.fixed, together.moving
-    if settings.keep_patient and together.giver.origin is None:
+    report, plan = Report(say), request.plan()
+    check_plans([plan])
+    check_dicom(request.writing)
+    check_tiles(request.slicing, model.multiple)
+    ready = prepare(request, report)
+    together = ready.together
+    if request.writing.keep_patient and together.giver.origin is None:
         raise UserError("--keep-patient needs a DICOM source that has the grid; leave it out")
-    outputs = outputs.without(together.matrix is None, together.picture is None)
-    axis = pick_axis(fixed.affine, settings.axis)
-    luma = np.empty(fixed.data.shape, np.int16, order="F")  # as NIfTI stores it
-    scale = 1 / STORED_ONE
-    fused = FusedVolume(
-        luma, scale, fixed.affine, fixed.code, axis, scalings, report, outputs, together
-    )
-    check_sides(fused.stack, axis)
+    if not ready.registered.applied:
+        plan = plan.without("transform")
+    if ready.picture is None:
+        plan = plan.without("overlay")
+    scalings = ready.scalings
+    report.tell(*scale_lines(scalings, request.modality))
+    luma, axis = empty(together, request.slicing.axis)
+    fused = Fused(request, luma, axis, scalings, together, ready.registered)
     count, height, width = fused.stack.shape
-    tell(f"{count} {axis} slices of {height}x{width}")
-    size = square_size((height, width), pixel_sides(fixed.affine, axis))
-    if outputs.png and size != (height, width):
-        tell(f"--png: slices as {size[0]}x{size[1]}, so that pixels are square")
-    make_folders(outputs)
-    stacks = tuple(slices(data, fixed.affine, axis) for data in (fixed.data, moved.data))
-    fuse_slices(model, stacks, scalings, fused.stack, settings)
-    write_outputs(settings, fused, fixed.data)
-    for what, path in outputs._asdict().items():
-        if path:
-            say(f"{what}: {path}")
-    return fused
+    report.tell(f"{count} {fused.axis} slices of {height}x{width}")
+    size = square_size((height, width), pixel_sides(fused.affine, axis))
+    if request.writing.png and size != (height, width):
+        report.tell(f"--png: slices as {size[0]}x{size[1]}, so that pixels are square")
+    plan.make_folders()
+    sources = (together.source1, together.source2)
+    stacks = tuple(slices(volume.data, fused.affine, fused.axis) for volume in sources)
+    for done in fuse_slices(model, stacks, scalings, fused.stack, request.slicing):
+        progress(done, count)
+    files = write_outputs(plan, fused, ready.picture, report.lines)
+    return FusedVolume(
+        **vars(fused),
+        report=tuple(report.lines),
+        doubts=tuple(report.doubts),
+        files=files,
+        read=ready.files,
+    )
 
 
-def read_pair(
-    settings: TestArgs, tell: Callable[..., None]
-) -> tuple[Together, tuple[Scaling, Scaling]]:
-    """Source 1 and source 2, registered and on one grid, and the scalings of both.
+def use_threads(count: int) -> None:
+    """Have SimpleITK use so many threads in the whole process; 0 leaves the choice to it."""
+    if count:
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(count)
 
-    Scalings are those of the sources as they came, so that they do not depend on the grid. `tell`
-    gets what was done.
+
+class Ready(NamedTuple):
+    """Two sources that can be fused."""
+
+    together: Together
+    registered: Registered
+    picture: np.ndarray | None  # of the registration, uint8 RGB
+    files: tuple[Path, ...]  # that were opened
+    scalings: tuple[Scaling, Scaling]  # of the sources as they came, whatever the grid
+
+
+def prepare(request: VolumeRequest, report: Report) -> Ready:
+    """Source 1 and source 2, registered and on one grid."""
+    sources = read_sources(request, report)
+    scalings = scale_pair(sources, request.levels)
+    registered = register(sources, request.registering, request.forced, report)
+    picture = picture_of(sources, registered)
+    unmoved = request.registering.keep_unmoved and registered.applied
+    together = bring_together(sources, registered.matrix, request.grid, report, unmoved)
+    volumes = (sources.source1, sources.source2, sources.via)
+    files = [file for volume in volumes if volume is not None for file in volume.files]
+    if request.registering.transform:
+        files.append(request.registering.transform)
+    return Ready(together, registered, picture, tuple(files), scalings)
+
+
+def read_sources(request: VolumeRequest, report: Report) -> Sources:
+    """Both sources and the companion CT, if there is one; UserError for two patients."""
+    source1, source2 = (
+        read_source(source, number, request, report)
+        for number, source in enumerate((request.source1, request.source2), 1)
+    )
+    report.doubt(*check_patients(source1.patient, source2.patient, request.forced))
+    via = None
+    if companion := request.registering.via:
+        via = read_via(companion, request.task, request.forced, report)
+        report.doubt(*check_patients(source1.patient, via.patient, request.forced, "--via"))
+    return Sources(source1, source2, via, request.modality)
+
+
+def read_source(source: Source, number: int, request: VolumeRequest, report: Report) -> Volume:
+    """Source 1 or 2, by its number, with finite values.
+
+    Raises UserError for another modality than the task expects, unless it is forced.
     """
-    forces(settings.force, "all")  # before anything is read, whether it can be
-    if settings.via and settings.task == "CT-MRI":
-        raise UserError("--via is for PET and SPECT, a CT is registered itself")
-    fixed = read_source(settings, 1, tell)
-    moving = read_source(settings, 2, tell)
-    tell(*check_patients(fixed.patient, moving.patient, settings.force))
-    via = read_via(settings, fixed, tell) if settings.via else None
-    lines: list[str] = []
-    scalings = scale_pair(fixed, moving, settings, lines.append)
-    together = bring_together(fixed, moving, via, settings, tell)
-    tell(*lines)
-    return together, scalings
-
-
-def read_via(settings: TestArgs, fixed: Volume, tell: Callable[..., None]) -> Volume:
-    """The CT that is registered in place of source 1; UserError if it is none, or of another."""
-    via = read_volume(settings.via, None, "--via")
-    make_finite(via, settings.via, settings.nan_to_zero)
-    tell(*check_patients(fixed.patient, via.patient, settings.force, "--via"))
-    check_kind(via, settings.via, "CT", f"--via of {settings.task}", settings.force)
-    check_units(via, settings.via, "wide", settings.force)
-    tell(*(f"--via: {note}" for note in via.notes))
-    return via
-
-
-def read_source(settings: TestArgs, i: int, tell: Callable[..., None]) -> Volume:
-    """Source `i`, 1 or 2, with finite values.
-
-    Raises UserError for a modality that the task does not expect, unless it is forced.
-    """
-    kind = TASKS[settings.task] if i == 1 else "MRI"
-    path, series = (getattr(settings, f"{name}{i}") for name in ("img", "series"))
-    choice = Choice(settings.where, settings.frame, settings.affine)
-    volume = read_volume(path, series, f"--series{i}", choice)
-    make_finite(volume, path, settings.nan_to_zero)
+    name, kind = f"img{number}", request.modality if number == 1 else "MRI"
+    choice = Choice(source.where, source.time, source.affine)
+    volume = read_volume(source.path, source.series, f"--series{number}", choice)
+    make_finite(volume, source)
     if volume.data.min() == volume.data.max():
-        raise UserError(f"{path}: all voxels are {volume.data.flat[0]:g}, there is nothing to fuse")
-    check_kind(volume, path, kind, f"img{i} of {settings.task}", settings.force)
-    if kind == "CT":
-        check_units(volume, path, settings.window, settings.force)
-    tell(f"img{i}: {kind}, {volume.describe()}", *(f"img{i}: {note}" for note in volume.notes))
+        value = volume.data.flat[0]
+        raise UserError(f"{source.path}: all voxels are {value:g}, there is nothing to fuse")
+    doubts = kind_doubts(volume, kind, request.task)
+    doubts += units_doubts(volume, request.levels.window) if kind == "CT" else []
+    lines = check_source(source.path, doubts, request.forced, name)
+    report.tell(f"{name}: {kind}, {volume.describe()}")
+    report.tell(*(f"{name}: {note}" for note in volume.notes))
+    report.doubt(*lines)
     return volume
 
 
-def check_kind(volume: Volume, path: Path, kind: str, of: str, force: str) -> None:
-    """UserError for a DICOM modality that is not that of `kind`, or a note if it is forced.
+def read_via(source: Source, task: str, forced: Collection[str], report: Report) -> Volume:
+    """The CT that is registered in the place of source 1; UserError if it is none."""
+    via = read_volume(source.path, None, "--via")
+    make_finite(via, source)
+    doubts = [*kind_doubts(via, "CT", task), *units_doubts(via, Levels().window)]
+    report.doubt(*check_source(source.path, doubts, forced, "--via"))
+    report.tell(*(f"--via: {note}" for note in via.notes))
+    return via
 
-    `of` is the name of the source for the line, as "img1 of CT-MRI".
-    """
+
+def kind_doubts(volume: Volume, kind: str, task: str) -> list[tuple[str, str]]:
+    """The doubt that a volume's DICOM modality is another than expected, as for `passed_over`."""
     expected = DICOM_MODALITY[kind]
     if volume.modality in (None, expected):
-        return
-    name, _, task = of.partition(" of ")
-    doubt = f"its modality is {volume.modality}, {task} expects {expected}"
-    if not forces(force, "modality"):
-        raise UserError(f"{path}: {doubt} as {name}; --force modality fuses all the same")
-    volume.notes.append(f"forced (modality): {doubt}")
+        return []
+    return [("modality", f"its modality is {volume.modality}, {task} expects {expected}")]
 
 
-def check_units(volume: Volume, path: Path, window: str, force: str) -> None:
-    """UserError for a CT that does not look as if it was in HU, or a note if it is forced."""
+def units_doubts(volume: Volume, window: str) -> list[tuple[str, str]]:
+    """The doubt that a CT is not in HU, or not in its window's unit, as for `passed_over`."""
     doubt = units_doubt(volume.data, window)
-    if doubt and not forces(force, "units"):
-        raise UserError(f"{path}: {doubt}")
-    volume.notes += [f"forced (units): {doubt}"] if doubt else []
+    return [("units", doubt)] if doubt else []
 
 
-def make_finite(volume: Volume, path: Path, nan_to_zero: bool) -> None:
+def check_source(
+    path: Path, doubts: list[tuple[str, str]], forced: Collection[str], name: str
+) -> list[str]:
+    """Lines on doubts about one source; UserError for the first that is not forced."""
+    for what, doubt in doubts:
+        if what not in forced:
+            how = f" as {name}; --force modality fuses all the same" if what == "modality" else ""
+            raise UserError(f"{path}: {doubt}{how}")
+    return [f"{name}: forced ({what}): {doubt}" for what, doubt in doubts]
+
+
+def make_finite(volume: Volume, source: Source) -> None:
     """Name voxels that are not finite in a UserError, or make them 0 where that was asked for."""
     wrong = ~np.isfinite(volume.data)
     count = int(wrong.sum())
@@ -169,31 +201,43 @@ def make_finite(volume: Volume, path: Path, nan_to_zero: bool) -> None:
     first = np.unravel_index(int(wrong.argmax()), wrong.shape)
     where = ", ".join(str(int(i)) for i in first)
     line = f"{count} voxels are NaN or infinite, the first at ({where})"
-    if not nan_to_zero:
-        raise UserError(f"{path}: {line}; --nan-to-zero takes them as 0")
+    if not source.nan_to_zero:
+        raise UserError(f"{source.path}: {line}; --nan-to-zero takes them as 0")
     volume.data[wrong] = 0
     volume.notes.append(f"{line}: taken as 0")
 
 
-def scale_pair(
-    fixed: Volume, moved: Volume, settings: TestArgs, tell: Callable[[str], None]
-) -> tuple[Scaling, Scaling]:
-    """The scalings of source 1 and source 2; `tell` gets them and, for PET, why SUV is missing."""
-    kind = TASKS[settings.task]
-    scaling1 = scaling_of(fixed, kind, settings.window, settings.suv)
-    scaling2 = scaling_of(moved, "MRI", settings.window, settings.suv)
-    tell(scaling1.text)
-    tell(scaling2.text)
-    if reason := scaling1.method.get("no_suv"):
-        tell(f"no SUV ({reason}): {kind} scaled to its maximum")
-    return scaling1, scaling2
+def scale_pair(sources: Sources, levels: Levels) -> tuple[Scaling, Scaling]:
+    """The scalings of source 1 and source 2, as they came."""
+    return (
+        scaling_of(sources.source1, sources.modality, levels.window, levels.suv),
+        scaling_of(sources.source2, "MRI", levels.window, levels.suv),
+    )
 
 
-def check_sides(stack: np.ndarray, axis: str) -> None:
-    """UserError if (N, H, W) slices are smaller than the network takes."""
-    height, width = stack.shape[1:]
+def scale_lines(scalings: tuple[Scaling, Scaling], kind: str) -> list[str]:
+    """The scalings in lines, for PET also why SUV is missing."""
+    lines = [scaling.text for scaling in scalings]
+    if reason := scalings[0].method.get("no_suv"):
+        lines.append(f"no SUV ({reason}): {kind} scaled to its maximum")
+    return lines
+
+
+def empty(together: Together, axis: str) -> tuple[np.ndarray, str]:
+    """A fused volume without values yet, (I, J, K) int16, and the axis of its slices.
+
+    Raises UserError if the slices are too small for the network.
+
+    Args:
+        axis: axial, coronal, sagittal, or auto.
+    """
+    grid = together.source1
+    axis = pick_axis(grid.affine, axis)
+    luma = np.empty(grid.data.shape, np.int16, order="F")  # as NIfTI stores it
+    height, width = slices(luma, grid.affine, axis).shape[1:]
     if min(height, width) < MIN_SIDE:
         raise UserError(
             f"{axis} slices are {height}x{width} pixels, expected at least {MIN_SIDE}x{MIN_SIDE}; "
             "--axis chooses others"
         )
+    return luma, axis

@@ -44,13 +44,13 @@ from volumes.varying import (
     ALL,
     B_VALUE,
     CONTRASTS,
-    TIMES,
+    TIME_FIELDS,
     Choice,
+    by_time,
     chosen,
     durations_of,
     fields_of,
     frame_fields,
-    frames,
     largest,
 )
 
@@ -69,7 +69,7 @@ TAGS = """
     TimezoneOffsetFromUTC Manufacturer PatientSex ActualFrameDuration
     RealWorldValueMappingSequence SliceVector
 """.split()
-TAGS += [*CONTRASTS, *TIMES, 0x00190010, B_VALUE, *PHILIPS]
+TAGS += [*CONTRASTS, *TIME_FIELDS, 0x00190010, B_VALUE, *PHILIPS]
 TAGS += [tag for pair in PRIVATE_TIMES.values() for tag in pair]
 NUMBERS = ("SeriesNumber", "SliceThickness", "SpacingBetweenSlices")  # a file may lack them
 UNREADABLE = (  # what pydicom and numpy raise for fields that are missing or make no sense
@@ -119,7 +119,7 @@ def read_dicom(
     headers, copies = once(headers)
     refuse_mosaic(path, headers[0][1])
     volume = _volume_of(path, headers, choice)
-    volume.patient = patient
+    volume.patient, volume.files = patient, _files_below(path)
     if copies:
         volume.notes.append(f"{copies} files are copies of others, counted once")
     if strays:
@@ -137,7 +137,7 @@ def _volume_of(path: Path, headers: Headers, choice: Choice) -> Volume:
     planes, note = largest(path, planes)
     taken = {plane.path for plane in planes}
     kept = [ds for file, ds in headers if file in taken]
-    times, when = frames(path, planes, choice.frame)
+    times, when = by_time(path, planes, choice.time)
     told = planes[0].thickness or float(kept[0].get("SpacingBetweenSlices") or 0)
     try:
         stacks = [stack(path, planes, told or 1.0) for planes in times]
@@ -147,16 +147,16 @@ def _volume_of(path: Path, headers: Headers, choice: Choice) -> Volume:
         notes.append("the thickness of its slice is not told, taken as 1 mm")
     unit = planes[0].kind[2] or str(kept[0].get("Modality"))
     counts = UNITS.get(unit) == "counts"
-    weights, how = _weights(times, choice.frame, counts)
+    weights, how = _weights(times, choice.time, counts)
     volume = Volume(_values(stacks, weights), stacks[0].affine)
     when = f"{when}: {how}" if how else when
     volume.notes = [text for text in (*notes, note, when, stacks[0].note) if text]
     volume.notes += dict.fromkeys(plane.note for plane in planes if plane.note)
     volume.origin, volume.placed = planes[0].path, all(plane.placed for plane in planes)
-    volume.frame, volume.modality = (text or None for text in planes[0].kind[:2])
+    volume.frame_of_reference, volume.modality = (text or None for text in planes[0].kind[:2])
     volume.unit = UNITS.get(unit, "")
     _tell_suv(volume, kept)
-    if len(stacks) > 1 and choice.frame == "sum":
+    if len(stacks) > 1 and choice.time == "sum":
         volume.suv, volume.no_suv = None, "points in time were summed"
         volume.summed = not counts
     return volume
@@ -189,14 +189,18 @@ def _tell_suv(volume: Volume, headers: list[pydicom.Dataset]) -> None:
 
 def _read_headers(path: Path) -> tuple[Headers, int]:
     """Every image below `path` with the header fields of TAGS, and the count of other files."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    files = [p for p in files if not p.name.startswith(".") and p.name != "DICOMDIR"]
+    files = [p for p in _files_below(path) if not p.name.startswith(".") and p.name != "DICOMDIR"]
     headers = [(file, ds) for file in files if (ds := _image_header(file)) is not None]
     strays = len(files) - len(headers)
     if not headers:
         what = f"no DICOM image among its {strays} files" if path.is_dir() else "not a DICOM image"
         raise UserError(f"{path}: {what}, expected DICOM, NIfTI, MetaImage or NRRD")
     return headers, strays
+
+
+def _files_below(path: Path) -> list[Path]:
+    """The files of a folder and its subfolders, or the file itself."""
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
 def _image_header(file: Path) -> pydicom.Dataset | None:

@@ -10,13 +10,13 @@ import gzip
 import zlib
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
-from cli import UserError
+from cli import UserError, stem_of
 from volumes.claims import check_claim
 from volumes.dicom import read_dicom
 from volumes.durations import beside, mean_weights, sum_words
@@ -41,12 +41,6 @@ DAMAGED = (  # what nibabel raises for a file that it cannot read
     ValueError,
     zlib.error,
 )
-
-
-def stem_of(path: Path) -> str:
-    """A file's name without the ending of its format: "ct" of "ct.nii.gz"."""
-    ends = [suffix for suffix in (*NIFTI, *PAIRS, *MGH, *ITK) if path.name.lower().endswith(suffix)]
-    return path.name[: -len(max(ends, key=len))] if ends else path.stem
 
 
 def read_volume(
@@ -78,22 +72,25 @@ def read_nifti(path: Path, choice: Choice = ALL) -> Volume:
     """A grey volume of a NIfTI-1 or -2 file, or another that nibabel reads: Analyze, MGH.
 
     Args:
-        choice: its `frame` of a 4-D file; its `affine` where sform and qform differ.
+        choice: its `time` of a 4-D file; its `affine` where sform and qform differ.
 
     Raises:
-        UserError: damaged, not 3-D and no frame chosen, colour or complex voxels, not in
+        UserError: damaged, not 3-D and no time chosen, colour or complex voxels, not in
             millimetres.
     """
     try:
         image = nib.load(path)
-        data, note = _nifti_values(path, image, choice.frame)
+        data, note = _nifti_values(path, image, choice.time)
         if isinstance(image.header, nib.Nifti1Header):
             volume = _nifti_volume(path, image, data, choice.affine)
         else:
             volume = Volume(data, _checked(image.affine, path))
             volume.placed = isinstance(image, nib.MGHImage) and image.header["goodRASFlag"] == 1
         volume.notes += [note] if note else []
-        volume.summed = bool(note) and choice.frame == "sum"
+        volume.summed = bool(note) and choice.time == "sum"
+        named = [Path(part.filename) for part in image.file_map.values()]
+        named += [bids_sidecar(path)] if note and choice.time == "mean" else []
+        volume.files = [file for file in named if file.is_file()]  # of a .hdr, the .img beside it
         return volume
     except UserError:
         raise
@@ -101,8 +98,8 @@ def read_nifti(path: Path, choice: Choice = ALL) -> Volume:
         raise UserError(f"{path}: damaged or not NIfTI ({_first_line(error)})") from None
 
 
-def _nifti_values(path: Path, image: nib.Nifti1Image, frame: str) -> tuple[np.ndarray, str]:
-    """The values of nibabel's image, (I, J, K) float32, and a note on the frame taken of it."""
+def _nifti_values(path: Path, image: nib.Nifti1Image, time: str) -> tuple[np.ndarray, str]:
+    """The values of nibabel's image, (I, J, K) float32, and a note on the time taken of it."""
     shape = image.shape
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -113,30 +110,35 @@ def _nifti_values(path: Path, image: nib.Nifti1Image, frame: str) -> tuple[np.nd
     packed = stored.name.lower().endswith((".gz", ".mgz"))
     check_claim(stored, image.shape, dtype.itemsize, packed)
     if len(shape) == 4:
-        return _nifti_frame(path, image.dataobj, shape, frame)
+        return _nifti_time(path, image.dataobj, shape, time)
     if len(shape) != 3:
         raise UserError(f"{path}: is {len(shape)}-D, expected one 3-D volume")
     data = np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"))
     return data.reshape(shape, order="A"), ""
 
 
-def _nifti_frame(
-    path: Path, stored: nib.arrayproxy.ArrayProxy, shape: tuple[int, ...], frame: str
+def _nifti_time(
+    path: Path, stored: nib.arrayproxy.ArrayProxy, shape: tuple[int, ...], time: str
 ) -> tuple[np.ndarray, str]:
-    """A frame (I, J, K) float32 of 4-D values, or the mean or sum of all, read one by one."""
+    """A point in time (I, J, K) float32 of 4-D values, or the mean or sum of all, one by one."""
     count = shape[3]
-    number = number_of(frame, count, f"{path}: is 4-D ({count} volumes)")
+    number = number_of(time, count, f"{path}: is 4-D ({count} volumes)")
     one = [slice(None)] * 3 + [number] + [0] * (len(stored.shape) - 4)
     if number is not None:
         data = np.asarray(stored[tuple(one)], np.float32)
         return data, f"volume {number + 1} of {count}"
     weights, how = np.ones(count), sum_words(count)
-    if frame == "mean":
-        weights, how = mean_weights(beside(path.with_name(f"{stem_of(path)}.json")), count)
+    if time == "mean":
+        weights, how = mean_weights(beside(bids_sidecar(path)), count)
     data = np.zeros(shape[:3], np.float32, order="F")
     for one[3], weight in enumerate(weights):
         data += np.float32(weight) * np.asarray(stored[tuple(one)], np.float32)
-    return data, f"{frame} of {count} volumes: {how}"
+    return data, f"{time} of {count} volumes: {how}"
+
+
+def bids_sidecar(path: Path) -> Path:
+    """Where BIDS has the JSON file that describes a NIfTI file."""
+    return path.with_name(f"{stem_of(path)}.json")
 
 
 def _nifti_volume(path: Path, image: nib.Nifti1Image, data: np.ndarray, place: str) -> Volume:
@@ -197,7 +199,39 @@ def read_itk(path: Path) -> Volume:
     affine[:3, 3] = image.GetOrigin()
     placed = path.suffix.lower() in (".mha", ".mhd") or "NRRD_space" in image.GetMetaDataKeys()
     data = sitk.GetArrayFromImage(image).astype(np.float32, copy=False).T
-    return Volume(data, _checked(RAS_LPS @ affine, path), placed=placed)
+    files = [path, *_data_files(path)]
+    return Volume(data, _checked(RAS_LPS @ affine, path), placed=placed, files=files)
+
+
+def _data_files(path: Path) -> list[Path]:
+    """The files that a header of MetaImage or NRRD names as the place of its voxels.
+
+    Either names one file, or lists several in the lines after it, or has a pattern with a number,
+    its first and last value and its step. Sources: ITK's MetaIO documentation (ElementDataFile);
+    the definition of NRRD, section "Detached headers" (data file).
+    """
+    lines = []
+    with path.open("rb") as file:
+        for line in iter(partial(file.readline, MAX_HEADER), b""):
+            if not line.strip() and path.suffix.lower() in (".nrrd", ".nhdr"):
+                break  # the voxels follow
+            lines.append(line.decode("utf-8", "replace").strip())
+            if line.startswith(b"ElementDataFile") and not line.rstrip().endswith(b"LIST"):
+                break
+    named = []
+    for number, line in enumerate(lines):
+        key, sign, value = line.partition("=" if line.startswith("Element") else ":")
+        if not sign or key.strip().lower() not in ("elementdatafile", "data file", "datafile"):
+            continue
+        words = value.split()
+        if words[:1] == ["LIST"]:
+            named += lines[number + 1 :]
+        elif "%" in value and len(words) >= 3:
+            first, last, step = (int(n) for n in [*words[1:4], "1"][:3])
+            named += [words[0] % n for n in range(first, last + 1, step)]
+        else:
+            named.append(value.strip())
+    return [file for name in named if name and (file := path.parent / name).is_file()]
 
 
 def _check_lines(path: Path) -> None:
@@ -216,34 +250,31 @@ def _check_lines(path: Path) -> None:
                 )
 
 
-def stream_nifti(
-    file: BinaryIO,
-    data: np.ndarray,
-    affine: np.ndarray,
-    code: int,
-    text: str,
-    slope: float = 1.0,
-    packed: bool = False,
-) -> None:
-    """Write a NIfTI-1 volume, sform and qform the same, to an open file.
+class Header(NamedTuple):
+    """What the header of a NIfTI file says of its voxels."""
+
+    affine: np.ndarray  # (4, 4), RAS mm; sform and qform are the same
+    code: int  # NIfTI's of the space
+    text: str  # description; at most 79 characters of it are kept
+    slope: float = 1.0  # what a reader multiplies the stored values with
+
+
+def stream_nifti(file: BinaryIO, data: np.ndarray, header: Header, packed: bool = False) -> None:
+    """Write a NIfTI-1 volume to an open file.
 
     Args:
         data: (I, J, K), or (I, J, K, 3) uint8 RGB.
-        affine: RAS, mm.
-        code: NIfTI's of the space.
-        text: the header's description, at most 79 characters of it.
-        slope: what a reader multiplies the stored values with.
         packed: compressed by gzip. The same volume gives the same bytes.
     """
     if data.ndim == 4:
         data = data.view([(c, "u1") for c in "RGB"])[..., 0]
-    image = nib.Nifti1Image(data, affine)
-    image.set_sform(affine, code)
-    image.set_qform(affine, code)
+    image = nib.Nifti1Image(data, header.affine)
+    image.set_sform(header.affine, header.code)
+    image.set_qform(header.affine, header.code)
     image.header.set_xyzt_units("mm")
-    image.header["descrip"] = text.encode("ascii", "replace")[:79]
-    if slope != 1:
-        image.header.set_slope_inter(slope, 0)
+    image.header["descrip"] = header.text.encode("ascii", "replace")[:79]
+    if header.slope != 1:
+        image.header.set_slope_inter(header.slope, 0)
     if packed:
         with gzip.GzipFile("", "wb", 6, file, mtime=0) as gz:  # neither name nor time in it
             image.to_stream(gz)

@@ -6,6 +6,7 @@ Patients are compared in memory. No message holds a name, number or date of one.
 """
 
 import re
+from collections.abc import Collection
 from itertools import combinations
 from pathlib import Path
 
@@ -18,7 +19,7 @@ Headers = list[tuple[Path, pydicom.Dataset]]  # files, each with its header
 Patient = tuple[str, ...]  # the fields of IDENTITY in their order
 IDENTITY = {"PatientID": "ID", "PatientBirthDate": "date of birth", "PatientSex": "sex"}
 CODE = re.compile(r"[A-Z0-9_ ]{1,16}")  # what a DICOM code string may hold
-TIMES = {"EchoTime": "TE", "RepetitionTime": "TR", "InversionTime": "TI"}  # ms
+SHORT = {"EchoTime": "TE", "RepetitionTime": "TR", "InversionTime": "TI"}  # times in ms
 
 
 def frame_count(ds: pydicom.Dataset) -> int:
@@ -86,7 +87,7 @@ def describe(group: Headers) -> str:
         thickness = _field(ds, "SliceThickness")
         sides = [*spacing, *([float(thickness)] if thickness else [])]
         parts += ["x".join(f"{v:.3g}" for v in sides) + " mm"] if spacing else []
-        times = {name: _field(ds, keyword) for keyword, name in TIMES.items()}
+        times = {name: _field(ds, keyword) for keyword, name in SHORT.items()}
         parts += [" ".join(f"{name} {float(v):g}" for name, v in times.items() if v)]
     except (TypeError, ValueError):
         parts += ["sizes or times that make no sense"]
@@ -154,12 +155,15 @@ def are_two(one: Patient | None, other: Patient | None) -> bool:
 
 
 def check_patients(
-    one: Patient | None, other: Patient | None, force: str = "", second: str = "img2"
+    one: Patient | None,
+    other: Patient | None,
+    forced: Collection[str] = (),
+    second: str = "img2",
 ) -> list[str]:
     """Lines on two sources whose patients differ, without a name, number or date.
 
     Args:
-        force: what `--force` names. Two patients go on only where it names `patient`, not by "all".
+        forced: what is fused although it is in doubt; two patients only with "patient".
         second: the name of the other source.
 
     Raises:
@@ -171,7 +175,7 @@ def check_patients(
     if not are_two(one, other):
         return [f"img1 and {second} differ in the patient's {found[0]}: are they of one patient?"]
     line = f"img1 and {second} are of two patients: {' and '.join(found)} differ"
-    if "patient" not in force.split(","):
+    if "patient" not in forced:
         raise UserError(
             f"{line}; give two scans of one patient, or --force patient if they are of one"
         )

@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 
-from cli import UserError
+from cli import UserError, has_dicom_mark
 from images import EXTENSIONS
 from volumes.io import DAMAGED, MGH, NIFTI
 
@@ -46,9 +46,8 @@ def check_upload(file: Path, megabytes: float) -> None:
         raise UserError(f"{file} is an image, {EXPECTED}; the tab Images takes it")
     if name.endswith((*NIFTI, *MGH, ".zip")):
         return
-    with open(file, "rb") as content:
-        if content.read(132)[128:] != b"DICM":
-            raise UserError(f"{file}: {EXPECTED}")
+    if not has_dicom_mark(file):
+        raise UserError(f"{file}: {EXPECTED}")
 
 
 def source_of(file: Path, folder: Path, megabytes: float, voxels: float) -> Path:
