@@ -761,7 +761,7 @@ def test_a_study_calls_only_a_move_moved(tmp_path):
     request = VolumeRequest(
         "CT-MRI", Source(Path("a.nii")), Source(Path("b.nii")), Writing(tmp_path / "f.nii.gz")
     )
-    case = SimpleNamespace(name="c", request=request)
+    case = SimpleNamespace(name="c", request=request, record=tmp_path / "r.json")
     for applied, words in ((True, "moved 2.39 mm"), (False, "measured 2.39 mm apart, not moved")):
         found = {"applied": applied, "moved_mm": 2.39, "moved_pixels": None, "doubts": []}
         record = {"status": "done", "message": "", "seconds": 1.0, "found": found, "outputs": {}}
