@@ -272,15 +272,18 @@ def sidecars_of(source: Path) -> list[str]:
 
 
 # What --force can name.
-FORCED = ("modality", "space", "place", "overlap", "registration")
+FORCED = ("modality", "space", "place", "overlap", "registration", "units", "patient")
 
 
 def forced_by(text: str) -> frozenset[str]:
-    """What `--force` names, with commas between; UserError if it names anything else."""
+    """What `--force` names, with commas between; UserError if it names anything else.
+
+    "all" is all but two patients, who must be named.
+    """
     names = [name.strip() for name in text.split(",") if name.strip()]
     if wrong := [name for name in names if name not in (*FORCED, "all")]:
         raise UserError(f"--force names {wrong[0]!r}, expected all, or of {', '.join(FORCED)}")
-    return frozenset(FORCED if "all" in names else names)
+    return frozenset({*FORCED} - {"patient"} | {*names} - {"all"} if "all" in names else names)
 
 
 # --- pairs of images -------------------------------------------------------------------------

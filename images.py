@@ -345,6 +345,14 @@ class Doubts:
                 f"{path}: 16 bits, but no value above {most}, and white is 65535; if {likely} is "
                 f"white, give --levels {flag}",
             )
+        brightest = max(black, white)
+        if not isinstance(reading.levels, str) and 0 < most < brightest / 8:
+            bits = 8 * values.dtype.itemsize
+            self._note(
+                f"levels {source}",
+                f"{path}: {bits} bits, no value above {most}, but --levels says that {brightest} "
+                "is white, so it is nearly black; --levels auto takes the file's own",
+            )
         colour = values.ndim == 3 and np.ptp(values, axis=2).max() > 0.1 * abs(white - black)
         if colour and modality in ("CT", "MRI"):
             ask = "--task another" if source == 1 else "are the sources swapped"

@@ -16,6 +16,7 @@ from volume_files import SHAPE, SPACING, affine_of, numbered, write
 from volumes.grid import RAS_LPS
 
 AFFINE, DATA = affine_of("identity"), numbered()
+WINDOW = ["--window", "2000,4000"]  # DATA is not in HU
 OFF = ["--register", "off"]  # for volumes that show nothing to register by
 
 
@@ -28,7 +29,8 @@ class Inputs:
 
     def args(self, *more, img1=None, img2=None) -> list:
         """The arguments of a run, on a good pair but for what is given."""
-        return ["--img1", img1 or self.ct, "--img2", img2 or self.mri, "--out", self.out, *more]
+        pair = ["--img1", img1 or self.ct, "--img2", img2 or self.mri, "--out", self.out]
+        return [*pair, *WINDOW, *more]
 
     def series(self, **how) -> Path:
         """A DICOM folder, an MRI unless `how` says otherwise."""

@@ -49,7 +49,8 @@ class Volume:
     suv: float | None = None  # body-weight SUV of a value of 1
     no_suv: str = "the file has no DICOM fields"  # why `suv` is None
     unit: str = ""  # of the values, where DICOM tells it: SUV, Bq/ml or counts
-    patient: tuple[str, str] | None = field(default=None, repr=False)  # to be compared only
+    summed: bool = False  # concentrations of several times, added up
+    patient: tuple[str, ...] | None = field(default=None, repr=False)  # to be compared only
     origin: Path | None = None  # a DICOM file of it
     files: list[Path] = field(default_factory=list, repr=False)  # that its reader opened
     notes: list[str] = field(default_factory=list)
@@ -192,7 +193,7 @@ def place_doubts(source1: Volume, source2: Volume) -> list[tuple[str, str]]:
 
     A registration does not help: left and right would be in doubt.
     """
-    line = "does not say where it is in the patient (no sform, qform, space)"
+    line = "does not say where it is in the patient (no sform, qform, space or position)"
     pairs = (("img1", source1), ("img2", source2))
     return [("place", f"{name} {line}") for name, volume in pairs if not volume.placed]
 

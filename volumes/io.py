@@ -16,9 +16,10 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
-from cli import UserError
+from cli import UserError, stem_of
 from volumes.claims import check_claim
 from volumes.dicom import read_dicom
+from volumes.durations import beside, mean_weights, sum_words
 from volumes.grid import RAS_LPS, SCANNER, SHEAR, Volume, displacement
 from volumes.varying import ALL, Choice, number_of
 
@@ -87,7 +88,9 @@ def read_nifti(path: Path, choice: Choice = ALL) -> Volume:
             volume.placed = isinstance(image, nib.MGHImage) and image.header["goodRASFlag"] == 1
         volume.notes += [note] if note else []
         volume.chosen_by |= {"frame"} if note else set()
-        named = (Path(part.filename) for part in image.file_map.values())
+        volume.summed = bool(note) and choice.time == "sum"
+        named = [Path(part.filename) for part in image.file_map.values()]
+        named += [bids_sidecar(path)] if note and choice.time == "mean" else []
         volume.files = [file for file in named if file.is_file()]  # of a .hdr, the .img beside it
         return volume
     except UserError:
@@ -125,12 +128,18 @@ def _nifti_time(
     if number is not None:
         data = np.asarray(stored[tuple(one)], np.float32)
         return data, f"volume {number + 1} of {count}"
-    data = np.zeros(shape[:3], np.float32, order="F")
-    for one[3] in range(count):
-        data += stored[tuple(one)]
+    weights, how = np.ones(count), sum_words(count)
     if time == "mean":
-        data /= count
-    return data, f"{time} of {count} volumes"
+        weights, how = mean_weights(beside(bids_sidecar(path)), count)
+    data = np.zeros(shape[:3], np.float32, order="F")
+    for one[3], weight in enumerate(weights):
+        data += np.float32(weight) * np.asarray(stored[tuple(one)], np.float32)
+    return data, f"{time} of {count} volumes: {how}"
+
+
+def bids_sidecar(path: Path) -> Path:
+    """Where BIDS has the JSON file that describes a NIfTI file."""
+    return path.with_name(f"{stem_of(path)}.json")
 
 
 def _nifti_volume(path: Path, image: nib.Nifti1Image, data: np.ndarray, place: str) -> Volume:

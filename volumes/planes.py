@@ -15,6 +15,7 @@ import numpy as np
 from cli import UserError
 from volumes.grid import RAS_LPS
 
+FRAME = "number of the frame"  # of a plane's fields, where a file has several images
 SAME = 0.01  # mm between slices that lie at one position
 UNEVEN = 0.1  # of the slice distance: how far a slice may lie from its position on an even grid
 ROUNDED = 0.1  # mm that it may always be off, since some scanners round positions to this
@@ -34,6 +35,9 @@ class Plane(NamedTuple):
     intercept: float
     thickness: float = 0.0  # of the slice in mm; 0: not told
     fields: dict[str, str] = {}  # what may tell it from others at its place, see varying.py
+    kind: tuple[str, str, str] = ("", "", "")  # frame of reference, modality, unit of the values
+    placed: bool = True  # False: the file does not say where it is
+    note: str = ""  # on its values, for the user
 
     @property
     def name(self) -> str:

@@ -16,6 +16,11 @@ import SimpleITK as sitk  # noqa: N813
 
 from cli import UserError, has_dicom_mark
 from volumes.grid import RAS_LPS, Volume
+from volumes.quiet import quiet
+
+STRETCH = (0.8, 1.25)  # how much a transform may shrink or stretch a head
+SCALES = (0.5, 2.0)  # the same of images
+NEAR_ONE = 1e-6  # for rounding
 
 
 def matrix_of(transform: sitk.Transform) -> np.ndarray:
@@ -43,15 +48,40 @@ def read_transform(path: Path, dimension: int = 3) -> np.ndarray:
         kind = "linear" if transform.IsLinear() else "deforming"
         raise UserError(
             f"{path}: a {kind} transform in {transform.GetDimension()}-D, expected a linear one in "
-            f"{dimension}-D; resample the volumes with it first, and give --register off"
+            f"{dimension}-D; resample img2 with it first, and give --register off"
         )
-    return regular(matrix_of(transform), path)
+    return placing(matrix_of(transform), path)
 
 
 def regular(matrix: np.ndarray, path: Path) -> np.ndarray:
-    """The matrix itself; UserError if it has no inverse."""
+    """The matrix itself; UserError if it has no inverse, or is none of points in space."""
+    last = np.eye(len(matrix))[-1]
     if not np.isfinite(matrix).all() or abs(np.linalg.det(matrix[:-1, :-1])) < 1e-6:
         raise UserError(f"{path}: its matrix has no inverse, --register rigid finds another")
+    if not np.allclose(matrix[-1], last, atol=1e-6):
+        raise UserError(f"{path}: the last row of its matrix is not 0 0 0 1, export it again")
+    return matrix
+
+
+def placing(matrix: np.ndarray, path: Path) -> np.ndarray:
+    """The matrix itself; UserError if no scan of a head can be moved so onto another of it.
+
+    That is one that mirrors, shears, or scales by more than STRETCH; images, whose pixels have no
+    size, may be scaled by up to SCALES, the same both ways.
+    """
+    regular(matrix, path)
+    linear = matrix[:-1, :-1]
+    if np.linalg.det(linear) < 0:
+        raise UserError(f"{path}: its matrix mirrors, left would be right; give one that does not")
+    sizes = np.linalg.svd(linear, compute_uv=False)
+    low, high = STRETCH if len(linear) == 3 else SCALES
+    uneven = sizes[0] / sizes[-1] > STRETCH[1] / STRETCH[0]
+    if uneven or sizes[-1] < low * (1 - NEAR_ONE) or sizes[0] > high * (1 + NEAR_ONE):
+        found = " and ".join(f"{size:.3g}" for size in (sizes[-1], sizes[0]))
+        raise UserError(
+            f"{path}: its matrix stretches by {found}, expected {low:g} to {high:g} in every "
+            "direction; --register rigid finds another"
+        )
     return matrix
 
 
@@ -71,6 +101,7 @@ def matrix_from(path: Path, source1: Volume, source2: Volume) -> np.ndarray:
     return RAS_LPS @ lps @ RAS_LPS
 
 
+@quiet()
 def read_registration(path: Path, source1: Volume, source2: Volume) -> np.ndarray:
     """The matrix, LPS, of a DICOM spatial registration object between two frames of reference."""
     try:
@@ -90,7 +121,7 @@ def read_registration(path: Path, source1: Volume, source2: Volume) -> np.ndarra
                 "registers these two"
             )
     there, back = (regular(known[v.frame_of_reference], path) for v in (source1, source2))
-    return np.linalg.inv(back) @ there
+    return placing(np.linalg.inv(back) @ there, path)
 
 
 def chained(item: pydicom.Dataset) -> np.ndarray:
