@@ -63,7 +63,7 @@ def row_of(case: Case, record: dict | None) -> dict:
     """The cells of a case; what was not found is empty."""
     record = record or {"status": "not run", "message": ""}
     found = record.get("found", {}) if record["status"] == "done" else {}
-    moved, pixels, share = (found.get(k) for k in ("moved_mm", "moved_pixels", "coverage"))
+    apart, pixels, share = (found.get(k) for k in ("apart_mm", "apart_pixels", "coverage"))
     applied = found.get("applied", True)
     img1, img2, *_ = case.request.sources
     return {
@@ -71,9 +71,9 @@ def row_of(case: Case, record: dict | None) -> dict:
         "status": record["status"],
         "task": case.request.task,
         "seconds": record.get("seconds", ""),
-        "moved_mm": round(moved, 2) if applied and moved is not None else "",
+        "moved_mm": round(apart, 2) if applied and apart is not None else "",
         "moved_pixels": round(pixels, 2) if applied and pixels is not None else "",
-        "measured": "" if applied else measured(moved, pixels),
+        "measured": "" if applied else measured(apart, pixels),
         "coverage_percent": "" if share is None else round(100 * share),
         "doubts": "; ".join(found.get("doubts", [])),
         "message": record["message"],

@@ -763,7 +763,7 @@ def test_a_study_calls_only_a_move_moved(tmp_path):
     )
     case = SimpleNamespace(name="c", request=request, record=tmp_path / "r.json")
     for applied, words in ((True, "moved 2.39 mm"), (False, "measured 2.39 mm apart, not moved")):
-        found = {"applied": applied, "moved_mm": 2.39, "moved_pixels": None, "doubts": []}
+        found = {"applied": applied, "apart_mm": 2.39, "apart_pixels": None, "doubts": []}
         record = {"status": "done", "message": "", "seconds": 1.0, "found": found, "outputs": {}}
         row = row_of(case, record)
         assert (row["moved_mm"] == 2.39) == applied

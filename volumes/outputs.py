@@ -74,11 +74,13 @@ class FusedVolume(Fused):
         return self.together.coverage
 
     @property
-    def moved_mm(self) -> float | None:
-        """The mean way, over the head, by which source 2 moves onto source 1; None: not measured.
+    def moved_mm(self) -> float:
+        """The mean way, over the head, by which source 2 was moved; 0 if it was not."""
+        return self.apart_mm if self.registered.applied else 0.0
 
-        It was only measured, and nothing moved, unless `registered.applied`.
-        """
+    @property
+    def apart_mm(self) -> float | None:
+        """How far apart the sources were measured to be, moved or not; None: not measured."""
         return None if self.registered.found is None else self.registered.found.moved_mm
 
 
