@@ -23,8 +23,8 @@ from images import read_uint8, write_bytes
 from studies.cases import Case
 
 WIDTH = 520  # pixels of a picture at most
-COLUMNS = ("name", "status", "task", "seconds", "moved_mm", "moved_pixels", "coverage_percent")
-COLUMNS += ("doubts", "message", "img1", "img2", "out")
+COLUMNS = ("name", "status", "task", "seconds", "moved_mm", "moved_pixels")
+COLUMNS += ("measured", "coverage_percent", "doubts", "message", "img1", "img2", "out")
 ORDER = ("failed", "not run", "done")
 STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; margin: 1.5em; background: #14161a; color: #e6e6e6 }
