@@ -11,11 +11,11 @@ import io
 from pathlib import Path
 
 import numpy as np
-import pydicom
 from highdicom.sc import SCImage
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from images import write_bytes
+from volumes.dicom import read_dataset_of
 from volumes.grid import RAS_LPS, slices
 
 # where rows and columns go, as volumes/grid.py turns the slices
@@ -73,7 +73,7 @@ def patient_fields(patient: Path | None) -> dict:
     """Arguments for highdicom: of a DICOM file's patient and study, or of nobody."""
     if patient is None:
         return {"study_instance_uid": generate_uid(prefix=None)}
-    ds = pydicom.dcmread(patient, stop_before_pixels=True, specific_tags=[*PATIENT.values()])
+    ds = read_dataset_of(patient, [*PATIENT.values()])
     found = {argument: ds.get(field) or None for argument, field in PATIENT.items()}
     found["study_instance_uid"] = found["study_instance_uid"] or generate_uid(prefix=None)
     return found

@@ -1,14 +1,16 @@
 """Files of volumes: NIfTI, Analyze, FreeSurfer, MetaImage, NRRD and DICOM in; NIfTI out.
 
 Sources: the NIfTI-1 header (nifti1.h: sform, qform, codes), Analyze 7.5 and FreeSurfer's MGH
-through nibabel; MetaImage and NRRD through SimpleITK; DICOM in volumes/dicom.py.
+through nibabel; MetaImage and NRRD through SimpleITK, after volumes/headers.py; DICOM in
+volumes/dicom.py.
 
 Legend: I J K voxels as stored; affines are RAS in mm, see volumes/grid.py.
 """
 
 import gzip
 import zlib
-from functools import partial
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,17 +18,28 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
+import limits
 from cli import UserError
-from volumes.claims import check_claim
 from volumes.dicom import read_dicom
 from volumes.grid import RAS_LPS, SCANNER, SHEAR, Volume, displacement
+from volumes.headers import check_header, quiet_itk
 from volumes.varying import ALL, Choice, number_of
 
-MAX_FIELD, MAX_HEADER = 512, 2**24  # bytes of a field, and of a line, in a header of text
 NIFTI = (".nii", ".nii.gz")
 PAIRS = (".hdr", ".img", ".img.gz")  # NIfTI or Analyze in two files
 MGH = (".mgz", ".mgh")
 ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
+KINDS = (  # of nibabel's images, in its own order
+    nib.Nifti1Pair,
+    nib.Nifti1Image,
+    nib.Nifti2Pair,
+    nib.Nifti2Image,
+    nib.Spm2AnalyzeImage,
+    nib.Spm99AnalyzeImage,
+    nib.AnalyzeImage,
+    nib.MGHImage,
+)
+NIFTI_LENGTHS = {348: 1, 540: 2}  # bytes of a header, and the version of NIfTI that has them
 DAMAGED = (  # what nibabel raises for a file that it cannot read
     nib.filebasedimages.ImageFileError,
     nib.spatialimages.HeaderDataError,
@@ -84,8 +97,8 @@ def read_nifti(path: Path, choice: Choice = ALL) -> Volume:
             millimetres.
     """
     try:
-        image = nib.load(path)
-        data, note = _nifti_values(path, image, choice.frame)
+        with opened_nifti(path) as image:
+            data, note = _nifti_values(path, image, choice.frame)
         if isinstance(image.header, nib.Nifti1Header):
             volume = _nifti_volume(path, image, data, choice.affine)
         else:
@@ -99,6 +112,95 @@ def read_nifti(path: Path, choice: Choice = ALL) -> Volume:
         raise UserError(f"{path}: damaged or not NIfTI ({_first_line(error)})") from None
 
 
+@contextmanager
+def opened_nifti(path: Path) -> Iterator[nib.spatialimages.SpatialImage]:
+    """nibabel's image of a NIfTI, Analyze or MGH file, whose values are not yet read.
+
+    What its header claims has been compared with the file. What is packed is unpacked only as far
+    as the header, and then the voxels, go.
+
+    Raises UserError, or one of DAMAGED.
+    """
+    kind = _kind_of(path)
+    with ExitStack() as stack:
+        files = kind.filespec_to_file_map(str(path))
+        for holder in files.values():
+            name = Path(holder.filename)
+            if name.name.lower().endswith((".gz", ".mgz")) and name.exists():
+                holder.fileobj = stack.enter_context(limits.Unpacked(name, limits.HEADER_BYTES))
+        header_file = files.get("header", files["image"])
+        if kind is nib.MGHImage:
+            yield _mgh_image(path, files)
+            return
+        _check_nifti_header(path, header_file, detached="header" in files)
+        if "mat" in files and Path(files["mat"].filename).exists():  # of SPM, tiny
+            limits.check_bytes(Path(files["mat"].filename), limits.TABLE_BYTES >> 8)
+        image = kind.from_file_map(files)
+        offset = int(image.dataobj.offset)
+        _check_values(path, image, files["image"], offset)
+        yield image
+
+
+def _kind_of(path: Path) -> type:
+    """The class of nibabel for a file, by its name and first bytes."""
+    if not path.stat().st_size:
+        raise EOFError("empty")
+    sniff = None
+    for kind in KINDS:
+        fits, sniff = kind.path_maybe_image(str(path), sniff)
+        if fits:
+            return kind
+    raise nib.filebasedimages.ImageFileError("not NIfTI, Analyze or MGH")
+
+
+def _check_nifti_header(path: Path, holder: nib.FileHolder, detached: bool) -> None:
+    """UserError for a header that is extended to more than HEADER_BYTES.
+
+    nibabel reads all extensions at once, and believes their lengths.
+    """
+    name = Path(holder.filename)
+    if detached and holder.fileobj is None:  # all of the file is header
+        limits.check_bytes(name, limits.HEADER_BYTES, " for a header")
+    with holder.get_prepare_fileobj("rb") as file:
+        start = file.read(max(NIFTI_LENGTHS) + 4)
+    ends = []
+    for order in "<>":
+        length = int.from_bytes(start[:4], "little" if order == "<" else "big")
+        if NIFTI_LENGTHS.get(length) == 1:
+            ends += np.frombuffer(start, f"{order}f4", 1, 108).tolist()
+        elif NIFTI_LENGTHS.get(length) == 2:
+            ends += np.frombuffer(start, f"{order}i8", 1, 168).tolist()
+    if any(not 0 <= end <= limits.HEADER_BYTES for end in ends):
+        raise UserError(
+            f"{path}: its header would end after {ends[0]:.0f} bytes, expected at most "
+            f"{limits.HEADER_BYTES >> 20} MB; truncated or damaged"
+        )
+
+
+def _mgh_image(path: Path, files: dict) -> nib.MGHImage:
+    """The image of an MGH file, without what may stand after its voxels: nibabel seeks that."""
+    header_class = nib.MGHImage.header_class
+    size = header_class._hdrdtype.itemsize
+    with files["image"].get_prepare_fileobj("rb") as file:
+        start = file.read(size)
+    if len(start) < size:
+        raise EOFError("its header is cut")
+    header = header_class(start + bytes(header_class._ftrdtype.itemsize))
+    proxy = nib.arrayproxy.ArrayProxy(files["image"].file_like, header.copy())
+    image = nib.MGHImage(proxy, header.get_affine(), header, file_map=files)
+    _check_values(path, image, files["image"], header.get_data_offset())
+    return image
+
+
+def _check_values(path: Path, image, holder: nib.FileHolder, offset: int) -> None:
+    """UserError if the file of the values is too short for those that the header claims."""
+    dtype = image.get_data_dtype()
+    packed = holder.fileobj is not None
+    limits.check_claim(Path(holder.filename), image.shape, dtype.itemsize, packed)
+    if packed:  # from here on it may be unpacked up to the last voxel
+        holder.fileobj.most = offset + limits.product(image.shape) * dtype.itemsize
+
+
 def _nifti_values(path: Path, image: nib.Nifti1Image, frame: str) -> tuple[np.ndarray, str]:
     """The values of nibabel's image, (I, J, K) float32, and a note on the frame taken of it."""
     shape = image.shape
@@ -107,9 +209,6 @@ def _nifti_values(path: Path, image: nib.Nifti1Image, frame: str) -> tuple[np.nd
     dtype = image.get_data_dtype()
     if dtype.fields or dtype.kind not in "iuf":
         raise UserError(f"{path}: voxels are RGB or complex, expected one grey value each")
-    stored = Path(image.file_map["image"].filename)  # of a .hdr, the .img beside it
-    packed = stored.name.lower().endswith((".gz", ".mgz"))
-    check_claim(stored, image.shape, dtype.itemsize, packed)
     if len(shape) == 4:
         return _nifti_frame(path, image.dataobj, shape, frame)
     if len(shape) != 3:
@@ -172,16 +271,14 @@ def read_itk(path: Path) -> Volume:
     Raises:
         UserError: damaged, not one 3-D volume, or several values for each voxel.
     """
-    _check_lines(path)
-    sitk.ProcessObject.GlobalWarningDisplayOff()
+    check_header(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
-        reader.ReadImageInformation()
-        # what is packed does not say so here; the file of a header alone holds no voxels
-        size = 0 if path.suffix.lower() in (".mhd", ".nhdr") else 1
-        check_claim(path, reader.GetSize(), size, packed=True)
-        image = reader.Execute()
+        with quiet_itk:
+            reader.ReadImageInformation()
+            limits.check_claim(path, reader.GetSize(), 0, packed=True, length=limits.VOXELS)
+            image = reader.Execute()
     except RuntimeError as error:
         reason = _first_line(str(error).rsplit("ERROR:", 1)[-1])
         raise UserError(f"{path}: damaged or not {path.suffix} ({reason})") from None
@@ -195,22 +292,6 @@ def read_itk(path: Path) -> Volume:
     placed = path.suffix.lower() in (".mha", ".mhd") or "NRRD_space" in image.GetMetaDataKeys()
     data = sitk.GetArrayFromImage(image).astype(np.float32, copy=False).T
     return Volume(data, _checked(RAS_LPS @ affine, path), placed=placed)
-
-
-def _check_lines(path: Path) -> None:
-    """UserError for an overlong field in the header of a MetaImage or NRRD file.
-
-    ITK's reader of NRRD copies a field into memory of a fixed size, and overruns it. Comments and
-    the pairs of `key:=value` may be long.
-    """
-    with path.open("rb") as file:
-        for line in iter(partial(file.readline, MAX_HEADER), b""):
-            if not line.strip() or line.startswith(b"ElementDataFile"):
-                return
-            if len(line) > MAX_FIELD and not line.startswith(b"#") and b":=" not in line:
-                raise UserError(
-                    f"{path}: damaged or not {path.suffix} (a field of over {MAX_FIELD} bytes)"
-                )
 
 
 def stream_nifti(
@@ -253,6 +334,7 @@ def _checked(affine: np.ndarray, path: Path) -> np.ndarray:
     affine = np.asarray(affine, dtype=float)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise UserError(f"{path}: its affine is singular or not finite, its place is unknown")
+    limits.check_spacing(path, np.linalg.norm(affine[:3, :3], axis=0))
     return affine
 
 

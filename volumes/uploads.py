@@ -11,17 +11,13 @@ import zipfile
 import zlib
 from pathlib import Path
 
-import nibabel as nib
-import numpy as np
-import pydicom
-
+import limits
 from cli import UserError
 from images import EXTENSIONS
-from volumes.io import DAMAGED, MGH, NIFTI
+from volumes.dicom import SIZE, read_dataset_of
+from volumes.io import DAMAGED, MGH, NIFTI, opened_nifti
+from volumes.series import frame_count
 
-ENTRIES = 20_000  # files in a zip
-DIRECTORY = 2**24  # bytes of a zip's central directory
-UNPACKED = 4  # times the largest upload: what a zip may unpack to
 END, END64 = b"PK\5\6", b"PK\6\7"  # a zip's last record, and what comes before it in Zip64
 BAD_ZIP = (
     zipfile.BadZipFile,
@@ -71,13 +67,19 @@ def source_of(file: Path, folder: Path, megabytes: float, voxels: float) -> Path
     if name.endswith(".zip"):
         source = folder / file.name  # messages name it as they would the zip
         source.mkdir(parents=True)
-        unpack(file, source, UNPACKED * megabytes * 2**20)
+        unpack(file, source, limits.UNPACKED_TIMES * megabytes * 2**20)
     files = sorted(source.iterdir()) if source.is_dir() else [source]
-    check_voxels(file, sum(map(dicom_voxels, files)), voxels)
+    elements = limits.Elements(file, file.stat().st_size)
+    count = 0
+    for path in files:
+        count += dicom_voxels(path, elements)
+        check_voxels(file, count, voxels)
     return source
 
 
 def check_voxels(file: Path, count: int, most: float) -> None:
+    """UserError for more voxels than the page takes, or than are taken anywhere."""
+    most = min(most, limits.VOXELS)
     if count > most:
         raise UserError(
             f"{file} has {count / 1e6:.4g} million voxels, expected at most {most / 1e6:g}; "
@@ -86,21 +88,28 @@ def check_voxels(file: Path, count: int, most: float) -> None:
 
 
 def nifti_voxels(file: Path) -> int:
-    """Voxels that the header of a NIfTI or MGH file claims."""
+    """Voxels that the header of a NIfTI or MGH file claims; UserError if it cannot hold them."""
     try:
-        return int(np.prod(nib.load(file).shape, dtype=float))
+        with opened_nifti(file) as image:
+            return limits.product(image.shape)
+    except UserError:
+        raise
     except DAMAGED:
         return 0  # `read_volume` says what is wrong
 
 
-def dicom_voxels(file: Path) -> int:
-    """Voxels that the header of a DICOM file claims; 0 for any other file."""
-    fields = ["Rows", "Columns", "NumberOfFrames"]
+def dicom_voxels(file: Path, elements: limits.Elements) -> int:
+    """Voxels that the header of a DICOM file claims; 0 for any other file.
+
+    `elements` is what may still be read of the whole upload; UserError if that is too much.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pydicom's quote values
-            ds = pydicom.dcmread(file, force=True, stop_before_pixels=True, specific_tags=fields)
-            return int(ds.Rows) * int(ds.Columns) * int(ds.get("NumberOfFrames") or 1)
+            ds = read_dataset_of(file, SIZE, elements)
+            return limits.product((ds.Rows, ds.Columns, frame_count(ds)))
+    except UserError:
+        raise
     except Exception:  # a parser of strange bytes may stumble in any way; `read_volume` tells
         return 0
 
@@ -142,14 +151,16 @@ def check_directory(file: Path) -> None:
     if at < 0 or len(tail) < at + 22:
         raise UserError(f"{file}: damaged or not a zip; pack the DICOM files again")
     size = struct.unpack("<L", tail[at + 12 : at + 16])[0]
-    if size > DIRECTORY or END64 in tail[max(0, at - 20) : at]:
+    if size > limits.DIRECTORY_BYTES or END64 in tail[max(0, at - 20) : at]:
         raise UserError(f"{file} has too many files; pack only one series")
 
 
 def check_entries(file: Path, entries: list[zipfile.ZipInfo]) -> None:
     """UserError for entries that are too many, encrypted, oddly packed, or no DICOM."""
-    if not entries or len(entries) > ENTRIES:
-        raise UserError(f"{file} has {len(entries)} files, expected 1 to {ENTRIES}: one series")
+    if not entries or len(entries) > limits.ENTRIES:
+        raise UserError(
+            f"{file} has {len(entries)} files, expected 1 to {limits.ENTRIES}: one series"
+        )
     if any(entry.flag_bits & 1 for entry in entries):
         raise UserError(f"{file} is encrypted; pack the DICOM files again without a password")
     if any(e.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for e in entries):
