@@ -17,6 +17,7 @@ from dataset import Pair, case_of
 from images import whole_file, write_bytes
 from losses import WEIGHTS
 from network import ASFEFusion
+from weights import load_plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +25,15 @@ if TYPE_CHECKING:
 # A resumed run may differ in these, as they do not change what is trained.
 FREE = ("DEVICE", "threads", "data_dir", "save_dir", "workers", "resume", "minutes", "compile")
 FREE += ("save_every", "name", "overwrite")
+
+
+RUN = {  # what a run is known by: types of its fields
+    "epoch": int,
+    "best": (int, float),
+    "waited": int,
+    "seconds": (int, float),
+    "rows": list,
+}
 
 
 class TrainState(NamedTuple):
@@ -81,11 +91,7 @@ def load_checkpoint(path: Path, state: TrainState, args: TrainArgs) -> dict:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file, so there is no run to resume")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        settings, states, run = saved["settings"], saved["state"], saved["run"]
-    except Exception:  # a parser of strange bytes may stumble in any way
-        raise UserError(f"{path}: damaged or not a checkpoint of train_asfe.py") from None
+    settings, states, run = parts_of_checkpoint(path)
     now = plain(args)
     settings = plain(TrainArgs()) | settings  # what an older version did not know
     changed = [
@@ -100,13 +106,56 @@ def load_checkpoint(path: Path, state: TrainState, args: TrainArgs) -> dict:
             f"these, begin a new run from its weights: --init {weights} --name NEW"
         )
     for name, part in state._asdict().items():
-        part.load_state_dict(states[name])
+        try:
+            check_part(part, states[name])
+            part.load_state_dict(states[name])
+        except Exception:  # of another network, or crafted: tensors of any kind, words, nothing
+            raise UserError(f"{path}: damaged, its {name} does not fit this run") from None
     return run
+
+
+def check_part(part, saved: dict) -> None:
+    """ValueError if what was saved of a part of a training is of other types than the part's.
+
+    Otherwise it would only be seen in a later step. What the optimiser keeps for a parameter is a
+    number, or of its shape.
+    """
+    own = part.state_dict()
+    if isinstance(part, torch.optim.Optimizer):
+        parameters = [p for group in part.param_groups for p in group["params"]]
+        for index, kept in saved["state"].items():
+            for value in kept.values():
+                if value.shape not in ((), parameters[index].shape) or value.is_complex():
+                    raise ValueError("of another shape")
+        own, saved = own["param_groups"][0], saved["param_groups"][0]
+    for name, value in own.items():
+        other = saved[name]
+        numbers = isinstance(value, int | float) and isinstance(other, int | float)
+        if not (numbers or value is None or isinstance(other, type(value))):
+            raise ValueError(f"{name} is of another type")
+        if isinstance(value, torch.Tensor) and other.is_complex():
+            raise ValueError(f"{name} is complex")
+
+
+def parts_of_checkpoint(path: Path) -> tuple[dict, dict, dict]:
+    """Settings, states by part, and the run so far; UserError for a file that has none."""
+    damaged = UserError(f"{path}: damaged or not a checkpoint of train_asfe.py")
+    try:
+        saved = load_plain(path)
+        parts = tuple(saved[name] for name in ("settings", "state", "run"))
+    except Exception:  # a parser of strange bytes may stumble in any way
+        raise damaged from None
+    settings, states, run = parts
+    sound = all(isinstance(part, dict) for part in parts) and states.keys() >= {*TrainState._fields}
+    kinds = {name: run.get(name) for name in RUN} if sound else {}
+    if not sound or any(not isinstance(kinds[name], kind) for name, kind in RUN.items()):
+        raise damaged
+    return settings, states, run
 
 
 def unordered(value):
     """A setting as it is compared: the order of a list, as of --loss_weights, means nothing."""
-    return sorted(value) if isinstance(value, list) else value
+    return sorted(value, key=repr) if isinstance(value, list) else value
 
 
 def plain(args: TrainArgs) -> dict:

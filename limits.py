@@ -94,7 +94,7 @@ def read_table(path: Path) -> str:
     try:
         text = read_bytes(path, TABLE_BYTES, " for a table").decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not a CSV in UTF-8") from None
+        raise UserError(f"{path}: not a CSV file in UTF-8") from None
     if "\0" in text:
         raise UserError(f"{path}: not a CSV, it holds bytes that are no text")
     return text

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_type_hints
 
+import limits
 from args_setting import EXTENSIONS, StudyArgs, TestArgs, VolumeArgs
 from cli import VOLUMES, UserError, check_mode, is_volume, mode_of, plain_type
 
@@ -91,13 +92,7 @@ def check_flags(args: StudyArgs) -> None:
 
 def of_table(args: StudyArgs) -> Iterator[tuple[str, dict]]:
     """Name and settings of each row of a CSV; its paths are relative to its own folder."""
-    try:
-        text = args.table.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{args.table}: not a CSV in UTF-8") from None
-    header = text.partition("\n")[0]
-    rows = csv.reader(text.splitlines(), delimiter=max(",;\t", key=header.count))
-    rows = [(rows.line_num, [cell.strip() for cell in row]) for row in rows if any(row)]
+    rows = rows_of(args.table)
     names = rows[0][1] if rows else []
     for name in ("img1", "img2"):
         if name not in names:
@@ -122,6 +117,17 @@ def of_table(args: StudyArgs) -> Iterator[tuple[str, dict]]:
             label,
             {name: value_of(args, folder, where, name, cell) for name, cell in row.items()},
         )
+
+
+def rows_of(table: Path) -> list[tuple[int, list[str]]]:
+    """The rows of a CSV that are not empty, with their line numbers; UserError if it is none."""
+    text = limits.read_table(table)
+    header = text.partition("\n")[0]
+    rows = csv.reader(text.splitlines(), delimiter=max(",;\t", key=header.count))
+    try:
+        return [(rows.line_num, [cell.strip() for cell in row]) for row in rows if any(row)]
+    except csv.Error as error:
+        raise UserError(f"{table}, line {rows.line_num}: {error}") from None
 
 
 def value_of(args: StudyArgs, folder: Path, where: str, name: str, cell: str):

@@ -19,6 +19,7 @@ from images import write_png
 gradio = pytest.importorskip("gradio", reason="needs requirements-app.txt")
 
 import app  # noqa: E402
+import limits  # noqa: E402
 from volumes import fuse_volumes, page, uploads  # noqa: E402
 
 MORE = {name: "" for name in ("series1", "series2", "where", "frame")}
@@ -240,7 +241,7 @@ def test_bad_zips_get_a_sentence(tab, heads, tmp_path, series, kind, message):
             content = path.read_bytes()
             path.write_bytes(content.replace(struct.pack("<L", 40 * 2**20), struct.pack("<L", 100)))
     elif kind == "many":
-        zip_of(path, {str(i): b"" for i in range(uploads.ENTRIES + 1)})
+        zip_of(path, {str(i): b"" for i in range(limits.ENTRIES + 1)})
     elif kind == "bzip2":
         zip_of(path, notes, zipfile.ZIP_BZIP2)
     elif kind == "pixels":

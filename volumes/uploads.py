@@ -70,10 +70,7 @@ def source_of(file: Path, folder: Path, megabytes: float, voxels: float) -> Path
         unpack(file, source, limits.UNPACKED_TIMES * megabytes * 2**20)
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     elements = limits.Elements(file, file.stat().st_size)
-    count = 0
-    for path in files:
-        count += dicom_voxels(path, elements)
-        check_voxels(file, count, voxels)
+    check_voxels(file, sum(dicom_voxels(path, elements) for path in files), voxels)
     return source
 
 
