@@ -140,17 +140,23 @@ def read_uint8(path: Path, reading: Reading = AS_STORED) -> np.ndarray:
 def luma_and_chroma(pixels: Pixels) -> tuple[np.ndarray, np.ndarray | None]:
     """The two of decoded pixels, as `read_image` returns them."""
     values, black, white = pixels
-    scaled = values.astype(np.float32)
+    if values.ndim == 3 and is_grey(values):
+        values = values[..., 0]
+    scaled = values.astype(np.float32, order="C")
     if black:
         scaled -= black
     scaled /= white - black
     np.clip(scaled, 0, 1, out=scaled)
     if values.ndim == 2:
         return scaled, None
-    if np.ptp(values, axis=2).max() == 0:
-        return np.ascontiguousarray(scaled[..., 0]), None
     luma = scaled @ BT601
-    return luma, scaled - luma[..., None]
+    scaled -= luma[..., None]
+    return luma, scaled
+
+
+def is_grey(values: np.ndarray) -> bool:
+    """Whether (H, W, 3) has three equal channels."""
+    return all(np.array_equal(values[..., 0], values[..., k]) for k in (1, 2))
 
 
 def decode(path: Path, reading: Reading = AS_STORED) -> Pixels:

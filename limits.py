@@ -46,7 +46,7 @@ COARSER = 64  # times that one scan's voxels may be as long as the other's: the 
 HEADER_BYTES = 2**24  # of a header, with what extends it
 FIELD_BYTES = 512  # of a field in a header of text: ITK's readers have buffers of a fixed length
 # DICOM
-ELEMENTS = 2**20  # of a file or folder, and one more for every ELEMENT_BYTES: each takes 5 us
+ELEMENTS = 2**19  # of a file or folder, and one more for every ELEMENT_BYTES: each takes 5 to 10 us
 ELEMENT_BYTES = 16  # a real one has 40 and more
 PACKED = 1032  # bytes that deflate makes of one, at most
 # zips of uploads

@@ -39,7 +39,6 @@ KINDS = (  # of nibabel's images, in its own order
     nib.AnalyzeImage,
     nib.MGHImage,
 )
-NIFTI_LENGTHS = {348: 1, 540: 2}  # bytes of a header, and the version of NIfTI that has them
 DAMAGED = (  # what nibabel raises for a file that it cannot read
     nib.filebasedimages.ImageFileError,
     nib.spatialimages.HeaderDataError,
@@ -128,16 +127,12 @@ def opened_nifti(path: Path) -> Iterator[nib.spatialimages.SpatialImage]:
             name = Path(holder.filename)
             if name.name.lower().endswith((".gz", ".mgz")) and name.exists():
                 holder.fileobj = stack.enter_context(limits.Unpacked(name, limits.HEADER_BYTES))
-        header_file = files.get("header", files["image"])
-        if kind is nib.MGHImage:
-            yield _mgh_image(path, files)
-            return
-        _check_nifti_header(path, header_file, detached="header" in files)
-        if "mat" in files and Path(files["mat"].filename).exists():  # of SPM, tiny
-            limits.check_bytes(Path(files["mat"].filename), limits.TABLE_BYTES >> 8)
-        image = kind.from_file_map(files)
-        offset = int(image.dataobj.offset)
-        _check_values(path, image, files["image"], offset)
+        if "mat" in files and Path(files["mat"].filename).exists():  # of SPM: one affine
+            limits.check_bytes(Path(files["mat"].filename), limits.TRANSFORM_BYTES >> 4)
+            image = kind.from_file_map(files)
+        else:
+            image = _image_of(kind, files)
+        _check_values(path, image, files["image"])
         yield image
 
 
@@ -153,48 +148,34 @@ def _kind_of(path: Path) -> type:
     raise nib.filebasedimages.ImageFileError("not NIfTI, Analyze or MGH")
 
 
-def _check_nifti_header(path: Path, holder: nib.FileHolder, detached: bool) -> None:
-    """UserError for a header that is extended to more than HEADER_BYTES.
+def _image_of(kind: type, files: dict) -> nib.spatialimages.SpatialImage:
+    """nibabel's image from the fixed part of its header, which is all that we use.
 
-    nibabel reads all extensions at once, and believes their lengths.
+    nibabel itself would also read what extends a header of NIfTI, of any length, and seek what
+    stands behind the voxels of MGH.
     """
-    name = Path(holder.filename)
-    if detached and holder.fileobj is None:  # all of the file is header
-        limits.check_bytes(name, limits.HEADER_BYTES, " for a header")
-    with holder.get_prepare_fileobj("rb") as file:
-        start = file.read(max(NIFTI_LENGTHS) + 4)
-    ends = []
-    for order in "<>":
-        length = int.from_bytes(start[:4], "little" if order == "<" else "big")
-        if NIFTI_LENGTHS.get(length) == 1:
-            ends += np.frombuffer(start, f"{order}f4", 1, 108).tolist()
-        elif NIFTI_LENGTHS.get(length) == 2:
-            ends += np.frombuffer(start, f"{order}i8", 1, 168).tolist()
-    if any(not 0 <= end <= limits.HEADER_BYTES for end in ends):
-        raise UserError(
-            f"{path}: its header would end after {ends[0]:.0f} bytes, expected at most "
-            f"{limits.HEADER_BYTES >> 20} MB; truncated or damaged"
-        )
-
-
-def _mgh_image(path: Path, files: dict) -> nib.MGHImage:
-    """The image of an MGH file, without what may stand after its voxels: nibabel seeks that."""
-    header_class = nib.MGHImage.header_class
-    size = header_class._hdrdtype.itemsize
-    with files["image"].get_prepare_fileobj("rb") as file:
+    header_class = kind.header_class
+    footer = header_class._ftrdtype.itemsize if kind is nib.MGHImage else 0
+    size = header_class.template_dtype.itemsize - footer
+    with files.get("header", files["image"]).get_prepare_fileobj("rb") as file:
         start = file.read(size)
     if len(start) < size:
         raise EOFError("its header is cut")
-    header = header_class(start + bytes(header_class._ftrdtype.itemsize))
-    proxy = nib.arrayproxy.ArrayProxy(files["image"].file_like, header.copy())
-    image = nib.MGHImage(proxy, header.get_affine(), header, file_map=files)
-    _check_values(path, image, files["image"], header.get_data_offset())
-    return image
+    header = header_class(start + bytes(footer))
+    proxy = kind.ImageArrayProxy(files["image"].file_like, header.copy())
+    return kind(proxy, header.get_best_affine(), header, file_map=files)
 
 
-def _check_values(path: Path, image, holder: nib.FileHolder, offset: int) -> None:
+def _check_values(
+    path: Path, image: nib.spatialimages.SpatialImage, holder: nib.FileHolder
+) -> None:
     """UserError if the file of the values is too short for those that the header claims."""
-    dtype = image.get_data_dtype()
+    dtype, offset = image.get_data_dtype(), int(image.dataobj.offset)
+    if not 0 <= offset <= limits.HEADER_BYTES:
+        raise UserError(
+            f"{path}: its header would end after {offset} bytes, expected at most "
+            f"{limits.HEADER_BYTES >> 20} MB; truncated or damaged"
+        )
     packed = holder.fileobj is not None
     limits.check_claim(Path(holder.filename), image.shape, dtype.itemsize, packed)
     if packed:  # from here on it may be unpacked up to the last voxel
@@ -279,6 +260,7 @@ def read_itk(path: Path) -> Volume:
             reader.ReadImageInformation()
             limits.check_claim(path, reader.GetSize(), 0, packed=True, length=limits.VOXELS)
             image = reader.Execute()
+            data = values_of_itk(image)
     except RuntimeError as error:
         reason = _first_line(str(error).rsplit("ERROR:", 1)[-1])
         raise UserError(f"{path}: damaged or not {path.suffix} ({reason})") from None
@@ -290,8 +272,12 @@ def read_itk(path: Path) -> Volume:
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
     placed = path.suffix.lower() in (".mha", ".mhd") or "NRRD_space" in image.GetMetaDataKeys()
-    data = sitk.GetArrayFromImage(image).astype(np.float32, copy=False).T
     return Volume(data, _checked(RAS_LPS @ affine, path), placed=placed)
+
+
+def values_of_itk(image: sitk.Image) -> np.ndarray:
+    """The values of an image of ITK, (I, J, K) float32."""
+    return np.array(sitk.GetArrayViewFromImage(image), np.float32).T
 
 
 def stream_nifti(
