@@ -34,15 +34,16 @@ class ModelSize:
     slots: int = 256  # per expert
     fft_norm: str = "backward"  # AFF; "ortho" keeps its statistics independent of the image size
     sfef_residual: bool = False  # the published SFEF has none
-    # "image": the decoder makes the fused image. "blend": it makes two gains for each pixel,
-    # fused = blend(img1, img2) + g1 img1 + g2 img2; the blend has the strong details of both
+    # What the decoder makes. "image": the fused image. "bands": gains that are added to a blend of
+    # both images, one for each source in each of three bands of frequencies. "blend": two gains
+    # only, those of weights from before 2026-12.
     head: str = "image"
     casf: bool = True  # these three can be left out: `train_asfe.py --without`, for an ablation
     aff: bool = True
     sfef: bool = True
 
     def __post_init__(self):
-        choices = {"fft_norm": ("backward", "ortho"), "head": ("image", "blend")}
+        choices = {"fft_norm": ("backward", "ortho"), "head": ("image", "blend", "bands")}
         for name, expected in choices.items():
             if getattr(self, name) not in expected:
                 got = getattr(self, name)
@@ -68,7 +69,7 @@ SIZES = {
         slots=16,
         fft_norm="ortho",
         sfef_residual=True,
-        head="blend",
+        head="bands",
     ),
 }
 
@@ -106,7 +107,7 @@ class TrainArgs(CommonArgs):
     """Settings of train_asfe.py."""
 
     epoch: int = setting(60, "passes over the training pairs (published: 2000)", minimum=1)
-    lr: float = setting(1e-3, "highest learning rate of AdamW (published: 2e-4)", minimum=0)
+    lr: float = setting(1.5e-3, "highest learning rate of AdamW (published: 2e-4)", minimum=0)
     batch_size: int = setting(
         4, "pairs in a training step, over all processes", "published code", minimum=1
     )
@@ -116,10 +117,20 @@ class TrainArgs(CommonArgs):
     patch_size: int = setting(
         128, "side of the random crop, in pixels (published: 256)", minimum=16
     )
-    weight_decay: float = setting(1e-4, "AdamW's decay of the weights", minimum=0)
+    stages: tuple[str, ...] = setting(
+        (),
+        "parts of one run with crops of other sizes, in place of --patch_size, --batch_size and "
+        "--epoch: as 64x8x200 256x4x10:frozen, frozen with BatchNorm's statistics of whole images",
+        nargs="+",
+        metavar="PATCHxBATCHxEPOCHS",
+    )
+    weight_decay: float = setting(1e-2, "AdamW's decay of the weights", minimum=0)
     warmup: int = setting(100, "steps over which the learning rate rises from 0", minimum=0)
+    cooldown: float = setting(
+        0.3, "share of all steps, at the end, over which the learning rate falls to 0", minimum=0
+    )
     ema: float = setting(0.995, "decay of the weights' moving average; 0: none", minimum=0)
-    recipe: str = setting("findings", "training loss", choices=("paper", "detail", "findings"))
+    recipe: str = setting("sources", "training loss", choices=("paper", "sources"))
     loss_weights: tuple[str, ...] = setting(
         (), "other weights of its terms, as gradient=60", nargs="*", metavar="TERM=WEIGHT"
     )
@@ -134,9 +145,6 @@ class TrainArgs(CommonArgs):
         "full",
         "inverse transform of AFF: as in the paper, or as in the authors' code",
         choices=("full", "published"),
-    )
-    freeze_batchnorm: bool = setting(
-        False, "train with the statistics of --init, those that fusing uses"
     )
     precision: str = setting(
         "auto",

@@ -2,6 +2,8 @@
 
 import csv
 import io
+import math
+import re
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -21,19 +23,15 @@ from weights import load_plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
 
 # A resumed run may differ in these, as they do not change what is trained.
 FREE = ("DEVICE", "threads", "data_dir", "save_dir", "workers", "resume", "minutes", "compile")
-FREE += ("save_every", "name", "overwrite")
+FREE += ("save_every", "name", "overwrite", "epoch", "stages", "patch_size", "batch_size")
+FREE += ("cooldown", "val_every", "patience")
 
 
-RUN = {  # what a run is known by: types of its fields
-    "epoch": int,
-    "best": (int, float),
-    "waited": int,
-    "seconds": (int, float),
-    "rows": list,
-}
+PROGRESS = {"epoch": int, "best": (int, float), "waited": int, "rows": list}  # types of its fields
 
 
 class TrainState(NamedTuple):
@@ -46,9 +44,94 @@ class TrainState(NamedTuple):
     scaler: torch.amp.GradScaler
 
 
+class Stage(NamedTuple):
+    """A part of a run: crops of one size."""
+
+    patch: int  # side of a crop, in pixels
+    batch: int  # pairs in a step, over all processes
+    epochs: int
+    frozen: bool  # BatchNorm uses the statistics of whole images, as fusing does
+
+    def __str__(self) -> str:
+        return f"{self.patch}x{self.batch}" + ":frozen" * self.frozen
+
+
+class Run(NamedTuple):
+    """What one run is: its settings, its stages, and where its files lie."""
+
+    args: TrainArgs
+    stages: list[Stage]
+    out: Path  # what its files begin with, such as modelsave/compact_CT-MRI
+    started: float  # time.time(); --minutes counts from here
+
+    @property
+    def epochs(self) -> int:
+        return sum(stage.epochs for stage in self.stages)
+
+    def file(self, ending: str) -> Path:
+        """A file of the run."""
+        return run_file(self.out, ending)
+
+
 def run_file(out: Path, ending: str) -> Path:
-    """A file of the run whose files begin with `out`, such as modelsave/compact_CT-MRI."""
+    """A file of the run whose files begin with `out`."""
     return out.with_name(out.name + ending)
+
+
+def stages_of(args: TrainArgs) -> list[Stage]:
+    """The stages that --stages names; without it one of --patch_size, --batch_size and --epoch.
+
+    Raises UserError for a stage that is not PATCHxBATCHxEPOCHS, with ":frozen" or without.
+    """
+    if not args.stages:
+        return [Stage(args.patch_size, args.batch_size, args.epoch, False)]
+    stages = []
+    for text in args.stages:
+        found = re.fullmatch(r"(\d{1,5})x(\d{1,5})x(\d{1,6})(:frozen)?", text)
+        numbers = tuple(map(int, found.groups()[:3])) if found else (0,)
+        if 0 in numbers:
+            raise UserError(
+                f"stage {text!r}, expected PATCHxBATCHxEPOCHS as in 64x8x200, or 256x4x10:frozen"
+            )
+        stages.append(Stage(*numbers, bool(found[4])))
+    return stages
+
+
+def stage_of(stages: list[Stage], epoch: int) -> tuple[Stage, bool]:
+    """The stage of an epoch, counted from 0, and whether it begins there."""
+    for stage in stages:
+        if epoch < stage.epochs:
+            return stage, epoch == 0
+        epoch -= stage.epochs
+    raise ValueError(f"the stages end {epoch + 1} epochs before")
+
+
+class Progress:
+    """How far a run has come; a checkpoint keeps it."""
+
+    def __init__(self, epoch: int = 0, best: float = math.inf, waited: int = 0, rows=()):
+        self.epoch = epoch  # how many are done
+        self.best = best  # smallest shortfall so far, see evaluation/floors.py
+        self.waited = waited  # validations since then
+        self.rows = list(rows)  # what each epoch measured
+
+    @property
+    def seconds(self) -> float:
+        """Time of training so far."""
+        return sum(row["seconds"] for row in self.rows)
+
+    def add(self, row: dict[str, float]) -> None:
+        """Count an epoch with what it measured."""
+        self.epoch += 1
+        self.rows.append(row)
+
+    def judge(self, kind: str, measured: dict[str, float]) -> bool:
+        """Add what a validation measured to the last epoch; whether it is the best so far."""
+        self.rows[-1] |= {f"{kind}_{name}": value for name, value in measured.items()}
+        better = measured["shortfall"] < self.best
+        self.best = min(self.best, measured["shortfall"])
+        self.waited = 0 if better else self.waited + 1
+        return better
 
 
 def start_of_files(args: TrainArgs) -> Path:
@@ -71,36 +154,52 @@ def start_of_files(args: TrainArgs) -> Path:
     return out
 
 
-def save_checkpoint(path: Path, state: TrainState, args: TrainArgs, run: dict) -> None:
+def save_checkpoint(run: Run, state: TrainState, progress: Progress) -> None:
     """Write all that --resume needs; a kill at any moment leaves the old file or the new one.
 
     No state of random generators is in it: what is random in an epoch follows from its number.
     """
     states = {name: part.state_dict() for name, part in state._asdict().items()}
-    with whole_file(path) as file:
-        torch.save({"state": states, "settings": plain(args), "run": run}, file)
+    done = {"stages": past(run.stages, progress.epoch), "progress": vars(progress)}
+    with whole_file(run.file("_last.pt")) as file:
+        torch.save({"state": states, "settings": plain(run.args), "run": done}, file)
 
 
-def load_checkpoint(path: Path, state: TrainState, args: TrainArgs) -> dict:
-    """Put `state` back to what a checkpoint keeps; returns the run so far.
+def past(stages: list[Stage], epoch: int) -> list[list]:
+    """The stages until an epoch, as lists of numbers: what a resumed run can no longer change."""
+    done = []
+    for stage in stages:
+        epochs = min(stage.epochs, epoch)
+        epoch -= epochs
+        if epochs:
+            done.append([*stage._replace(epochs=epochs)])
+    return done
+
+
+def load_checkpoint(run: Run, state: TrainState) -> Progress:
+    """Put `state` back to what a checkpoint keeps; returns how far the run has come.
 
     It is read to the CPU, where AdamW keeps its step counts: on a GPU, each step would wait for
     every one of them. The parts copy the rest to their own device.
 
-    Raises UserError if there is none, if it is damaged, or if a setting has changed.
+    Raises UserError if there is none, if it is damaged, or if a setting has changed. What is still
+    to come of the stages may change.
     """
+    path = run.file("_last.pt")
     if not path.is_file():
         raise UserError(f"{path}: no such file, so there is no run to resume")
-    settings, states, run = parts_of_checkpoint(path)
-    now = plain(args)
+    settings, states, done, progress = parts_of_checkpoint(path)
+    now = plain(run.args)
     settings = plain(TrainArgs()) | settings  # what an older version did not know
     changed = [
         f"{name} is {now.get(name)!r} and was {settings.get(name)!r}"
         for name in {**settings, **now}
         if name not in FREE and unordered(now.get(name)) != unordered(settings.get(name))
     ]
+    if past(run.stages, progress.epoch) != done:
+        changed.append(f"the first {progress.epoch} epochs were {named(done)}")
     if changed:
-        weights = path.with_name(path.name.removesuffix("_last.pt") + ".safetensors")
+        weights = run.file(".safetensors")
         raise UserError(
             f"cannot resume {path} with other settings: {'; '.join(changed)}. To train on with "
             f"these, begin a new run from its weights: --init {weights} --name NEW"
@@ -111,7 +210,12 @@ def load_checkpoint(path: Path, state: TrainState, args: TrainArgs) -> dict:
             part.load_state_dict(states[name])
         except Exception:  # of another network, or crafted: tensors of any kind, words, nothing
             raise UserError(f"{path}: damaged, its {name} does not fit this run") from None
-    return run
+    return progress
+
+
+def named(done: list[list]) -> str:
+    """Stages of a checkpoint as --stages has them."""
+    return " ".join(f"{p}x{b}x{epochs}" + ":frozen" * frozen for p, b, epochs, frozen in done)
 
 
 def check_part(part, saved: dict) -> None:
@@ -137,20 +241,27 @@ def check_part(part, saved: dict) -> None:
             raise ValueError(f"{name} is complex")
 
 
-def parts_of_checkpoint(path: Path) -> tuple[dict, dict, dict]:
-    """Settings, states by part, and the run so far; UserError for a file that has none."""
-    damaged = UserError(f"{path}: damaged or not a checkpoint of train_asfe.py")
+def parts_of_checkpoint(path: Path) -> tuple[dict, dict, list[list[int]], Progress]:
+    """Settings, states by part, stages that are done, and how far the run has come.
+
+    Raises UserError for a file that has none of these, or has them of other types.
+    """
     try:
         saved = load_plain(path)
-        parts = tuple(saved[name] for name in ("settings", "state", "run"))
+        settings, states = saved["settings"], saved["state"]
+        done, progress = saved["run"]["stages"], Progress(**saved["run"]["progress"])
+        sound = isinstance(settings, dict) and isinstance(states, dict)
+        sound &= all([*map(type, stage)] == [int, int, int, bool] for stage in done)
+        sound &= all(isinstance(getattr(progress, name), kind) for name, kind in PROGRESS.items())
+        sound &= all(isinstance(row["seconds"], int | float) for row in progress.rows)
     except Exception:  # a parser of strange bytes may stumble in any way
-        raise damaged from None
-    settings, states, run = parts
-    sound = all(isinstance(part, dict) for part in parts) and states.keys() >= {*TrainState._fields}
-    kinds = {name: run.get(name) for name in RUN} if sound else {}
-    if not sound or any(not isinstance(kinds[name], kind) for name, kind in RUN.items()):
-        raise damaged
-    return settings, states, run
+        sound = False
+    if not sound:
+        raise UserError(
+            f"{path}: damaged, or not a checkpoint of this version of train_asfe.py; begin a new "
+            "run from its weights: --init WEIGHTS --name NEW"
+        )
+    return settings, states, done, progress
 
 
 def unordered(value):
@@ -168,14 +279,14 @@ def plain(args: TrainArgs) -> dict:
     }
 
 
-def describe(args: TrainArgs, run: dict, loss: float, measured: dict, val_pairs: int) -> dict:
+def describe(args: TrainArgs, progress: Progress, measured: dict, val_pairs: int) -> dict:
     """What a weights file says of its making."""
     settings = {key: value for key, value in plain(args).items() if key not in FREE}
     return {
         "task": args.task,
-        "epochs": run["epoch"],
-        "training_loss": round(loss, 4),
-        "minutes": round(run["seconds"] / 60, 1),
+        "epochs": progress.epoch,
+        "training_loss": round(progress.rows[-1]["loss"], 4),
+        "minutes": round(progress.seconds / 60, 1),
         "date": date.today().isoformat(),
         "validation_pairs": val_pairs,
         "metrics": measured,
@@ -191,6 +302,27 @@ def opening(args: TrainArgs, device: torch.device, train: list[Pair], val: list[
         return f"{text}, nobody held out for validation"
     cases = sorted({case_of(pair, args.case_pattern) for pair in val})
     return f"{text}, {len(val)} held out for validation (cases {', '.join(cases)})"
+
+
+def farewell(run: Run, progress: Progress) -> str:
+    """What a run says at its end, or where it was stopped."""
+    weights = run.file(".safetensors")
+    rest = "" if progress.epoch == run.epochs else f" of {run.epochs} (--resume goes on)"
+    there = weights if weights.is_file() else "none yet, they come with the first validation"
+    return f"{progress.epoch} epochs{rest}; weights: {there}"
+
+
+def open_board(run: Run, progress: Progress) -> "SummaryWriter":
+    """The TensorBoard of a run, to go on after the epochs that are done."""
+    from torch.utils.tensorboard import SummaryWriter  # only training needs it, and it loads slowly
+
+    return SummaryWriter(run.file("_tensorboard"), purge_step=progress.epoch + 1)
+
+
+def write_board(board: "SummaryWriter", progress: Progress) -> None:
+    """Add the last epoch's values to the TensorBoard."""
+    for name, value in progress.rows[-1].items():
+        board.add_scalar(name.replace("_", "/", 1), value, progress.epoch)
 
 
 def write_csv(path: Path, rows: list[dict[str, float]]) -> None:

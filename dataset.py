@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import images
 from images import Doubts, Pixels, Reading, is_image, to_uint8, write_bytes
-from phantom import SHAPES, finding, seed_of
+from phantom import seed_of
 
 HMIF_URL = (
     "https://raw.githubusercontent.com/xianming-gu/Havard-Medical-Image-Fusion-Datasets/"
@@ -147,33 +147,33 @@ def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
 class TrainPairs(torch.utils.data.Dataset):
     """Augmented crops of all pairs, which stay in memory as 8-bit luma.
 
-    An item is (images, planted, name): both sources as (2, patch, patch) float32 in [0, 1], and the
-    same with findings planted into one or the other. How it is cut follows from seed, `epoch` and
-    its index alone: the same after a resume and in any process.
+    An item is (images, name): both sources as (2, patch, patch) float32 in [0, 1]. How it is cut
+    follows from `seed`, `epoch` and its index alone: the same after a resume and in any process.
+    `patch` and `epoch` may be set anew between epochs; `workers` processes cut the patches. Raises
+    UserError for an image that is smaller than `smallest` pixels on a side.
     """
 
-    def __init__(self, pairs: list[Pair], patch: int, seed: int = 0):
+    def __init__(self, pairs: list[Pair], smallest: int, seed: int = 0, workers: int = 0):
         self.names = [pair.name for pair in pairs]
+        self.tasks = [task_of(pair) for pair in pairs]
         self.images = []
         self.doubts = Doubts("all")  # of levels; of what modality they are, the user knows
         for pair in pairs:
             sources = decode_pair(pair, self.doubts)
             lumas = [to_uint8(images.luma_and_chroma(pixels)[0]) for pixels in sources]
-            if min(lumas[0].shape) < patch:
+            if min(lumas[0].shape) < smallest:
                 sides = "x".join(map(str, lumas[0].shape))
-                raise UserError(f"{pair.path1} is {sides}, expected {patch}x{patch} or more")
+                raise UserError(f"{pair.path1} is {sides}, expected {smallest}x{smallest} or more")
             self.images.append(torch.from_numpy(np.stack(lumas)))  # (2, H, W)
-        self.patch, self.seed, self.epoch = patch, seed, 0
+        self.patch, self.seed, self.epoch, self.workers = smallest, seed, 0, workers
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, str]:
+    def __getitem__(self, i: int) -> tuple[Tensor, str]:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of((self.seed, self.epoch, i)) >> 1)
-            images = vary(augment(self.images[i], self.patch).float() / 255)
-            planted = plant(images)
-        return images, planted, self.names[i]
+            return vary(augment(self.images[i], self.patch).float() / 255), self.names[i]
 
     def batches(self, size: int, rank: int = 0, world: int = 1) -> list[list[int]]:
         """This epoch's batches of `size` pairs in random order, the remainder left out.
@@ -186,9 +186,21 @@ class TrainPairs(torch.utils.data.Dataset):
         return [order[i : i + size][rank::world] for i in range(0, last, size)]
 
 
+def task_of(pair: Pair) -> str:
+    """The task of a pair of the training set, by the folder of its source 1; "all" for another."""
+    folder = pair.path1.parent.name
+    return next((task for task, name in TASKS.items() if name == folder), "all")
+
+
 def augment(images: Tensor, patch: int) -> Tensor:
-    """One random crop, flip and turn by right angles of a (2, H, W), the same for both images."""
-    top, left = (int(torch.randint(side - patch + 1, ())) for side in images.shape[1:])
+    """One random crop, flip and turn by right angles of a (2, H, W), the same for both images.
+
+    The crop's centre lies in the head where the border allows it: black teaches nothing.
+    """
+    inside = (images.amax(0) > 12).nonzero()  # (n, 2), rows and columns
+    centre = inside[int(torch.randint(len(inside), ()))] if len(inside) else torch.zeros(2)
+    corner = centre + torch.randint(-patch // 4, patch // 4 + 1, (2,)) - patch // 2
+    top, left = (int(c.clamp(0, n - patch)) for c, n in zip(corner, images.shape[1:], strict=True))
     images = images[:, top : top + patch, left : left + patch]
     images = images.flip(2) if torch.rand(()) < 0.5 else images
     return images.rot90(int(torch.randint(4, ())), (1, 2))
@@ -208,32 +220,6 @@ def vary(images: Tensor) -> Tensor:
             moved = images[1].roll(int(torch.sign(shift)), axis)
             images[1] = torch.lerp(images[1], moved, shift.abs())
     return images
-
-
-def plant(images: Tensor, count: int = 6) -> Tensor:
-    """(2, H, W) with up to `count` findings that do not touch, each in one source; clipped.
-
-    Discs, blobs, rings and lines of 2 to 10 pixels, brighter or darker by 0.1 to 0.5, inside of the
-    head.
-    """
-    change = torch.zeros_like(images)
-    inside = (images.amax(0) > 0.05).nonzero()  # (n, 2), rows and columns
-    for _ in range(count if len(inside) else 0):
-        source, shape = int(torch.randint(2, ())), SHAPES[int(torch.randint(len(SHAPES), ()))]
-        centre = inside[int(torch.randint(len(inside), ()))].tolist()
-        size, level, turn, sign = torch.rand(4).tolist()
-        share = finding(shape, images.shape[1:], centre, 2 * 5**size, torch.pi * turn)
-        share = torch.from_numpy(share)
-        if not ((share > 0.02) & (change.abs().amax(0) > 0.002)).any():
-            change[source] += share * (0.1 + 0.4 * level) * (1 if sign < 0.5 else -1)
-    return (images + change).clamp(0, 1)
-
-
-def with_findings(images: Tensor, seed: int) -> Tensor:
-    """(2, H, W) and the same with findings that follow from the seed: (2, 2, H, W)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return torch.stack([images, plant(images, count=24)])
 
 
 # --- splits by person ------------------------------------------------------------------------

@@ -130,7 +130,7 @@ class FastDecoder(Decoder):
     def forward(self, z1: Tensor, z2: Tensor, z3: Tensor, z4: Tensor) -> Tensor:
         z = self.up3(self.up4(z4), z3)  # (B, C, H/2, W/2)
         z = self.up2(z, z2)  # (B, C, H, W)
-        return self.outlayer(self.up1(z, z1))  # (B, 1 or 2, H, W)
+        return self.outlayer(self.up1(z, z1))  # (B, HEADS, H, W)
 
 
 KINDS = (FastBlurPool, FastFusionModule, FastSFEF, FastConvBlock, FastDecoder)

@@ -1,13 +1,14 @@
-"""Training losses: content, gradient, structure, and the two recipes made of them.
+"""Training losses, and the two recipes made of them.
 
 `paper`: Gu et al., BSPC 96 (2024) 106478, with the defects of the published code mended: the SSIM
 term is differentiable, and norms are taken per image and divided by its size, so that the loss
 depends on neither batch nor patch. `reduction="published"` gives the published values.
-`detail`, ours: the brighter source's intensity, the steeper source's gradient, SSIM, and how much
-information of the sources is left (VIF).
-`findings`, ours: the same, and that what is planted into one source shows in the fused image.
+`sources`, ours: the brighter source's intensity, the steeper source's gradient, SSIM, how much
+information of the sources is left (VIF), what only one source shows, nothing brighter than both
+sources, and solid bone.
 
-Legend: B batch, H W pixels. Images are (B, 1, H, W) in [0, 1]; a loss is a tensor without axes.
+Legend: B batch, C channels, H W pixels. Images are (B, 1, H, W) in [0, 1]; a loss is a tensor
+without axes.
 """
 
 import math
@@ -19,16 +20,20 @@ from torch import Tensor
 
 from cli import UserError
 
+NOISE = (1 / 255) ** 2  # variance of one 8-bit level
+WHITE = 250 / 255  # from here on, source 1 is bone in CT
+
 # total = sum of weight * term
 WEIGHTS = {
     "paper": {"content": 0.5, "gradient": 0.5, "structure": 1.0},
-    "detail": {"content": 2.0, "gradient": 100.0, "structure": 2.0, "information": 0.1},
-    "findings": {
+    "sources": {
         "content": 1.0,
         "gradient": 80.0,
         "structure": 2.0,
         "information": 0.1,
-        "findings": 3.0,
+        "one_source": 1.2,
+        "brightness": 30.0,
+        "bone": 20.0,
     },
 }
 
@@ -158,28 +163,64 @@ def sobel(img: Tensor) -> Tensor:
     return torch.cat([gx, gy], 1)
 
 
-def findings_loss(fused: Tensor, img1: Tensor, img2: Tensor) -> Tensor:
-    """What the fused image does not show of planted findings, as a share of their contrast.
+def one_source_loss(fused: Tensor, img1: Tensor, img2: Tensor) -> Tensor:
+    """What the fused image lacks of the contrast that only one source shows; 0 is best.
 
-    The second half of the batch is the first half with findings planted into one source or the
-    other. What changes in the fused image should be what changed in the sources, each against its
-    surroundings (a gaussian of 8 pixels); 0 is best, an image that does not respond has 1. Per
-    image; one with hardly any findings counts little.
+    The measure of evaluation/one_source.py, made differentiable. In a gaussian window around each
+    pixel the fused image is explained as a1 img1 + a2 img2 + constant (least squares). The contrast
+    of source s that the other source does not show should come through in full, so a_s should be 1:
+    what lacks counts in full, what is too much a fifth.
 
-    What would be clipped beyond black and white counts a tenth: a stored image does not show it,
-    but its gradient leads back.
+    Bone (white in img1) is to be solid, so that nothing of img2 is owed there. Values beyond black
+    and white count a tenth: a stored image does not show them, but their gradient leads back.
     """
     shown = fused.lerp(fused.clamp(0, 1), 0.9)
-    (before, after), (sources, planted) = shown.chunk(2), (img1 + img2).chunk(2)
-    change = _local(planted - sources)  # (B/2, 1, H, W)
-    missing = (_local(after - before) - change).abs().sum((1, 2, 3))  # (B/2,)
-    return (missing / change.abs().sum((1, 2, 3)).clamp(min=1)).mean()
+    images = torch.cat([img1, img2, shown], 1)  # (B, 3, H, W)
+    mean = _window_mean(images)
+    first, second = (0, 1, 2, 0, 0, 1), (0, 1, 2, 1, 2, 2)  # whose product with whose
+    moments = _window_mean(images[:, first] * images[:, second]) - mean[:, first] * mean[:, second]
+    var1, var2, _, cov12, cov1f, cov2f = moments.split(1, 1)  # (B, 1, H, W) each
+    var1, var2 = (var.clamp(min=0) + NOISE / 10 for var in (var1, var2))
+    det = torch.maximum(var1 * var2 - cov12**2, 0.01 * var1 * var2)
+    gain1 = (var2 * cov1f - cov12 * cov2f) / det
+    gain2 = (var1 * cov2f - cov12 * cov1f) / det
+    alone1, alone2 = var1 - cov12**2 / var2, var2 - cov12**2 / var1  # variance of one source only
+    loss = 0
+    for gain, alone, owed in ((gain1, alone1, 1), (gain2, alone2, img1 < WHITE)):
+        weight = torch.sqrt(alone.clamp(min=0) + 1e-9) * (alone > 4 * NOISE) * owed
+        gain = gain.clamp(-3, 3)
+        missing = (1 - gain).clamp(min=0) + 0.2 * (gain - 1).clamp(min=0)
+        # An image with hardly any such contrast counts little.
+        enough = weight.mean((1, 2, 3)).clamp(min=0.005)
+        loss = loss + ((weight * missing).mean((1, 2, 3)) / enough).mean()
+    return loss
 
 
-def _local(img: Tensor, sigma: float = 8) -> Tensor:
-    """(B, 1, H, W) less its surroundings: a gaussian, black beyond the border."""
-    rows, columns = (gaussian_matrix(n, img, int(3 * sigma), sigma) for n in img.shape[-2:])
-    return img - rows @ img @ columns
+def _window_mean(maps: Tensor) -> Tensor:
+    """(B, C, H, W) under a gaussian window of 4 pixels, the border mirrored."""
+    rows, columns = (mirrored_gaussian(n, maps) for n in maps.shape[-2:])
+    return rows @ maps @ columns.T
+
+
+def mirrored_gaussian(n: int, like: Tensor, radius: int = 16, sigma: float = 4.0) -> Tensor:
+    """(n, n): a gaussian of 2 radius + 1 taps at each of n places, mirrored at the ends."""
+    taps = torch.arange(-radius, radius + 1, device=like.device)
+    weights = torch.exp(-(taps.to(like.dtype) ** 2) / (2 * sigma**2))
+    place = torch.arange(n, device=like.device)[:, None] + taps  # (n, taps)
+    place = place.remainder(2 * n)  # the mirrored line repeats after 2n
+    place = torch.minimum(place, 2 * n - 1 - place)
+    matrix = like.new_zeros(n, n)
+    return matrix.scatter_add_(1, place, (weights / weights.sum()).expand(n, -1))
+
+
+def brightness_loss(fused: Tensor, img1: Tensor, img2: Tensor) -> Tensor:
+    """Mean of what is brighter than both sources, beyond a fiftieth of the range."""
+    return (fused - torch.maximum(img1, img2) - 0.02).clamp(min=0).mean()
+
+
+def bone_loss(fused: Tensor, img1: Tensor, img2: Tensor) -> Tensor:
+    """Mean of what bone (white in img1) lacks of its brightness, beyond a fiftieth of the range."""
+    return ((img1 - 0.02 - fused).clamp(min=0) * (img1 >= WHITE)).mean()
 
 
 def term_weights(recipe: str, changes: Iterable[str] = ()) -> dict[str, float]:
@@ -207,14 +248,13 @@ def fusion_loss(
     fused: Tensor,
     img1: Tensor,
     img2: Tensor,
-    recipe: str = "detail",
+    recipe: str = "sources",
     reduction: str = "mean",
     weights: dict[str, float] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of a recipe's terms, and the terms by name (unweighted).
 
-    `weights` takes the place of the recipe's own. A batch for `findings` has two halves, see
-    `findings_loss`. Raises UserError for an unknown recipe.
+    `weights` takes the place of the recipe's own. Raises UserError for an unknown recipe.
     """
     defaults = term_weights(recipe)  # which also refuses an unknown recipe
     if reduction not in ("mean", "published"):
@@ -233,9 +273,10 @@ def fusion_loss(
             "gradient": max_gradient_loss(*images),
             "structure": structure_loss(*images),
             "information": information_loss(*images),
+            "one_source": one_source_loss(*images),
+            "brightness": brightness_loss(*images),
+            "bone": bone_loss(*images),
         }
-    if recipe == "findings":
-        terms["findings"] = findings_loss(*images)
     return sum(weights[name] * term for name, term in terms.items()), terms
 
 

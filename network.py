@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from args_setting import SIZES, ModelSize
 
+HEADS = {"image": 1, "blend": 2, "bands": 6}  # head -> channels that the decoder makes for it
 STRONG = 0.08  # mean absolute detail, of the range, that a blend keeps beside any other
 MIN_SIDE = 16  # pixels, the smallest image side that `fuse` takes
 WHITE = {torch.uint8: 255, torch.uint16: 65535}  # of images of integers
@@ -256,12 +257,12 @@ class Decoder(nn.Module):
         self.up3 = ConvBlock(c3 + 2 * c3, c2 // 2, c2, upsample=True)
         self.up2 = ConvBlock(c2 + 2 * c2, c1 // 2, c1, upsample=True)
         self.up1 = ConvBlock(c1 + 2 * c1, tail // 2, tail)
-        self.outlayer = nn.Conv2d(tail, 1 if head == "image" else 2, 1)
+        self.outlayer = nn.Conv2d(tail, HEADS[head], 1)
         nn.init.normal_(self.outlayer.weight, std=0.01)  # gains begin near zero
         nn.init.zeros_(self.outlayer.bias)
 
     def forward(self, z1: Tensor, z2: Tensor, z3: Tensor, z4: Tensor) -> Tensor:
-        """Fused maps (B, 2C, H, W), …, (B, 2C, H/8, W/8) -> (B, 1 or 2, H, W)."""
+        """Fused maps (B, 2C, H, W), …, (B, 2C, H/8, W/8) -> (B, HEADS, H, W)."""
         z = self.up4(z4)  # (B, C, H/4, W/4)
         z = self.up3(torch.cat([z, z3], 1))  # (B, C, H/2, W/2)
         z = self.up2(torch.cat([z, z2], 1))  # (B, C, H, W)
@@ -311,6 +312,10 @@ class ASFEFusion(nn.Module):
         """The fused (B, 1, H, W) from the decoder's output, as `ModelSize.head` says."""
         if self.size.head == "image":
             return out
+        if self.size.head == "bands":
+            parts = bands(torch.cat([img1, img2], 1))  # three of (B, 2, H, W)
+            added = (out * torch.cat(parts, 1)).sum(1, keepdim=True)  # six gains for each pixel
+            return torch.minimum(blend(img1, img2) + added, img1 + img2)  # black stays black
         gain1, gain2 = out.chunk(2, 1)  # (B, 1, H, W) each
         white = ((img1 - 0.75) / 0.1).clamp(0, 1) * (img1 - 0.03)  # bone, calcium, fresh blood
         return torch.maximum(blend(img1, img2) + gain1 * img1 + gain2 * img2, white)
@@ -369,15 +374,30 @@ def blend(img1: Tensor, img2: Tensor) -> Tensor:
     In each of two bands a detail counts in full where it is as strong as the other image's or as
     STRONG, else by the square of that ratio. Black in both stays black.
     """
-    images, details = torch.cat([img1, img2], 1), 0  # (B, 2, H, W)
-    for factor, window in ((2, 5), (8, 9)):  # details of up to some 4 and 16 pixels
-        low = low_pass(images, factor)
-        images, detail = low, images - low
-        rows = F.avg_pool2d(detail.abs(), (window, 1), 1, (window // 2, 0))
-        own = F.avg_pool2d(rows, (1, window), 1, (0, window // 2)) + 1 / 255
-        share = (own / own.flip(1).clamp(max=STRONG)).square().clamp(max=1)
-        details = details + (share * detail).sum(1, keepdim=True)
-    return torch.minimum(images.amax(1, keepdim=True) + details, img1 + img2)
+    fine, middle, rest = bands(torch.cat([img1, img2], 1))  # (B, 2, H, W) each
+    details = strong_details(fine, 5) + strong_details(middle, 9)
+    return torch.minimum(rest.amax(1, keepdim=True) + details, img1 + img2)
+
+
+def bands(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Details of up to some 4 pixels, of up to some 16, and the rest, which add up to the images.
+
+    (B, C, H, W) -> three of (B, C, H, W).
+    """
+    smooth = low_pass(images, 2)
+    smoother = low_pass(smooth, 8)
+    return images - smooth, smooth - smoother, smoother
+
+
+def strong_details(detail: Tensor, window: int) -> Tensor:
+    """The details of one band of both images, weaker where the other's are stronger.
+
+    (B, 2, H, W) -> (B, 1, H, W). Strength is the mean absolute detail in a window, in pixels.
+    """
+    rows = F.avg_pool2d(detail.abs(), (window, 1), 1, (window // 2, 0))
+    own = F.avg_pool2d(rows, (1, window), 1, (0, window // 2)) + 1 / 255
+    share = (own / own.flip(1).clamp(max=STRONG)).square().clamp(max=1)
+    return (share * detail).sum(1, keepdim=True)
 
 
 def low_pass(img: Tensor, factor: int) -> Tensor:

@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from typing import NamedTuple
 
 from args_setting import SIZES, TrainArgs
 from cli import UserError, command_line, run_script, setup_runtime
@@ -36,191 +36,212 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from checkpoints import (
+    Progress,
+    Run,
+    Stage,
     TrainState,
     describe,
     draw_curve,
+    farewell,
     load_checkpoint,
+    open_board,
     opening,
-    run_file,
     save_checkpoint,
+    stage_of,
+    stages_of,
     start_of_files,
+    write_board,
     write_csv,
 )
-from dataset import TrainPairs, split_pairs, with_findings
-from evaluation.batch import evaluate_batch
-from images import writable_folder
+from dataset import TrainPairs, split_pairs
+from evaluation.floors import shortfall
+from evaluation.one_source import one_source
+from images import to_uint8, writable_folder
 from losses import fusion_loss, term_weights
+from metrics import evaluate
 from network import MIN_SIDE, ASFEFusion
 from weights import load_sized, save_weights
 
 GRADIENT_CLIP = 1.0  # largest norm of a step's gradient
-METRICS = ("SSIM", "VIF", "Qabf", "SCD")
-SCORE = ("SSIM", "VIF", "Qabf")  # their sum chooses the best weights
-VALIDATION_PAIRS, BATCHNORM_PAIRS, SHOWN_PAIRS = 32, 64, 4  # at most, spread evenly
+METRICS = ("SSIM", "VIF", "Qabf")  # of validation, beside the values of one source
+# At most so many pairs, spread evenly.
+VALIDATION_PAIRS, BATCHNORM_PAIRS, TRAINING_PAIRS, SHOWN_PAIRS = 32, 64, 8, 4
+
+
+class Processes(NamedTuple):
+    """The processes of a run; torchrun starts several."""
+
+    rank: int  # of this one, from 0
+    world: int  # how many there are
+    device: torch.device  # of this one
 
 
 def main(args: TrainArgs) -> None:
-    # setup: torchrun starts this in several processes, each with a rank of its own
-    started = time.time()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = setup_runtime(args)
-    if world > 1:
-        device = join_processes(device)
-    amp = set_precision(args.precision, device)
+    # setup
+    processes = join_processes(setup_runtime(args))
+    amp = set_precision(args.precision, processes.device)
+    run = Run(args, stages_of(args), start_of_files(args), time.time())
 
-    # data
-    out = start_of_files(args)
-    train, val = split_pairs(args)
-    pairs = TrainPairs(train, args.patch_size, args.seed)
-    val_images = TrainPairs(spread(val, VALIDATION_PAIRS), patch=MIN_SIDE).images
-    check_settings(args, len(pairs), len(val), world)
-    if rank == 0:
-        pairs.doubts.tell()
-        print(opening(args, device, train, val))
-    if args.val and not val and rank == 0:
-        print(f"{args.task} shows one person, so nobody can be kept for validation")
-
-    # model
+    # data and model
+    pairs, held = load_pairs(run, processes)
+    check_settings(run, pairs, held, processes)
     torch.manual_seed(args.seed)
-    model = make_model(args, device)
-    averaged = AveragedModel(model, multi_avg_fn=moving_average(args.ema))
-    network: nn.Module = model
-    if world > 1:
-        if device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        elif rank == 0:
-            print("several processes on a CPU: BatchNorm sees a process's part of a batch only")
-        network = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
-    if args.compile:
-        network = torch.compile(network)
-
-    # optimiser
-    optimiser = make_optimiser(model, args)
-    steps = args.epoch * (len(pairs) // args.batch_size)
-    schedule = LambdaLR(optimiser, lambda step: learning_rate(step, steps, args.warmup))
-    # fp16 has too little range for gradients; for the other types the scaler does nothing
-    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-    state = TrainState(model, averaged, optimiser, schedule, scaler)
+    model = make_model(run, processes.device)
+    state = make_state(model, run, len(pairs))
+    step = make_step(wrap(model, args, processes), state, args, amp, processes)
 
     # the run so far
     writable_folder(args.save_dir)
-    run = {"epoch": 0, "best": -math.inf, "waited": 0, "seconds": 0.0, "rows": []}
-    if args.resume:
-        run = load_checkpoint(run_file(out, "_last.pt"), state, args)
-    if rank == 0:
-        board = SummaryWriter(run_file(out, "_tensorboard"), purge_step=run["epoch"] + 1)
+    progress = load_checkpoint(run, state) if args.resume else Progress()
+    board = open_board(run, progress) if processes.rank == 0 else None
 
     # loop
-    while run["epoch"] < args.epoch:
-        row = train_epoch(network, state, pairs, args, amp, run["epoch"], (rank, world), out)
-        run["epoch"] += 1
-        run["seconds"] += row["seconds"]
-        stop = False
-        if rank == 0:
-            if run["epoch"] % args.val_every == 0 or run["epoch"] == args.epoch:
-                row |= keep_best(averaged.module, pairs, val_images, args, run, row, board, out)
-            run["rows"].append(row)
-            write_csv(run_file(out, ".csv"), run["rows"])
-            for name, value in row.items():
-                board.add_scalar(name.replace("_", "/", 1), value, run["epoch"])
-            stop = 0 < args.patience <= run["waited"]
-            stop |= 0 < args.minutes * 60 <= time.time() - started
-            if stop or run["epoch"] % args.save_every == 0 or run["epoch"] == args.epoch:
-                save_checkpoint(run_file(out, "_last.pt"), state, args, run)
-        if agreed(stop, device, world):
-            break
+    stop = False
+    while progress.epoch < run.epochs and not stop:
+        stage, begins = stage_of(run.stages, progress.epoch)
+        if stage.frozen and begins:
+            recompute_batchnorm(model, pairs.images)
+        try:
+            row = train_epoch(step, pairs, stage, progress.epoch, state, processes)
+        except NotFiniteError as error:
+            kept = keep_good(state.averaged.module, run) if processes.rank == 0 else ""
+            raise UserError(f"{error}{kept}") from None
+        progress.add(row)
+        if board is not None:
+            stop = finish_epoch(run, state, pairs, held, progress, board)
+        stop = agreed(stop, processes)
 
-    if rank == 0:
+    if board is not None:
         board.close()
-        draw_curve(run_file(out, "_curve.png"), run["rows"], METRICS)
-        rest = "" if run["epoch"] == args.epoch else f" of {args.epoch} (--resume goes on)"
-        print(f"{run['epoch']} epochs{rest}; weights: {run_file(out, '.safetensors')}")
-    if world > 1:
+        draw_curve(run.file("_curve.png"), progress.rows, METRICS)
+        print(farewell(run, progress))
+    if processes.world > 1:
         dist.destroy_process_group()
+
+
+def finish_epoch(
+    run: Run,
+    state: TrainState,
+    pairs: TrainPairs,
+    held: TrainPairs,
+    progress: Progress,
+    board: SummaryWriter,
+) -> bool:
+    """Save and validate when it is time, write down what was measured; whether the run may stop."""
+    args, model = run.args, state.averaged.module
+    ends = progress.epoch == run.epochs
+    stop = 0 < args.minutes * 60 <= time.time() - run.started
+    if ends or stop or progress.epoch % args.save_every == 0:
+        save_checkpoint(run, state, progress)  # before validation, which may fail
+    if ends or progress.epoch % args.val_every == 0:
+        stage, _ = stage_of(run.stages, progress.epoch - 1)
+        if not stage.frozen:
+            recompute_batchnorm(model, pairs.images)
+        picture = keep_best(model, pairs, held, run, progress)
+        board.add_image("img1, img2, fused", picture, progress.epoch, dataformats="HW")
+        save_checkpoint(run, state, progress)  # now with the best so far
+    write_csv(run.file(".csv"), progress.rows)
+    write_board(board, progress)
+    return stop or 0 < args.patience <= progress.waited
 
 
 # --- one epoch -------------------------------------------------------------------------------
 
 
+class NotFiniteError(ValueError):
+    """A loss that is not finite; the message says where."""
+
+
 def train_epoch(
-    network: nn.Module,
-    state: TrainState,
+    step: Callable[[Tensor], dict[str, float]],
     pairs: TrainPairs,
-    args: TrainArgs,
-    amp: torch.dtype | None,
+    stage: Stage,
     epoch: int,
-    ranks: tuple[int, int],
-    out: Path,
+    state: TrainState,
+    processes: Processes,
 ) -> dict[str, float]:
     """Go through the pairs once; the means of loss and terms, learning rate and throughput."""
     started = time.time()
-    rank, world = ranks
-    device = next(state.model.parameters()).device
-    pairs.epoch = epoch
+    pairs.epoch, pairs.patch = epoch, stage.patch
     state.model.train()
-    if args.freeze_batchnorm:
+    if stage.frozen:
         for norm in batchnorms(state.model):
             norm.eval()
-    batches = pairs.batches(args.batch_size, rank, world)
-    loader = DataLoader(pairs, batch_sampler=batches, num_workers=args.workers)
-    title = f"epoch {epoch + 1}/{args.epoch}"
+    batches = pairs.batches(stage.batch, processes.rank, processes.world)
+    loader = DataLoader(pairs, batch_sampler=batches, num_workers=pairs.workers)
+    title = f"epoch {epoch + 1}, {stage}"
     means: dict[str, float] = {}
-    with tqdm(loader, title, unit="step", disable=rank > 0, mininterval=1) as progress:
-        for images, planted, names in progress:  # two (B, 2, p, p)
-            state.optimiser.zero_grad()
-            with memory_hint(args):
-                images = images.to(device), planted.to(device)
-                values = forward_backward(network, images, args, amp, state.scaler, world)
+    hidden = processes.rank > 0
+    with tqdm(loader, title, unit="step", disable=hidden, mininterval=1) as progress:
+        for images, names in progress:  # (B, 2, p, p)
+            lr = state.schedule.get_last_lr()[0]
+            values = step(images.to(processes.device))
             if not math.isfinite(values["loss"]):
-                kept = keep_good(state.averaged.module, out) if rank == 0 else ""
-                raise UserError(
-                    f"loss is {values['loss']} in epoch {epoch + 1}, pairs {list(names)}{kept}"
+                raise NotFiniteError(
+                    f"loss is {values['loss']} in epoch {epoch + 1}, pairs {list(names)}"
                 )
-            state.scaler.unscale_(state.optimiser)
-            nn.utils.clip_grad_norm_(state.model.parameters(), GRADIENT_CLIP)
-            state.scaler.step(state.optimiser)
-            state.scaler.update()
-            state.schedule.step()
-            state.averaged.update_parameters(state.model)
             for name, value in values.items():
                 means[name] = means.get(name, 0.0) + value / len(batches)
             progress.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
     seconds = time.time() - started
-    rate, lr = len(batches) * args.batch_size / seconds, state.schedule.get_last_lr()[0]
+    rate = len(batches) * stage.batch / seconds
     return {"epoch": epoch + 1, **means, "lr": lr, "seconds": seconds, "pairs_per_s": rate}
 
 
-def forward_backward(
+def make_step(
     network: nn.Module,
-    images: tuple[Tensor, Tensor],  # (B, 2, p, p), without and with findings
+    state: TrainState,
     args: TrainArgs,
     amp: torch.dtype | None,
-    scaler: torch.amp.GradScaler,
-    world: int,
-) -> dict[str, float]:
-    """Gradients of a step's loss, part by part; loss and terms as means over all processes."""
-    n, device = args.accumulate, images[0].device.type
+    processes: Processes,
+) -> Callable[[Tensor], dict[str, float]]:
+    """The function that makes one step of training with a batch (B, 2, p, p).
+
+    It returns loss and terms as means over all processes. `network` is the model of `state`, as
+    several processes or a compiler wrap it.
+    """
     weights = term_weights(args.recipe, args.loss_weights)
-    means = 0.0
-    for k, (clean, planted) in enumerate(zip(*(i.chunk(n) for i in images), strict=True)):
-        part = torch.cat([clean, planted]) if args.recipe == "findings" else clean
-        img1, img2 = part.split(1, 1)  # two (B/n, 1, p, p), or twice as many
-        # processes exchange gradients once in a step, with its last part
-        waits = world > 1 and k + 1 < n
-        with network.no_sync() if waits else nullcontext():
-            with torch.autocast(device, amp, enabled=amp is not None):
-                fused = network(img1, img2)  # (B/n, 1, p, p)
-            loss, terms = fusion_loss(fused.float(), img1, img2, args.recipe, weights=weights)
-            scaler.scale(loss / n).backward()
-        means = means + torch.stack([loss, *terms.values()]).detach() / n
-    if world > 1:
-        dist.all_reduce(means)
-        means = means / world
-    return dict(zip(("loss", *terms), means.tolist(), strict=True))
+    parts, device = args.accumulate, processes.device.type
+
+    def loss_of(images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        img1, img2 = images.split(1, 1)  # two (B/parts, 1, p, p)
+        with torch.autocast(device, amp, enabled=amp is not None):
+            fused = network(img1, img2)  # (B/parts, 1, p, p)
+        return fusion_loss(fused.float(), img1, img2, args.recipe, weights=weights)
+
+    def gradients(images: Tensor) -> dict[str, float]:
+        means = 0.0
+        for k, part in enumerate(images.chunk(parts)):
+            # Processes exchange gradients once in a step, with its last part.
+            waits = processes.world > 1 and k + 1 < parts
+            with network.no_sync() if waits else nullcontext():
+                loss, terms = loss_of(part)
+                state.scaler.scale(loss / parts).backward()
+            means = means + torch.stack([loss, *terms.values()]).detach() / parts
+        if processes.world > 1:
+            dist.all_reduce(means)
+            means = means / processes.world
+        return dict(zip(("loss", *terms), means.tolist(), strict=True))
+
+    def step(images: Tensor) -> dict[str, float]:
+        state.optimiser.zero_grad()
+        with memory_hint(len(images), images.shape[-1]):
+            values = gradients(images)
+        if not math.isfinite(values["loss"]):
+            return values  # the weights stay as they are
+        state.scaler.unscale_(state.optimiser)
+        nn.utils.clip_grad_norm_(state.model.parameters(), GRADIENT_CLIP)
+        state.scaler.step(state.optimiser)
+        state.scaler.update()
+        state.schedule.step()
+        state.averaged.update_parameters(state.model)
+        return values
+
+    return step
 
 
 @contextmanager
-def memory_hint(args: TrainArgs) -> Iterator[None]:
+def memory_hint(batch: int, patch: int) -> Iterator[None]:
     """Turn running out of memory into a line that says which setting to lower."""
     try:
         yield
@@ -228,15 +249,14 @@ def memory_hint(args: TrainArgs) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         raise UserError(
-            f"out of memory with batch_size {args.batch_size} in {args.accumulate} parts and "
-            f"patch_size {args.patch_size}: raise --accumulate, or lower --patch_size or "
-            "--batch_size"
+            f"out of memory with {batch} pairs of {patch}x{patch} at once: raise --accumulate, "
+            "or lower the patch or the batch (--stages, --patch_size, --batch_size)"
         ) from None
 
 
-def keep_good(model: ASFEFusion, out: Path) -> str:
+def keep_good(model: ASFEFusion, run: Run) -> str:
     """Save the averaged weights of a run that fails, if they are sound; what to tell of it."""
-    path = run_file(out, "_stopped.safetensors")
+    path = run.file("_stopped.safetensors")
     try:
         save_weights(model, path, {"stopped": True})
     except UserError:  # not finite
@@ -244,50 +264,89 @@ def keep_good(model: ASFEFusion, out: Path) -> str:
     return f"; the averaged weights before this step are in {path}"
 
 
+# --- validation ------------------------------------------------------------------------------
+
+
 def keep_best(
     model: ASFEFusion,
     pairs: TrainPairs,
-    val_images: list[Tensor],
-    args: TrainArgs,
-    run: dict,
-    row: dict[str, float],
-    board: SummaryWriter,
-    out: Path,
-) -> dict[str, float]:
-    """Validate the averaged weights and save them if they are the best so far; the metrics."""
-    last = run["epoch"] == args.epoch
-    if not args.freeze_batchnorm:
-        recompute_batchnorm(model, spread(pairs.images, BATCHNORM_PAIRS if last else 16))
-    measured, panel = measure(model, val_images or spread(pairs.images, 8), args)
-    board.add_image("img1, img2, fused", panel, run["epoch"], dataformats="HW")
-    kind = "val" if val_images else "train"  # training pairs only say that training worked
-    score = sum(measured[name] for name in SCORE)
-    better = score > run["best"]
-    run["waited"] = 0 if better else run["waited"] + 1
-    if better or not val_images:
-        run["best"] = score
-        metadata = describe(args, run, row["loss"], {kind: measured}, len(val_images))
-        save_weights(model, run_file(out, ".safetensors"), metadata)
-    what = f"{len(val_images)} validation" if val_images else "some training"
-    kept = "weights saved" if better or not val_images else f"the best is {run['best']:.4f}"
-    print(f"epoch {run['epoch']}: score {score:.4f} on {what} pairs, {kept}")
-    return {f"{kind}_{name}": value for name, value in (measured | {"score": score}).items()}
+    held: TrainPairs,
+    run: Run,
+    progress: Progress,
+) -> np.ndarray:
+    """Validate the averaged weights, save them if they are the best so far, and say so.
+
+    Returns a picture of some of the pairs and their fused images, see `picture_of`.
+    """
+    shown, count = (held, VALIDATION_PAIRS) if len(held) else (pairs, TRAINING_PAIRS)
+    chosen = spread(list(zip(shown.tasks, shown.images, strict=True)), count)
+    measured = validate(model, chosen)
+    kind = "val" if len(held) else "train"  # training pairs only say that training worked
+    better = progress.judge(kind, measured)
+    if better or not len(held):
+        metadata = describe(run.args, progress, {kind: measured}, len(held))
+        save_weights(model, run.file(".safetensors"), metadata)
+    what = f"{len(chosen)} validation" if len(held) else "some training"
+    kept = "weights saved" if better or not len(held) else f"the best lack {progress.best:.4f}"
+    lacking = f"{measured['shortfall']:.4f} lacking of the floors"
+    print(f"epoch {progress.epoch}: {lacking} on {what} pairs, {kept}")
+    return picture_of(model, [images for _, images in chosen[:SHOWN_PAIRS]])
+
+
+def picture_of(model: ASFEFusion, chosen: list[Tensor]) -> np.ndarray:
+    """Rows of source 1, source 2 and fused image, (H, W) uint8; only those as wide as the first."""
+    rows = []
+    for images in chosen:  # (2, H, W) in 0..255
+        fused = to_uint8(model.fuse(*images).cpu().numpy())
+        rows.append(np.concatenate([*images.numpy(), fused], 1))
+    return np.concatenate([row for row in rows if row.shape[1] == rows[0].shape[1]])
+
+
+def validate(model: ASFEFusion, chosen: list[tuple[str, Tensor]]) -> dict[str, float]:
+    """Metrics, values of one source and shortfall of whole pairs: a task and its images (2, H, W).
+
+    A task has the means over its images, then the worse source of each; of several tasks the mean.
+    """
+    rows: dict[str, list[dict[str, float]]] = {}
+    for task, images in chosen:  # in 0..255
+        fused = to_uint8(model.fuse(*images).cpu().numpy())
+        source1, source2 = (image.numpy() for image in images)
+        values = evaluate(fused, source1, source2, METRICS)
+        values |= one_source(source1 / 255, source2 / 255, fused / 255)._asdict()
+        rows.setdefault(task, []).append(values)
+    tasks = []
+    for task, found in rows.items():
+        means = {name: nanmean([row[name] for row in found]) for name in found[0]}
+        for name in ("kept", "conspicuous"):
+            means[name] = min(means.pop(f"{name}1"), means.pop(f"{name}2"))
+        tasks.append(means | {"shortfall": shortfall(task, means)})
+    return {name: round(nanmean([task[name] for task in tasks]), 4) for name in tasks[0]}
+
+
+def nanmean(values: list[float]) -> float:
+    """The mean of the values that are defined; NaN if none is."""
+    defined = [value for value in values if not math.isnan(value)]
+    return sum(defined) / len(defined) if defined else math.nan
 
 
 def batchnorms(model: nn.Module) -> list[nn.BatchNorm2d | nn.SyncBatchNorm]:
+    """All BatchNorm layers of a network."""
     return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm)]
 
 
 @torch.no_grad()
 def recompute_batchnorm(model: ASFEFusion, images: list[Tensor]) -> None:
-    """Replace the running statistics by plain means over whole, unaugmented images (2, H, W)."""
+    """Replace the running statistics by plain means over whole images (2, H, W), not augmented.
+
+    Of many images, some that are spread evenly are enough.
+    """
     norms = batchnorms(model)
     device = next(model.parameters()).device
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative mean
     model.train()
-    for pair in images:
+    for pair in spread(images, BATCHNORM_PAIRS):
         height, width = (n - n % model.multiple for n in pair.shape[-2:])
         if height and width:
             img1, img2 = pair[:, None, None, :height, :width].to(device).float() / 255
@@ -296,50 +355,39 @@ def recompute_batchnorm(model: ASFEFusion, images: list[Tensor]) -> None:
         norm.momentum = 0.1
 
 
-@torch.no_grad()
-def measure(
-    model: ASFEFusion, images: list[Tensor], args: TrainArgs
-) -> tuple[dict[str, float], np.ndarray]:
-    """Means over whole images of the loss, its terms and the metrics; a picture of a few rows.
-
-    The loss also sees each image with findings; the metrics and the picture do not.
-    """
-    weights = term_weights(args.recipe, args.loss_weights)
-    device = next(model.parameters()).device
-    values: dict[str, list[float]] = {}
-    rows = []
-    for i, pair in enumerate(images):  # (2, H, W) in 0..255
-        batch = with_findings(pair.float() / 255, i).to(device)  # (2, 2, H, W)
-        img1, img2 = batch.split(1, 1)  # two (2, 1, H, W), the second half with findings
-        fused = model.fuse(img1, img2)
-        loss, terms = fusion_loss(fused, img1, img2, args.recipe, weights=weights)
-        metrics = evaluate_batch(fused[:1], img1[:1], img2[:1], METRICS)
-        for name, value in ({"loss": loss} | terms | metrics).items():
-            values.setdefault(name, []).append(value.item())
-        if not rows or (len(rows) < SHOWN_PAIRS and fused.shape[-1] * 3 == rows[0].shape[1]):
-            row = torch.cat([img1, img2, fused], -1)[0, 0]
-            rows.append((row * 255).round().byte().cpu().numpy())
-    means = {name: round(sum(v) / len(v), 4) for name, v in values.items()}
-    return means, np.concatenate(rows)
-
-
 # --- several processes -----------------------------------------------------------------------
 
 
-def join_processes(device: torch.device) -> torch.device:
-    """Join the other processes that torchrun started; this one's device."""
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
+def join_processes(device: torch.device) -> Processes:
+    """Join the other processes that torchrun started, if it did."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Processes(rank, world, device)
 
 
-def agreed(stop: bool, device: torch.device, world: int) -> bool:
+def wrap(model: ASFEFusion, args: TrainArgs, processes: Processes) -> nn.Module:
+    """The network as several processes or a compiler want it; the parameters are the model's."""
+    network: nn.Module = model
+    if processes.world > 1:
+        cuda = processes.device.type == "cuda"
+        if cuda:
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        elif processes.rank == 0:
+            print("several processes on a CPU: BatchNorm sees a process's part of a batch only")
+        network = DistributedDataParallel(network, [processes.device.index] if cuda else None)
+    return torch.compile(network) if args.compile else network
+
+
+def agreed(stop: bool, processes: Processes) -> bool:
     """What the first process decides, in all of them."""
-    if world == 1:
+    if processes.world == 1:
         return stop
-    dist.broadcast(flag := torch.tensor(float(stop), device=device), 0)
+    flag = torch.tensor(float(stop), device=processes.device)
+    dist.broadcast(flag, 0)
     return bool(flag)
 
 
@@ -351,48 +399,86 @@ def spread(items: list, count: int) -> list:
     return [items[i * len(items) // count] for i in range(count)] if len(items) > count else items
 
 
-def check_settings(args: TrainArgs, pairs: int, val_pairs: int, world: int) -> None:
+def load_pairs(run: Run, processes: Processes) -> tuple[TrainPairs, TrainPairs]:
+    """The pairs to train on and those to validate on; the first process says which they are."""
+    args = run.args
+    train, held = split_pairs(args)
+    pairs = TrainPairs(train, max(stage.patch for stage in run.stages), args.seed, args.workers)
+    if processes.rank == 0:
+        pairs.doubts.tell()
+        print(opening(args, processes.device, train, held))
+        if args.val and not held:
+            print(f"{args.task} shows one person, so nobody can be kept for validation")
+    return pairs, TrainPairs(held, MIN_SIDE)
+
+
+def check_settings(run: Run, pairs: TrainPairs, held: TrainPairs, processes: Processes) -> None:
     """UserError for numbers that do not fit the data, the processes or each other."""
+    args = run.args
     term_weights(args.recipe, args.loss_weights)
-    if args.batch_size > pairs:
-        raise UserError(f"batch_size is {args.batch_size}, but there are {pairs} pairs")
-    if args.batch_size % (world * args.accumulate):
-        raise UserError(
-            f"batch_size is {args.batch_size}, expected a multiple of {world * args.accumulate} "
-            f"({world} processes, {args.accumulate} parts)"
-        )
-    if args.freeze_batchnorm and not args.init:
-        raise UserError("freeze_batchnorm needs the statistics of trained weights, give --init")
-    if args.patience and not val_pairs:
+    parts = processes.world * args.accumulate
+    for stage in run.stages:
+        if stage.batch > len(pairs):
+            raise UserError(f"batch_size is {stage.batch}, but there are {len(pairs)} pairs")
+        if stage.batch % parts:
+            raise UserError(
+                f"batch_size is {stage.batch}, expected a multiple of {parts} "
+                f"({processes.world} processes, {args.accumulate} parts)"
+            )
+    if run.stages[0].frozen and not args.init:
+        raise UserError("a frozen first stage needs the statistics of trained weights, give --init")
+    if args.patience and not len(held):
         raise UserError("patience needs validation, but nobody is kept for it: see --val")
     if args.init and args.without:
         raise UserError("without changes the network, but init has one: give one of the two")
     if args.ema >= 1:
         raise UserError(f"ema is {args.ema}, expected less than 1")
+    if args.cooldown > 1:
+        raise UserError(f"cooldown is {args.cooldown}, expected a share from 0 to 1")
 
 
-def make_model(args: TrainArgs, device: torch.device) -> ASFEFusion:
+def make_model(run: Run, device: torch.device) -> ASFEFusion:
     """The network with random weights, or those of --init; UserError if it does not fit."""
+    args = run.args
     if args.init:
         model = load_sized(args.init, args.size, device, args.aff)
     else:
         model = ASFEFusion(SIZES[args.size].without(args.without), args.aff).to(device)
-    if args.patch_size % model.multiple:
-        raise UserError(f"patch_size is {args.patch_size}, expected a multiple of {model.multiple}")
+    for stage in run.stages:
+        if stage.patch % model.multiple:
+            raise UserError(f"patch_size is {stage.patch}, expected a multiple of {model.multiple}")
     return model
 
 
-def make_optimiser(model: ASFEFusion, args: TrainArgs) -> torch.optim.AdamW:
-    """AdamW as the settings say, in one kernel for all parameters."""
-    decay = {"weight_decay": args.weight_decay}
-    return torch.optim.AdamW(model.parameters(), args.lr, fused=True, **decay)
+def make_state(model: ASFEFusion, run: Run, pairs: int) -> TrainState:
+    """All that training changes, at its beginning: AdamW, its schedule, the moving average."""
+    args = run.args
+    # One kernel for all parameters.
+    optimiser = torch.optim.AdamW(
+        model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True
+    )
+    steps = sum(stage.epochs * (pairs // stage.batch) for stage in run.stages)
+    schedule = LambdaLR(
+        optimiser, lambda step: learning_rate(step, steps, args.warmup, args.cooldown)
+    )
+    averaged = AveragedModel(model, multi_avg_fn=moving_average(args.ema))
+    # fp16 has too little range for gradients; for the other types the scaler does nothing.
+    device = next(model.parameters()).device.type
+    half = device == "cuda" and args.precision == "fp16"
+    scaler = torch.amp.GradScaler(device, enabled=half)
+    return TrainState(model, averaged, optimiser, schedule, scaler)
 
 
-def learning_rate(step: int, steps: int, warmup: int) -> float:
-    """Fraction of the highest learning rate: up in a line over `warmup` steps, down in a cosine."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+def learning_rate(step: int, steps: int, warmup: int, cooldown: float) -> float:
+    """Share of the highest learning rate: up in a line, level, down in a cosine.
+
+    It rises over `warmup` steps and falls over the last `cooldown` of them all, a share. While it
+    is level, nothing depends on the number of steps, so that a run can still be made longer.
+    """
+    falling = cooldown * steps
+    before = steps - falling
+    down = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - before) / max(1, falling))))
+    return min((step + 1) / warmup if step < warmup else 1.0, down if step > before else 1.0)
 
 
 def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:

@@ -128,21 +128,30 @@ def load_weights(
 
 
 def save_weights(model: ASFEFusion, path: Path, metadata: dict, half: bool = True) -> None:
-    """Write safetensors, in float16 if `half`, with JSON-able `metadata`; whole or not at all.
+    """Write safetensors with JSON-able `metadata`; whole or not at all.
 
-    Size, widths and AFF variant are added. Raises UserError for values that are not finite.
+    If `half`, weights are float16, but for BatchNorm's statistics and whatever does not fit:
+    float16 ends at 65,504. Size, widths and AFF variant are added to the metadata. Raises UserError
+    for values that are not finite.
     """
     from images import write_bytes  # not on top: torch.hub loads without image libraries
 
-    kind = torch.float16 if half else torch.float32
-    state = {
-        key: value.to("cpu", kind if value.is_floating_point() else value.dtype).contiguous()
-        for key, value in model.state_dict().items()
-    }
+    state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
     check_finite(state, f"weights for {path}")
+    if half:
+        state = {key: halved(key, value) for key, value in state.items()}
+    state = {key: value.contiguous() for key, value in state.items()}
     name, _ = parts_of(model.size)
     metadata = {"size": name, "widths": asdict(model.size), "aff": model.aff, **metadata}
     write_bytes(path, save(state, {"asfe": json.dumps(metadata)}))
+
+
+def halved(key: str, value: Tensor) -> Tensor:
+    """A tensor of a network in float16, if it holds its values and they are no statistics."""
+    largest = torch.finfo(torch.float16).max
+    if not value.is_floating_point() or "running_" in key or value.abs().max() > largest:
+        return value
+    return value.half()
 
 
 def parts_of(size: ModelSize) -> tuple[str, list[str]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from evaluation.filters import gaussian
 from evaluation.maps import (
     C1,
     C2,
@@ -19,7 +20,6 @@ from evaluation.maps import (
     VIF_NOISE,
     VIF_SIDES,
     check_names,
-    gaussian,
 )
 
 

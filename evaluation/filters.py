@@ -25,10 +25,16 @@ def gaussian(side: int, sigma: float) -> ndarray:
     return kernel / kernel.sum()
 
 
-def blur_inside(image: ndarray, kernel: ndarray) -> ndarray:
-    """Separable filter, only where the whole window lies inside the image."""
-    r = len(kernel) // 2
-    blurred = cv2.sepFilter2D(image, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
+def blur(image: ndarray, side: int, sigma: float, border: int) -> ndarray:
+    """Gaussian window of `side` pixels, (H, W) -> (H, W); `border` is one of OpenCV's."""
+    kernel = gaussian(side, sigma)
+    return cv2.sepFilter2D(image, -1, kernel, kernel, borderType=border)
+
+
+def blur_inside(image: ndarray, side: int, sigma: float) -> ndarray:
+    """The same, only where the whole window lies inside the image."""
+    r = side // 2
+    blurred = blur(image, side, sigma, cv2.BORDER_REPLICATE)
     return blurred[r : image.shape[0] - r, r : image.shape[1] - r]
 
 

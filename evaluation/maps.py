@@ -21,17 +21,17 @@ from cli import UserError
 from evaluation.filters import (
     EXTENDED,
     block_sums,
+    blur,
     blur_inside,
     csf_qcb,
     csf_qcv,
-    gaussian,
     halved,
     sobel_gradient,
 )
 from evaluation.windows import Windows, local_windows
 
 SMALLEST_SIDE = 3  # pixels, of any image that a metric takes
-SSIM_SIDE = 11
+SSIM_SIDE, SSIM_SIGMA = 11, 1.5  # pixels, of the Gaussian window
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 VIF_SIDES = (17, 9, 5, 3)  # of the Gaussian window at each scale, sigma a fifth of it
 VIF_NOISE = 2.0
@@ -153,10 +153,7 @@ class Luma:
         """Masked local contrast of the CSF-filtered stretched image (QCB)."""
         spectrum = scipy.fft.rfft2(self.stretched.astype(EXTENDED)) * csf_qcb(self.shape)
         filtered = scipy.fft.irfft2(spectrum, self.shape).astype(np.float64)
-        fine, coarse = (
-            cv2.sepFilter2D(filtered, -1, k, k, borderType=cv2.BORDER_CONSTANT)
-            for k in (gaussian(31, 2.0), gaussian(31, 4.0))
-        )
+        fine, coarse = (blur(filtered, 31, sigma, cv2.BORDER_CONSTANT) for sigma in (2.0, 4.0))
         ratio = np.divide(fine, coarse, out=np.ones(self.shape), where=coarse != 0)
         contrast = np.abs(ratio - 1)
         return contrast**3 / (contrast**2 + 1e-4)
@@ -165,7 +162,7 @@ class Luma:
         """Local moments of SSIM, the image `scale` times halved by 2x2 means."""
         while len(self._ssim_moments) <= scale:
             image = halved(self._ssim_moments[-1].image) if self._ssim_moments else self.values
-            self._ssim_moments.append(_moments(image, gaussian(SSIM_SIDE, 1.5)))
+            self._ssim_moments.append(_moments(image, SSIM_SIDE, SSIM_SIGMA))
         return self._ssim_moments[scale]
 
     @cached_property
@@ -175,12 +172,11 @@ class Luma:
         # variance of exactly 0, not of a rounding error.
         image, scales = self.values - self.values.min(), []
         for side in VIF_SIDES:
-            kernel = gaussian(side, side / 5)
             if scales:
-                image = blur_inside(image, kernel)[::2, ::2]
+                image = blur_inside(image, side, side / 5)[::2, ::2]
             if min(image.shape) < side:
                 break
-            scales.append(_moments(image, kernel))
+            scales.append(_moments(image, side, side / 5))
         return scales
 
     @cached_property
@@ -228,7 +224,7 @@ class LumaPair:
         """Means of SSIM and of its contrast-structure factor, `scale` times halved."""
         if scale not in self._similarity:
             x, y = self.image.ssim_moments(scale), self.reference.ssim_moments(scale)
-            covariance = _covariance(x, y, gaussian(SSIM_SIDE, 1.5))
+            covariance = _covariance(x, y, SSIM_SIDE, SSIM_SIGMA)
             structure = (2 * covariance + C2) / (x.variance + y.variance + C2)
             product, squares = x.mean * y.mean, x.mean * x.mean + y.mean * y.mean
             ssim_map = (2 * product + C1) / (squares + C1) * structure
@@ -239,7 +235,7 @@ class LumaPair:
     def fidelity(self) -> list[tuple[ndarray, ndarray, ndarray]]:
         """The gain, distortion variance and source variance of VIF at each scale."""
         return [
-            _fidelity(x, y, _covariance(x, y, gaussian(side, side / 5)))
+            _fidelity(x, y, _covariance(x, y, side, side / 5))
             for side, x, y in zip(
                 VIF_SIDES, self.image.vif_moments, self.reference.vif_moments, strict=False
             )
@@ -337,13 +333,13 @@ def _entropy(counts: ndarray) -> float:
     return 0.0 - float((p * np.log2(p)).sum())
 
 
-def _moments(image: ndarray, kernel: ndarray) -> Moments:
-    mean = blur_inside(image, kernel)
-    return Moments(image, mean, blur_inside(image * image, kernel) - mean * mean)
+def _moments(image: ndarray, side: int, sigma: float) -> Moments:
+    mean = blur_inside(image, side, sigma)
+    return Moments(image, mean, blur_inside(image * image, side, sigma) - mean * mean)
 
 
-def _covariance(x: Moments, y: Moments, kernel: ndarray) -> ndarray:
-    return blur_inside(x.image * y.image, kernel) - x.mean * y.mean
+def _covariance(x: Moments, y: Moments, side: int, sigma: float) -> ndarray:
+    return blur_inside(x.image * y.image, side, sigma) - x.mean * y.mean
 
 
 def _fidelity(

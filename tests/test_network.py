@@ -1,5 +1,6 @@
 """The network is the published one in every stage, one path in every mode, and takes any size."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from args_setting import SIZES
 from inference import optimise
-from network import AFF, SFEF, ASFEFusion, FusionModule, blend, pad_to_multiple
+from network import AFF, SFEF, ASFEFusion, FusionModule, bands, blend, pad_to_multiple
 
 PUBLISHED_STAGES = {  # module of ours -> name in the golden file
     **{f"encoder.blocks.{k}": f"encoder.block{k + 1}" for k in range(4)},
@@ -296,13 +297,30 @@ def test_the_blend_keeps_what_either_image_shows():
     assert (blend(waves, stripes) - blend(dark, stripes)).std() < 0.4 * waves.std()
 
 
-def test_black_stays_black_and_white_white(compact):
+def test_bands_add_up_to_the_images():
+    images = torch.rand(2, 2, 48, 64)
+    assert torch.allclose(sum(bands(images)), images, atol=1e-6)
+
+
+def test_the_head_adds_gains_on_bands_and_keeps_black_black(compact):
     heads = torch.rand(2, 1, 1, 96, 96)
-    heads[..., :40, :], heads[0, ..., 60:70, 60:90] = 0, 1
-    heads[1, ..., 60:70, 60:90] = 0
-    out = torch.randn(1, 2, 96, 96) / 10
-    fused = compact.head(out, *heads)
+    heads[..., :40, :] = 0
+    gains = torch.randn(1, 6, 96, 96) / 10
+    fused = compact.head(gains, *heads)
     assert fused[..., :40, :].max() <= 0
+    assert torch.equal(compact.head(0 * gains, *heads), blend(*heads))
+    middle_of_img2 = bands(heads[1])[1]
+    one = torch.zeros(1, 6, 96, 96)
+    one[:, 3] = 0.1  # the second source's gain in the second band
+    expected = torch.minimum(blend(*heads) + 0.1 * middle_of_img2, heads.sum(0))
+    assert torch.allclose(compact.head(one, *heads), expected, atol=1e-6)
+
+
+def test_the_head_of_earlier_weights_keeps_white_white():
+    model = ASFEFusion(replace(NARROW, head="blend")).eval()
+    heads = torch.zeros(2, 1, 1, 96, 96)
+    heads[0, ..., 60:70, 60:90] = 1
+    fused = model.head(torch.randn(1, 2, 96, 96) / 10, *heads)
     assert fused[..., 60:70, 60:90].min() >= 0.97 - 1e-6, "bone, where the MRI is black"
 
 

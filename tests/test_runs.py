@@ -33,15 +33,15 @@ def test_a_run_tells_what_it_does_and_is_never_overwritten_unasked(call, tmp_pat
     assert code == 0, err
     assert "CT-MRI, size compact, on cpu, 1 threads: 4 pairs to train on" in out
     assert "2 held out for validation (cases 1)" in out
-    assert "epoch 1: score " in out and "on 2 validation pairs, weights saved" in out
+    assert "lacking of the floors on 2 validation pairs, weights saved" in out
     before = {p: p.read_bytes() for p in (tmp_path / "save").iterdir() if p.is_file()}
     code, _, err = call(*argv)
     assert code == 2 and err.count("\n") == 1 and f"{STEM}.safetensors" in err
     assert all(f"--{way}" in err for way in ("resume", "name", "save_dir", "overwrite"))
     assert {p: p.read_bytes() for p in (tmp_path / "save").iterdir() if p.is_file()} == before
     # the ways on
-    code, _, err = call(*argv, "--epoch", 2, "--resume")
-    assert code == 2 and "epoch is 2 and was 1. To train on with these, begin a new run" in err
+    code, _, err = call(*argv, "--lr", 0.5, "--resume")
+    assert code == 2 and "lr is 0.5 and was 0.0015. To train on with these, begin a new run" in err
     weights = tmp_path / "save" / f"{STEM}.safetensors"
     assert f"--init {weights} --name NEW" in err
     code, out, err = call(*argv, "--init", weights, "--name", "NEW", "--val", 0)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import NARROW
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
@@ -43,6 +45,25 @@ def test_float16_weights_fit_the_promise(compact, tmp_path):
     images = torch.rand(2, 64, 64)
     difference = load_weights(path)[0].fuse(*images) - compact.fuse(*images)
     assert difference.abs().mean() < 5e-3
+
+
+def test_what_float16_cannot_hold_stays_float32(tmp_path):
+    """Statistics of a large network pass 65,504, where float16 ends; so may a weight."""
+    model = ASFEFusion(NARROW).eval()
+    large = model.decoder.up4.bn1.running_var
+    large.fill_(481_097.0)
+    weight = model.encoder.inlayer.weight
+    with torch.no_grad():
+        weight[0] = -1e6
+    path = tmp_path / "w.safetensors"
+    save_weights(model, path, {})
+    with safe_open(path, "pt") as file:
+        kinds = {key: file.get_tensor(key).dtype for key in list(file.keys())}
+    assert kinds["decoder.up4.bn1.running_mean"] == kinds["encoder.inlayer.weight"] == torch.float32
+    assert kinds["decoder.up4.conv1.weight"] == torch.float16
+    loaded = load_weights(path)[0]
+    assert torch.equal(loaded.decoder.up4.bn1.running_var, large)
+    assert torch.equal(loaded.encoder.inlayer.weight, weight)
 
 
 def damaged(path: Path, kind: str, compact: ASFEFusion) -> str:
