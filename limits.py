@@ -149,7 +149,7 @@ class Inflated(io.RawIOBase):
     def _unpack_to(self, end: int) -> None:
         while len(self.known) < end and not self.inflater.eof:
             packed = self.inflater.unconsumed_tail or self.file.read(2**16)
-            part = self.inflater.decompress(packed, 2**20)
+            part = self.inflater.decompress(packed, 2**16)
             if not packed and not part:
                 return
             self.known += part
@@ -472,7 +472,7 @@ def granted_cores(root: Path = Path("/")) -> int:
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     for folder in cgroups("cpu", root):
-        quota, period = *words(folder / "cpu.max"), "", ""
+        quota, period = (*words(folder / "cpu.max"), "", "")[:2]
         if not quota:
             quota, period = (text(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
         if number(quota) and number(period):

@@ -11,9 +11,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
-from dicom_files import sample, write_enhanced, write_series
+from dicom_files import write_enhanced, write_series
 from PIL import Image
-from pydicom.uid import DeflatedExplicitVRLittleEndian
+from pydicom.encaps import encapsulate
+from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit
 from volume_files import affine_of, numbered, write
 
 SHAPE = (20, 18, 16)
@@ -33,9 +34,9 @@ def saved(image: Image.Image, form: str, **how) -> bytes:
     return file.getvalue()
 
 
-def many_scans(count: int = 40_000, side: int = 1024) -> bytes:
+def many_scans(count: int = 40_000, side: tuple[int, int] = (1024, 1024)) -> bytes:
     """A progressive JPEG whose last scan is there many times: 12 bytes each."""
-    data = saved(Image.new("L", (side, side), 90), "JPEG", progressive=True)
+    data = saved(Image.new("L", side, 90), "JPEG", progressive=True)
     header = data[: data.index(b"\xff\xda")]
     refine = b"\xff\xda\x00\x08\x01\x01\x00\x01\x05\x00"  # coefficients 1 to 5, all of them 0
     return header + data[data.index(b"\xff\xda") : -2] + (refine + b"\x00") * count + b"\xff\xd9"
@@ -283,15 +284,15 @@ def zip_of(files: dict[str, bytes]) -> bytes:
 
 
 def jpeg_in_dicom(folder: Path, jpeg: bytes) -> bytes:
-    """A DICOM image of JPEG baseline with other compressed pixels than it says."""
-    import pydicom
-    from pydicom.encaps import encapsulate
+    """A DICOM slice of SHAPE whose compressed pixels are this JPEG."""
 
-    ds = pydicom.dcmread(sample("JPGExtended.dcm"))
-    ds.PixelData = encapsulate([jpeg])
-    ds["PixelData"].is_undefined_length = True
-    ds.save_as(folder / "j.dcm")
-    return (folder / "j.dcm").read_bytes()
+    def change(ds, k):
+        ds.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 8, 8, 7, 0
+        ds.PixelData = encapsulate([jpeg])
+
+    place = write_series(folder / "jpeg", numbered(SHAPE)[..., :1], np.eye(4), change=change)[0]
+    return place.read_bytes()
 
 
 assert DeflatedExplicitVRLittleEndian == DEFLATED.decode()
