@@ -17,7 +17,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from args_setting import ROOT, TASKS, TestArgs
+import limits
+from args_setting import ROOT, SIZES, TASKS, TestArgs
 from cli import UserError, check_mode, command_line, run_script, setup_runtime
 
 if __name__ == "__main__":  # before the imports that take seconds
@@ -91,10 +92,11 @@ def fuse_pairs(
     yield from flush()
 
 
-def check_pairs(pairs: list[Pair], outputs: list[Path], task: str) -> None:
+def check_pairs(pairs: list[Pair], outputs: list[Path], task: str, size: str = "") -> None:
     """Read every pair once before anything is written, so that bad input leaves no output.
 
-    Nor may an output take the place of a source. What is odd about the sources is printed.
+    Nor may an output take the place of a source. What is odd about the sources is printed. With
+    the size of a network that runs on the CPU, a pair must also fit into the memory that is free.
     """
     check_outputs(pairs, outputs)
     doubts = Doubts(task)
@@ -103,6 +105,8 @@ def check_pairs(pairs: list[Pair], outputs: list[Path], task: str) -> None:
         if min(height, width) < MIN_SIDE:
             side = f"{MIN_SIDE}x{MIN_SIDE}"
             raise UserError(f"{pair.path1} is {height}x{width}, expected at least {side}")
+        if size:
+            limits.check_room(height, width, SIZES[size])
     doubts.tell()
 
 
@@ -128,7 +132,8 @@ def fuse_folder(args: TestArgs, pairs: list[Pair], out: Path, device: torch.devi
     sheet = out.with_name(f"{out.name or 'fused'}_contact_sheet.png")
     pairs = as_told(pairs, args.levels, args.page)
     outputs = {pair.name: out / f"{pair.name}.png" for pair in pairs}
-    check_pairs(pairs, [*outputs.values(), *([sheet] if args.contact_rows else [])], args.task)
+    written = [*outputs.values(), *([sheet] if args.contact_rows else [])]
+    check_pairs(pairs, written, args.task, args.size if device.type == "cpu" else "")
     refuse_inside(out, pairs)
     model = optimise(load_model(args, args.task, device))
     writable_folder(out)
@@ -164,7 +169,7 @@ def fuse_one(args: TestArgs, device: torch.device, model: ASFEFusion | None = No
     [pair] = as_told([pair], args.levels, args.page)
     if args.register not in ("auto", "off"):
         pair = registered(pair, args)
-    check_pairs([pair], [args.out], args.task)
+    check_pairs([pair], [args.out], args.task, args.size if device.type == "cpu" else "")
     model = model or optimise(load_model(args, args.task, device))
     writable_folder(Path(os.path.realpath(args.out)).parent)
     for _, fused in fuse_pairs(model, [pair], 1, args.stretch):

@@ -336,6 +336,18 @@ def test_the_need_of_a_pair_is_known_before(monkeypatch):
         limits.check_room(5000, 5000, SIZES["compact"])
 
 
+def test_a_pair_that_does_not_fit_is_refused_before_anything_is_written(
+    call, tmp_path, monkeypatch
+):
+    for name in ("a.png", "b.png"):
+        Image.new("L", (512, 512), 9).save(tmp_path / name)
+    monkeypatch.setattr(limits, "free_bytes", lambda: GB // 5)
+    pair = ["--img1", tmp_path / "a.png", "--img2", tmp_path / "b.png"]
+    code, _, err = call(*pair, "--out", tmp_path / "out" / "f.png", "--DEVICE", "cpu")
+    assert code == 2 and "512x512 pixels needs about 0.2 GB of memory, but 0.2 GB are free" in err
+    assert not (tmp_path / "out").exists()
+
+
 # --- small parts -----------------------------------------------------------------------------
 
 

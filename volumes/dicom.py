@@ -202,7 +202,7 @@ def read_dataset_of(
     """
     elements = elements or limits.Elements(file, file.stat().st_size)
     how = {"stop_before_pixels": tags is not None, "specific_tags": tags}
-    with open(file, "rb") as content:
+    with file.open("rb") as content:
         start = content.read(132)
         bare = start[128:] != b"DICM"
         if bare and (start[:2] not in BARE or len(start) < 4):

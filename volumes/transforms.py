@@ -165,7 +165,7 @@ def matrix_from(path: Path, source1: Volume, source2: Volume) -> np.ndarray:
 
 
 def is_dicom(path: Path) -> bool:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
 
 

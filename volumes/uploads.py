@@ -42,7 +42,7 @@ def check_upload(file: Path, megabytes: float) -> None:
         raise UserError(f"{file} is an image, {EXPECTED}; the tab Images takes it")
     if name.endswith((*NIFTI, *MGH, ".zip")):
         return
-    with open(file, "rb") as content:
+    with file.open("rb") as content:
         if content.read(132)[128:] != b"DICM":
             raise UserError(f"{file}: {EXPECTED}")
 
@@ -126,7 +126,7 @@ def unpack(file: Path, folder: Path, most: float) -> None:
             entries = [entry for entry in archive.infolist() if not entry.is_dir()]
             check_entries(file, entries)
             for number, entry in enumerate(entries, 1):
-                with archive.open(entry) as packed, open(folder / f"{number:05}", "wb") as out:
+                with archive.open(entry) as packed, (folder / f"{number:05}").open("wb") as out:
                     while part := packed.read(2**20):
                         most -= len(part)
                         if most < 0:
@@ -140,7 +140,7 @@ def unpack(file: Path, folder: Path, most: float) -> None:
 
 def check_directory(file: Path) -> None:
     """UserError for a list of entries that would fill the memory, before it is read."""
-    with open(file, "rb") as content:
+    with file.open("rb") as content:
         length = content.seek(0, 2)
         content.seek(max(0, length - 2**16 - 22 - 20))
         tail = content.read()
