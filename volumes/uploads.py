@@ -9,6 +9,7 @@ import struct
 import warnings
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import limits
@@ -126,8 +127,8 @@ def unpack(file: Path, folder: Path, most: float) -> None:
             entries = [entry for entry in archive.infolist() if not entry.is_dir()]
             check_entries(file, entries)
             for number, entry in enumerate(entries, 1):
-                with archive.open(entry) as packed, (folder / f"{number:05}").open("wb") as out:
-                    while part := packed.read(2**20):
+                with (folder / f"{number:05}").open("wb") as out:
+                    for part in parts_of(archive, entry):
                         most -= len(part)
                         if most < 0:
                             raise UserError(f"{file} is too large when unpacked; send one series")
@@ -136,6 +137,16 @@ def unpack(file: Path, folder: Path, most: float) -> None:
         raise
     except BAD_ZIP:
         raise UserError(f"{file}: damaged or not a zip; pack the DICOM files again") from None
+
+
+def parts_of(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Iterator[bytes]:
+    """What a file of a zip unpacks to, part by part; one of BAD_ZIP if it is damaged."""
+    try:
+        with archive.open(entry) as packed:
+            while part := packed.read(2**20):
+                yield part
+    except OSError as error:  # a place in the file that cannot be
+        raise zipfile.BadZipFile from error
 
 
 def check_directory(file: Path) -> None:
