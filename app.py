@@ -30,10 +30,19 @@ if __name__ == "__main__":  # before the imports that take seconds
 import numpy as np
 from PIL import Image
 
-from dataset import Pair, read_pair
+from dataset import Pair, decode_pair
 from evaluation.tables import table
 from evaluation.trivial import TRIVIAL
-from images import EXTENSIONS, FORMATS, read_uint8, size_of, to_uint8, write_png
+from fusing import ImageRequest, fuse_images
+from images import (
+    EXTENSIONS,
+    FORMATS,
+    header_size,
+    luma_and_chroma,
+    read_uint8,
+    to_uint8,
+    write_png,
+)
 from inference import optimise
 from metrics import compare
 from network import MIN_SIDE, ASFEFusion
@@ -92,7 +101,7 @@ def check_image(file: str, args: AppArgs) -> None:
     if megabytes > args.max_mb:
         raise UserError(f"{file} has {megabytes:.4g} MB, expected at most {args.max_mb:g} MB")
     try:
-        height, width = size_of(Path(file))
+        height, width = header_size(Path(file))
     except (UserError, OSError):  # whatever stumbles here is described by `read_image`
         return
     got = f"{file} is {height}x{width} pixels, expected"
@@ -187,14 +196,13 @@ class Page:
         """The fused image, and as the last what `measure` takes."""
         try:
             pair = uploaded_pair(file1, file2, self.args)
-            luma1, luma2, chroma = read_pair(pair)
-            luma = self.models[weights].fuse(luma1, luma2).cpu().numpy()
             stems = "_".join(path.stem[:60] for path in (pair.path1, pair.path2))
-            fused = self.picture(f"{stems}_fused", to_uint8(luma, chroma))
-            source = self.picture("source", read_uint8(pair.path1))
+            out = Path(tempfile.mkdtemp(dir=self.folder), f"{stems}_fused.png")
+            [fused] = fuse_images([ImageRequest(pair, out)], self.models[weights])
+            source = self.picture("source", to_uint8(*luma_and_chroma(fused.sources[0])))
         except (UserError, OSError) as error:
             raise self.error(error, *filter(None, (file1, file2))) from None
-        return fused, (source, fused), "Measuring …", "image 1 | fused", (pair, fused)
+        return str(out), (source, str(out)), "Measuring …", "image 1 | fused", (pair, str(out))
 
     def measure(self, made: tuple[Pair, str] | None) -> str:
         """The metrics of what `fuse` made; nothing if other images have been chosen since."""
@@ -218,10 +226,10 @@ class Page:
         """The sources laid over each other, `percent` of source 2; nothing if one is absent."""
         try:
             pair = uploaded_pair(file1, file2, self.args)
-            read_pair(pair)  # equal sizes
-            images = [read_uint8(path) for path in (pair.path1, pair.path2)]
+            pixels = decode_pair(pair)  # of equal sizes
         except (UserError, OSError):
             return None  # `show` and `fuse` have said why
+        images = [to_uint8(*luma_and_chroma(source)) for source in pixels]
         images = [i if i.ndim == 3 else np.repeat(i[..., None], 3, 2) for i in images]
         share = percent / 100
         return to_uint8((images[0] * (1 - share) + images[1] * share) / 255)
@@ -293,23 +301,7 @@ def image_tab(page: Page, examples: dict[str, tuple[str, str]]) -> None:
             elem_id="fused",
             **picture | {"buttons": ["download", "fullscreen"]},
         )
-    with gr.Row():
-        with gr.Column():
-            wipe = gr.ImageSlider(
-                label="Wipe: drag the line", elem_id="wipe", **picture, max_height=400
-            )
-            under = gr.Radio(
-                ["image 1 | fused", "image 2 | fused", "image 1 | image 2"],
-                value="image 1 | fused",
-                label="Left and right of the line",
-            )
-        with gr.Column():
-            blend = gr.Image(
-                label="Blend: the sources laid over each other; do they line up?",
-                elem_id="blend",
-                **picture,
-            )
-            share = gr.Slider(0, 100, 50, step=1, label="Percent of image 2", elem_id="share")
+    wipe, under, blend, share = comparison(gr, picture)
     with gr.Row():
         with gr.Column():
             numbers = gr.Markdown(elem_id="numbers")
@@ -338,16 +330,43 @@ def image_tab(page: Page, examples: dict[str, tuple[str, str]]) -> None:
     share.release(page.blend, [share, *files], blend, **quiet)
 
 
+def comparison(gr, picture: dict) -> tuple:
+    """Two ways to compare images, as components: a wipe and what it shows, a blend and its share.
+
+    `picture` has what all pictures of the page have in common.
+    """
+    with gr.Row():
+        with gr.Column():
+            wipe = gr.ImageSlider(
+                label="Wipe: drag the line", elem_id="wipe", **picture, max_height=400
+            )
+            under = gr.Radio(
+                ["image 1 | fused", "image 2 | fused", "image 1 | image 2"],
+                value="image 1 | fused",
+                label="Left and right of the line",
+            )
+        with gr.Column():
+            blend = gr.Image(
+                label="Blend: the sources laid over each other; do they line up?",
+                elem_id="blend",
+                **picture,
+            )
+            share = gr.Slider(0, 100, 50, step=1, label="Percent of image 2", elem_id="share")
+    return wipe, under, blend, share
+
+
 def volume_tab(page: Page) -> None:
     """The tab for volumes, or what to install for it."""
     try:
-        from volumes.page import VolumePage, volume_tab  # its packages are an extra
+        from volumes.page import Limits, VolumePage, volume_tab  # its packages are an extra
     except ModuleNotFoundError as error:
         command = "pip install -r requirements-volumes.txt"
         page.gr.Markdown(f"Volumes need {error.name}: `{command}`")
         return
     models = {task: page.models[weights_for(task, list(page.models))] for task in TASKS}
-    volume_tab(VolumePage(page.gr, page.args, models, page.folder, sentence))
+    args = page.args
+    limits = Limits(args.volume_mb, 1e6 * args.volume_voxels, args.keep_minutes)
+    volume_tab(VolumePage(page.gr, limits, models, page.folder, sentence))
 
 
 def build(page: Page, examples: dict[str, tuple[str, str]]):

@@ -1,9 +1,9 @@
 """Every setting of the project: edit a default here, or give the flag of the same name.
 
 Each command reads one frozen dataclass below; cli.py makes its flags from the fields, and a flag
-wins over this file. A task, size or data folder edited in CommonArgs counts for every command that
-has such a setting. A default is our own choice unless its source is "published code", the authors'
-repository.
+wins over this file. A task or size edited in CommonArgs, or a folder in DATA_DIR, counts for every
+command that has such a setting. Where a setting has an effect is in a table in cli.py. A default is
+our own choice unless its source is "published code", the authors' repository.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
+DATA_DIR = ROOT / "HMIFDatasets"  # of the data set
 
 MODULES = ("casf", "aff", "sfef", "blend")  # what a network can be trained without
 
@@ -91,14 +92,13 @@ def setting(default, help: str, source: str = "ours", **argparse_kwargs):
 
 @dataclass(frozen=True)
 class CommonArgs:
-    """What most commands share: a task, size or data folder edited here counts for all of them."""
+    """What most commands share: a task or size edited here counts for all of them."""
 
     DEVICE: str = setting("auto", "auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps")
     task: str = setting(
         "CT-MRI", "fusion task; all: one network for the three", "published code", choices=ALL_TASKS
     )
     size: str = setting("compact", "size of the network", choices=tuple(SIZES))
-    data_dir: Path = setting(ROOT / "HMIFDatasets", "folder of the HMIF data set", "published code")
     threads: int = setting(0, "CPU threads; 0 leaves the choice to PyTorch", minimum=0)
 
 
@@ -106,6 +106,7 @@ class CommonArgs:
 class TrainArgs(CommonArgs):
     """Settings of train_asfe.py."""
 
+    data_dir: Path = setting(DATA_DIR, "folder of the HMIF data set", "published code")
     epoch: int = setting(60, "passes over the training pairs (published: 2000)", minimum=1)
     lr: float = setting(1.5e-3, "highest learning rate of AdamW (published: 2e-4)", minimum=0)
     batch_size: int = setting(
@@ -161,7 +162,11 @@ class TrainArgs(CommonArgs):
         0.1, "share of each task's pairs kept for validation, whole people", minimum=0
     )
     val_cases: tuple[str, ...] = setting(
-        (), "validate on the people of these cases, not by --val", nargs="*", metavar="CASE"
+        (),
+        "validate on the people of these cases, not by --val; as 16, or PET:41 where several tasks "
+        "have the number",
+        nargs="*",
+        metavar="CASE",
     )
     leave_out: tuple[str, ...] = setting(
         (), "the people of these cases take no part at all", nargs="*", metavar="CASE"
@@ -245,7 +250,7 @@ class VolumeArgs(WeightsArgs):
         None, "new folder for the fused slices as a DICOM series, by highdicom; names nobody"
     )
     keep_patient: bool = setting(
-        False, "--dicom: copy patient and study from the DICOM source that has the grid"
+        False, "copy patient and study from the DICOM source that has the grid"
     )
     nan_to_zero: bool = setting(False, "take voxels that are not finite as 0")
     grid: str = setting(
@@ -280,6 +285,7 @@ class TestArgs(VolumeArgs):
 
     __test__ = False  # not a test case, whatever pytest makes of the name
 
+    data_dir: Path = setting(DATA_DIR, "folder of the HMIF data set", "published code")
     img1: Path | None = setting(None, "one pair: source 1 (CT, PET or SPECT)")
     img2: Path | None = setting(None, "one pair: source 2 (MRI)")
     dir1: Path | None = setting(None, "two folders: source 1")
@@ -346,7 +352,7 @@ class DataArgs:
 
     download: bool = setting(False, "fetch the HMIF data set and verify it")
     check: bool = setting(True, "print what is there per task, and what is wrong")
-    data_dir: Path = setting(CommonArgs.data_dir, "folder of the HMIF data set", "published code")
+    data_dir: Path = setting(DATA_DIR, "folder of the HMIF data set", "published code")
 
 
 @dataclass(frozen=True)
@@ -359,17 +365,24 @@ class MetricArgs:
         nargs="+",
         metavar="FOLDER",
     )
+    one_source: bool = setting(
+        False, "measure what the folders keep of that which only one source shows"
+    )
+    maps: Path | None = setting(
+        None, "folder for a picture of each pair: what is lost, and where, and what is foreign"
+    )
+    per_person: bool = setting(False, "print the means of each person, too")
     findings: bool = setting(
         False, "plant findings and measure what is kept of them, in place of comparing folders"
     )
     method: tuple[str, ...] = setting(
         (),
-        "--findings: other methods, as NAME=FILE.onnx or NAME=COMMAND with {1}, {2} and {out}",
+        "other methods, as NAME=FILE.onnx or NAME=COMMAND with {1}, {2} and {out}",
         nargs="+",
         metavar="METHOD",
     )
-    weights: Path | None = setting(None, "--findings: weights of ours; without it the shipped ones")
-    size: str = setting(CommonArgs.size, "--findings: size of ours", choices=tuple(SIZES))
+    weights: Path | None = setting(None, "weights of ours; without it the shipped ones")
+    size: str = setting(CommonArgs.size, "size of ours", choices=tuple(SIZES))
     split: str = setting("test", "split of the task", choices=("test", "train"))
     cases: tuple[str, ...] = setting(
         (), "only these case numbers of the split", nargs="*", metavar="CASE"
@@ -377,7 +390,7 @@ class MetricArgs:
     case_pattern: str = setting(CASE_PATTERN, PATTERN_HELP)
     levels: tuple[str, ...] = setting((), LEVELS_HELP, nargs="+", metavar="LEVELS")
     task: str = setting(CommonArgs.task, "fusion task", "published code", choices=tuple(TASKS))
-    data_dir: Path = setting(CommonArgs.data_dir, "folder of the HMIF data set", "published code")
+    data_dir: Path = setting(DATA_DIR, "folder of the HMIF data set", "published code")
     dir1: Path | None = setting(None, "source 1 in another folder than the task's test set")
     dir2: Path | None = setting(None, "source 2 (MRI) for --dir1, paired by file name")
     skip_unmatched: bool = setting(False, "leave out images that are not there everywhere")
@@ -388,11 +401,11 @@ class MetricArgs:
     rank: bool = setting(False, "add the mean rank over all metrics")
     between: tuple[str, ...] = setting(
         (),
-        "two methods to test against each other: paired Wilcoxon, bootstrap 95 % interval",
+        "two methods to test against each other, by people: Wilcoxon, bootstrap 95 % interval",
         nargs=2,
         metavar=("A", "B"),
     )
-    seed: int = setting(3407, "seed of the bootstrap", minimum=0)
+    seed: int = setting(3407, "seed of the bootstrap and of the planted findings", minimum=0)
     csv: Path | None = setting(None, "write each image and the means")
     json: Path | None = setting(None, "write the same with ranks and differences")
     markdown: Path | None = setting(None, "write the table of means")
@@ -433,12 +446,12 @@ class ClassifyArgs:
     """Settings of classify_asfe.py."""
 
     labels: Path | None = setting(None, "CSV with the columns image, person, label (two labels)")
-    dir1: Path | None = setting(None, "folder of source 1; with --labels")
-    dir2: Path | None = setting(None, "folder of source 2; with --labels")
+    dir1: Path | None = setting(None, "folder of source 1")
+    dir2: Path | None = setting(None, "folder of source 2")
     fused: Path | None = setting(None, "folder of the fused images, of the same names")
     exploratory: bool = setting(False, "vascular against degenerative people of SPECT-MRI")
     leakage: bool = setting(False, "random labels of people, split by slices and by people")
-    data_dir: Path = setting(CommonArgs.data_dir, "the HMIF data set; without --labels")
+    data_dir: Path = setting(DATA_DIR, "folder of the HMIF data set")
     features: str = setting(
         "auto",
         "backbone: ResNet-18, its weights where torch.hub keeps them; radiomic: texture and "
@@ -448,4 +461,4 @@ class ClassifyArgs:
     folds: int = setting(5, "folds; no person is in two, each has both labels", minimum=2)
     draws: int = setting(200, "permutations, bootstrap samples or random labels", minimum=1)
     seed: int = setting(3407, "seed of the folds and draws", minimum=0)
-    plot: Path | None = setting(None, "with --leakage: write the figure (PNG)")
+    plot: Path | None = setting(None, "write the figure (PNG)")

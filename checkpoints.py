@@ -15,7 +15,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from args_setting import TrainArgs
 from cli import UserError
-from dataset import Pair, case_of
 from images import whole_file, write_bytes
 from losses import WEIGHTS
 from network import ASFEFusion
@@ -294,14 +293,10 @@ def describe(args: TrainArgs, progress: Progress, measured: dict, val_pairs: int
     }
 
 
-def opening(args: TrainArgs, device: torch.device, train: list[Pair], val: list[Pair]) -> str:
-    """What a run says before it starts: device, pairs, and who is held out."""
+def opening(args: TrainArgs, device: torch.device, pairs: int) -> str:
+    """What a run says before it starts: device, and how many pairs it trains on."""
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    text = f"{args.task}, size {args.size}, on {device}{threads}: {len(train)} pairs to train on"
-    if not val:
-        return f"{text}, nobody held out for validation"
-    cases = sorted({case_of(pair, args.case_pattern) for pair in val})
-    return f"{text}, {len(val)} held out for validation (cases {', '.join(cases)})"
+    return f"{args.task}, size {args.size}, on {device}{threads}: {pairs} pairs to train on"
 
 
 def farewell(run: Run, progress: Progress) -> str:

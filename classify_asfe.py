@@ -15,15 +15,15 @@ from pathlib import Path
 
 import limits
 from args_setting import ClassifyArgs, WeightsArgs
-from cli import UserError, command_line, either, run_script, setup_runtime
+from cli import UserError, check_classify, command_line, run_script, say, setup_runtime
 
 if __name__ == "__main__":  # before the imports that take seconds
-    ARGS = command_line(ClassifyArgs, __doc__, either("labels", "exploratory", "leakage"))
+    ARGS = command_line(ClassifyArgs, __doc__, check_classify)
 
 import cv2
 import numpy as np
 
-from dataset import PEOPLE, Pair, case_of, images_in, match_pairs, people, read_pair, task_pairs
+from dataset import PEOPLE, Pair, Who, identify, images_in, match_pairs, read_pair, task_pairs
 from evaluation.classify import (
     all_others,
     by_person,
@@ -91,6 +91,15 @@ def read_pair8(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
     return lumas
 
 
+def read_fused8(path: Path, lumas: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Luma of a fused image; UserError if it is not of the size of its sources."""
+    fused = read_luma8(path)
+    if fused.shape != lumas[0].shape:
+        sides = ["x".join(map(str, luma.shape)) for luma in (fused, lumas[0])]
+        raise UserError(f"{path} is {sides[0]}, its sources are {sides[1]}, expected equal")
+    return fused
+
+
 def named(files: dict, names: list[str], table: Path, where: str) -> None:
     """UserError if an image of the table is not among the files."""
     if lacking := [name for name in names if name not in files]:
@@ -110,12 +119,12 @@ def classify(args: ClassifyArgs) -> None:
     truth = by_person(labels, who).astype(int)
     stratified_folds(truth, who, args.folds, args.seed)  # refuses what cannot be done
     features, told = extractor(args.features)
-    rows = [
-        inputs(read_pair8(pairs[n]), read_luma8(fused[n]) if fused else None, features)
-        for n in names
-    ]
+    rows = []
+    for name in names:
+        lumas = read_pair8(pairs[name])
+        rows.append(inputs(lumas, read_fused8(fused[name], lumas) if fused else None, features))
     counts = " and ".join(f"{(truth == i).sum()} {name}" for i, name in enumerate(found))
-    print(f"{told}\n{counts} people, {len(names)} images, {args.folds} folds of whole people")
+    say(told, f"{counts} people, {len(names)} images, {args.folds} folds of whole people")
     rng = np.random.default_rng(args.seed)
     rivals = list(shuffles(truth, args.draws, rng))
     print_table(rows, truth, who, args.folds, args, rivals)
@@ -155,18 +164,20 @@ def diagnosed() -> dict[str, int]:
 def exploratory(args: ClassifyArgs) -> None:
     """Print the table for the vascular against the degenerative people of SPECT-MRI."""
     label_of = diagnosed()
-    pairs = [p for p in all_pairs(args) if case_of(p) in label_of]
-    who = np.array([case_of(p) for p in pairs])
-    truth = np.array([label_of[case] for case in np.unique(who)])
-    if len(set(truth)) < 2:
+    shown = {pair: w for pair, w in heads(args).items() if w.case in label_of}
+    who = np.array([w.person for w in shown.values()])
+    labels = np.array([label_of[w.case] for w in shown.values()])
+    if len(set(labels)) < 2:
         raise UserError(f"{args.data_dir} has no people of both groups; is it complete?")
+    truth = by_person(labels, who).astype(int)
     features, told = extractor(args.features)
     weights = WeightsArgs()
     model = optimise(load_model(weights, HEADS, setup_runtime(weights)))
-    rows = [inputs(read_pair8(pair), fused_luma(model, pair), features) for pair in pairs]
-    groups = [", ".join(sorted(np.unique(who)[truth == i], key=int)) for i in (1, 0)]
+    rows = [inputs(read_pair8(pair), fused_luma(model, pair), features) for pair in shown]
+    cases = sorted({w.case for w in shown.values()}, key=int)
+    groups = [", ".join(case for case in cases if label_of[case] == i) for i in (1, 0)]
     print(f"EXPLORATORY: vascular (cases {groups[0]}) against degenerative ({groups[1]})")
-    print(f"{told}\n{len(truth)} people, {len(who)} slices, each person left out once")
+    say(told, f"{len(truth)} people, {len(who)} slices, each person left out once")
     rivals = list(all_others(truth))
     print_table(rows, truth, who, len(truth), args, rivals)
     total = len(rivals) + 1
@@ -183,19 +194,19 @@ def fused_luma(model, pair: Pair) -> np.ndarray:
     return luma8_of(to_uint8(model.fuse(luma1, luma2).cpu().numpy(), chroma))
 
 
-def all_pairs(args: ClassifyArgs) -> list[Pair]:
-    """The pairs of SPECT-MRI, both splits."""
+def heads(args: ClassifyArgs) -> dict[Pair, Who]:
+    """The pairs of SPECT-MRI, both splits, and whose they are."""
     splits = ("train", "test")
-    return [p for split in splits for p in task_pairs(args.data_dir, HEADS, split)]
+    pairs = [p for split in splits for p in task_pairs(args.data_dir, HEADS, split)]
+    return identify({HEADS: pairs}, args.data_dir)
 
 
 def leakage(args: ClassifyArgs) -> None:
     """Print, and draw, the accuracy on random labels of people: by slices and by people."""
     rng = np.random.default_rng(args.seed)
-    listed = people(args.data_dir)
-    pairs = all_pairs(args)
-    who = np.array([listed.get((HEADS, case_of(p)), case_of(p)) for p in pairs])
-    features = np.stack([radiomics(mean(*read_pair8(p))) for p in pairs])
+    shown = heads(args)
+    who = np.array([w.person for w in shown.values()])
+    features = np.stack([radiomics(mean(*read_pair8(pair))) for pair in shown])
     names, index = np.unique(who, return_inverse=True)
     labels = rng.integers(0, 2, (args.draws, len(names)))[:, index]
     found = {
@@ -227,13 +238,11 @@ def draw(found: dict[str, np.ndarray], rng) -> np.ndarray:
 
 def main(args: ClassifyArgs) -> None:
     """Raises UserError unless one of --labels, --exploratory and --leakage is given."""
-    asked = [(classify, args.labels), (exploratory, args.exploratory), (leakage, args.leakage)]
-    asked = [command for command, given in asked if given]
-    if len(asked) != 1:
-        raise UserError("expected one of --labels FILE.csv, --exploratory and --leakage")
-    if asked[0] is not leakage and importlib.util.find_spec("sklearn") is None:
+    check_classify(args)
+    if not args.leakage and importlib.util.find_spec("sklearn") is None:
         raise UserError("this needs scikit-learn: pip install -r requirements-classify.txt")
-    asked[0](args)
+    command = classify if args.labels else exploratory if args.exploratory else leakage
+    command(args)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,22 @@ import tempfile
 import time
 import types
 import typing
-from collections.abc import Callable, Iterator
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from args_setting import EXTENSIONS, TestArgs, VolumeArgs, WeightsArgs
+from args_setting import (
+    ALL_TASKS,
+    EXTENSIONS,
+    ClassifyArgs,
+    MetricArgs,
+    StudyArgs,
+    TestArgs,
+    TrainArgs,
+)
 
 if TYPE_CHECKING:  # it takes seconds to load, and flags need none of it
     import torch
@@ -48,7 +57,7 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str):
         if message.startswith("unrecognized arguments: --"):
             message = self.suggest(message.split()[2].partition("=")[0])
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {visible(message)}\n")
 
     def suggest(self, flag: str) -> str:
         """What to say of a flag that is none: those that begin like it, else the most similar."""
@@ -74,7 +83,9 @@ def make_parser(cls: type, description: str = "") -> argparse.ArgumentParser:
         extras.pop("minimum", None)
         shown = f.default.name if isinstance(f.default, Path) else f.default
         origin = "" if source == "ours" else f"; {source}"
-        extras["help"] = f"{text} (default {shown}{origin})".replace("%", "%%")
+        use = use_of(cls, f.name)
+        where = f"for {use}; " if use else ""
+        extras["help"] = f"{text} ({where}default {shown}{origin})".replace("%", "%%")
         if hints[f.name] is bool:
             extras["action"] = argparse.BooleanOptionalAction
         else:
@@ -148,6 +159,9 @@ def check_inputs(args) -> None:
                 raise UserError(f"{path}: no such {kind}")
 
 
+# Unicode's categories of control and format characters, surrogates, separators of lines, and what
+# has no character yet
+HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 ASCII = str.maketrans({"↑": "^", "↓": "v", "→": ">", "×": "x", "–": "-", "…": "..."})
 
 
@@ -167,6 +181,23 @@ def in_ascii(error: UnicodeError) -> tuple[str, int]:
     return text.encode("ascii", "backslashreplace").decode(), error.end
 
 
+def visible(text: object) -> str:
+    """Text on one line, in which what a terminal would obey or hide is shown as its code.
+
+    Names and headers of files may hold control characters: they could move the cursor, colour the
+    text, turn its direction, or look like a line of ours.
+    """
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in HIDDEN else c
+        for c in str(text)
+    )
+
+
+def say(*lines: object) -> None:
+    """Print lines that may have text from a file in them, see `visible`."""
+    print(*map(visible, lines), sep="\n")
+
+
 def run_script(main: Callable, args) -> None:
     """Run a command's `main(args)`; what the user can mend ends in one line and exit code 2."""
     if not gc.isenabled():  # see `command_line`
@@ -175,7 +206,7 @@ def run_script(main: Callable, args) -> None:
     try:
         main(args)
     except (UserError, OSError) as error:
-        message = " ".join(str(error).split())
+        message = visible(" ".join(str(error).split()))
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -278,18 +309,154 @@ def lock(folder: Path) -> int | None:
     return descriptor
 
 
+# --- where a setting counts ------------------------------------------------------------------
+
+SPLIT, FOLDERS, ONE_PAIR = "the test split", "two folders", "one pair of images"
+VOLUME_PAIR, DEMO = "volumes", "the demo"
+MODES = (SPLIT, FOLDERS, ONE_PAIR, VOLUME_PAIR, DEMO)  # what test_asfe.py fuses
+IMAGES = (SPLIT, FOLDERS, ONE_PAIR)
+
+
+class Use(NamedTuple):
+    """Where some settings have an effect. Those of a command that no row names have one always."""
+
+    names: str  # of settings, with spaces between
+    modes: tuple[str, ...]
+    tasks: tuple[str, ...] = ALL_TASKS
+    beside: str = ""  # a setting that must be given, too
+    without: str = ""  # a setting that takes the place of these
+
+
+USES = {
+    TestArgs: (
+        Use("task", (*IMAGES, VOLUME_PAIR)),
+        Use("data_dir", (SPLIT,)),
+        Use("cases", (SPLIT,)),
+        Use("case_pattern", (SPLIT,), beside="cases"),
+        Use("skip_unmatched contact_rows", (SPLIT, FOLDERS)),
+        Use("batch_size", (SPLIT, FOLDERS, VOLUME_PAIR)),
+        Use("levels page", IMAGES),
+        Use("stretch metrics", (*IMAGES, DEMO)),
+        Use("register", (ONE_PAIR, VOLUME_PAIR)),
+        Use("force", (VOLUME_PAIR,)),
+        Use("force", (ONE_PAIR,), beside="register"),
+        Use("series1 series2 where frame affine axis tile", (VOLUME_PAIR,)),
+        Use("png mosaic dicom nan_to_zero grid", (VOLUME_PAIR,)),
+        Use("keep_patient", (VOLUME_PAIR,), beside="dicom"),
+        Use("overlap", (VOLUME_PAIR,), beside="tile"),
+        Use("window", (VOLUME_PAIR,), tasks=("CT-MRI",)),
+        Use("suv", (VOLUME_PAIR,), tasks=("PET-MRI",)),
+        Use("colour via", (VOLUME_PAIR,), tasks=("PET-MRI", "SPECT-MRI")),
+    ),
+    MetricArgs: (
+        Use("fused between jobs json markdown latex", ("--fused", "--one_source")),
+        Use("metrics rank", ("--fused",)),
+        Use("maps per_person", ("--one_source",)),
+        Use("method weights size", ("--findings",)),
+        Use("seed", ("--one_source", "--findings")),
+        Use("seed", ("--fused",), beside="between"),
+        Use("task", ("--findings",)),
+        Use("task", ("--fused", "--one_source"), without="dir1"),
+        Use("split cases data_dir", ("--fused", "--one_source", "--findings"), without="dir1"),
+    ),
+    ClassifyArgs: (
+        Use("dir1 dir2 fused", ("--labels",)),
+        Use("features", ("--labels", "--exploratory")),
+        Use("folds", ("--labels", "--leakage")),
+        Use("data_dir", ("--exploratory", "--leakage")),
+        Use("plot", ("--leakage",)),
+    ),
+    TrainArgs: (
+        Use("val", ("training",), without="val_cases"),
+        Use("overwrite", ("training",), without="resume"),
+    ),
+}
+CASES = (ONE_PAIR, VOLUME_PAIR)  # what a case of a study is
+USES[StudyArgs] = tuple(
+    use._replace(modes=tuple(mode for mode in use.modes if mode in CASES))
+    for use in USES[TestArgs]
+    if set(CASES) & set(use.modes)
+)
+
+
+def changed(args) -> set[str]:
+    """The names of the settings that differ from their defaults."""
+    return {f.name for f in fields(args) if getattr(args, f.name) not in (f.default, [])}
+
+
+def without_effect(cls: type, mode: str, task: str, given: Iterable[str]) -> dict[str, str]:
+    """Of the given settings those that have no effect, and why, in the order of their names."""
+    given = set(given)
+    found = {}
+    for name in sorted(given):
+        rows = [use for use in USES[cls] if name in use.names.split()]
+        here = [use for use in rows if mode in use.modes]
+        reasons = [why_not(use, task, given) for use in here]
+        if rows and not here:
+            modes = dict.fromkeys(mode for use in rows for mode in use.modes)
+            doing = "fuses" if mode in MODES else "is"
+            found[name] = f"is for {' and '.join(modes)}, but this {doing} {mode}"
+        elif here and all(reasons):
+            found[name] = reasons[0]
+    return found
+
+
+def why_not(use: Use, task: str, given: set[str]) -> str:
+    """Why the settings of a row have no effect in its modes; empty if they have one."""
+    if task not in use.tasks:
+        return f"is for {' and '.join(use.tasks)}, but the task is {task}"
+    if use.beside and use.beside not in given:
+        return f"is for --{use.beside}, which is not given"
+    return f"has no effect with --{use.without}" if use.without in given else ""
+
+
+def use_of(cls: type, name: str) -> str:
+    """Where a setting counts, for --help; empty if it counts always."""
+    texts = []
+    for use in USES.get(cls, ()):
+        if name in use.names.split():
+            all_modes = {mode for other in USES[cls] for mode in other.modes}
+            parts = [] if all_modes <= set(use.modes) else [", ".join(use.modes)]
+            parts += [] if use.tasks == ALL_TASKS else [" and ".join(use.tasks)]
+            parts += [f"with --{use.beside}"] if use.beside else []
+            parts += [f"without --{use.without}"] if use.without else []
+            texts.append(", ".join(parts))
+    return "; or ".join(texts)
+
+
+def check_uses(args, mode: str) -> None:
+    """UserError if a setting is given that has no effect in this mode and task."""
+    task = getattr(args, "task", "all")
+    for name, why in without_effect(type(args), mode, task, changed(args)).items():
+        raise UserError(f"--{name} {why}")
+
+
+def check_metrics(args: MetricArgs) -> None:
+    """UserError if it is not said what to measure, or if a setting has no effect on that."""
+    either("fused", "findings")(args)
+    if args.findings and args.one_source:
+        raise UserError("give one of --findings and --one_source, not both")
+    ways = ("findings", "one_source", "fused")
+    check_uses(args, f"--{next(name for name in ways if getattr(args, name))}")
+
+
+def check_classify(args: ClassifyArgs) -> None:
+    """UserError unless one of three is asked for, and if a setting has no effect on it."""
+    either("labels", "exploratory", "leakage")(args)
+    [asked, *more] = (name for name in ("labels", "exploratory", "leakage") if getattr(args, name))
+    if more:
+        raise UserError(f"give one of --{asked} and --{more[0]}, not both")
+    check_uses(args, f"--{asked}")
+
+
+def check_training(args: TrainArgs) -> None:
+    """UserError if a setting has no effect beside another."""
+    check_uses(args, "training")
+
+
 # --- what test_asfe.py fuses -----------------------------------------------------------------
 
 VOLUMES = tuple(".nii .nii.gz .hdr .img .img.gz .mgz .mgh .mha .mhd .nrrd .nhdr .dcm .ima".split())
-READING = {"levels", "page"}
-# What to fuse, in the words of the errors, and the settings that count there only.
-MODES = {
-    "the test split": {"cases", "case_pattern", "skip_unmatched", "contact_rows"} | READING,
-    "two folders": {"skip_unmatched", "contact_rows"} | READING,
-    "one pair of images": {"register", "force"} | READING,
-    "volumes": {f.name for f in fields(VolumeArgs)} - {f.name for f in fields(WeightsArgs)},
-    "the demo": set(),
-}
 
 
 def mode_of(args: TestArgs) -> str:
@@ -312,17 +479,64 @@ def is_volume(path: Path) -> bool:
     """Whether a path is for volumes/: by its name, a folder (DICOM), or DICOM's mark in it."""
     if path.is_dir() or path.name.lower().endswith(VOLUMES):
         return True
-    if path.suffix.lower() in EXTENSIONS or not path.is_file():
-        return False
-    with open(path, "rb") as file:
+    return path.suffix.lower() not in EXTENSIONS and path.is_file() and has_dicom_mark(path)
+
+
+def has_dicom_mark(path: Path) -> bool:
+    """Whether a file says that it is DICOM, after the 128 bytes of its preamble."""
+    with path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
 
 
+def stem_of(path: Path) -> str:
+    """A file's name without the ending of its format, also a double one: "ct" of "ct.nii.gz"."""
+    ends = [end for end in (*VOLUMES, *EXTENSIONS) if path.name.lower().endswith(end)]
+    return path.name[: -len(max(ends, key=len))] if ends else path.name
+
+
 def check_mode(args: TestArgs) -> str:
-    """`mode_of`; UserError if a setting of MODES was given that has no effect on what is fused."""
+    """`mode_of`; UserError if a setting was given that has no effect on what is fused."""
     mode = mode_of(args)
-    for f in fields(args):
-        users = [name for name, settings in MODES.items() if f.name in settings]
-        if users and mode not in users and getattr(args, f.name) != f.default:
-            raise UserError(f"--{f.name} is for {' and '.join(users)}, but this fuses {mode}")
+    check_uses(args, mode)
     return mode
+
+
+def check_study(args: StudyArgs) -> None:
+    """UserError if the settings do not go together."""
+    ways = [args.table, args.bids, args.dir1 and args.dir2]
+    if sum(way is not None for way in ways) != 1 or bool(args.dir1) != bool(args.dir2):
+        raise UserError("give a table, or --bids, or --dir1 with --dir2")
+    if args.out is None and args.bids is None:
+        raise UserError("--out is missing, expected the folder for the fused pairs")
+    if args.inside and args.table is None:
+        raise UserError("--inside is for a table")
+    if args.mosaic:
+        raise UserError("--mosaic is for one pair, a study writes one for each volume")
+    if bool(args.scheduler) and bool(args.scheduler_file):
+        raise UserError("give --scheduler or --scheduler-file, not both")
+    if (args.scheduler or args.scheduler_file) and (args.jobs or args.memory):
+        raise UserError("--jobs and --memory are for this machine, a cluster has its own")
+
+
+class Column(NamedTuple):
+    """What a table may hold in the column of a setting."""
+
+    kind: type  # bool, int, float, str or Path
+    choices: tuple[str, ...] | None
+    minimum: float | None
+    default: Any
+
+
+def columns_of(cls: type, names: Collection[str]) -> dict[str, Column]:
+    """The columns of a table for some settings of a dataclass."""
+    hints = typing.get_type_hints(cls)
+    return {
+        f.name: Column(
+            plain_type(hints[f.name]),
+            f.metadata.get("choices"),
+            f.metadata.get("minimum"),
+            f.default,
+        )
+        for f in fields(cls)
+        if f.name in names
+    }

@@ -14,14 +14,14 @@ import os
 import re
 import urllib.request
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import limits
 from args_setting import CASE_PATTERN, TASKS, DataArgs, TrainArgs
-from cli import UserError, command_line, run_script
+from cli import UserError, command_line, run_script, say, stem_of
 
 if __name__ == "__main__":  # before the imports that take seconds
     ARGS = command_line(DataArgs, __doc__)
@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import images
-from images import Doubts, Pixels, Reading, is_image, to_uint8, write_bytes
+from images import Doubts, Pixels, Reading, file_hash, is_image, to_uint8, write_bytes
 from phantom import seed_of
 
 HMIF_URL = (
@@ -55,16 +55,40 @@ class Pair(NamedTuple):
 # --- pairs -----------------------------------------------------------------------------------
 
 
-def match_pairs(dir1: Path, dir2: Path, skip_unmatched: bool = False) -> list[Pair]:
-    """Pairs of equal file name (without extension) of two folders, sorted by name.
+def match_pairs(
+    dir1: Path, dir2: Path, skip_unmatched: bool = False, say: Callable[[str], None] = say
+) -> list[Pair]:
+    """Pairs of equal file name (without extension) of two folders of images, sorted by name.
+
+    `say` gets a line on what is left out. Raises UserError as `match_files` does.
+    """
+    matched, unmatched = match_files(dir1, dir2, skip_unmatched)
+    if unmatched:
+        say(f"left out, without a partner: {', '.join(unmatched)}")
+    return [Pair(name, *paths) for name, paths in matched.items()]
+
+
+def match_files(
+    dir1: Path,
+    dir2: Path,
+    skip_unmatched: bool = False,
+    takes: Callable[[Path], bool] = is_image,
+) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
+    """Files of equal name (without the ending of their format) of two folders.
+
+    Returns: by name, sorted, a file of each folder; and the names that one folder lacks.
+
+    Args:
+        skip_unmatched: leave these names out.
+        takes: whether a file is one to pair.
 
     Raises:
         UserError: a folder is missing, empty or given twice, a name occurs twice in a folder, or
-            one has no partner (unless `skip_unmatched`, which prints what is left out).
+            one has no partner (unless `skip_unmatched`).
     """
     if os.path.realpath(dir1) == os.path.realpath(dir2):
         raise UserError(f"{dir1} is given for both sources, expected two folders")
-    files1, files2 = images_in(Path(dir1)), images_in(Path(dir2))
+    files1, files2 = files_in(Path(dir1), takes), files_in(Path(dir2), takes)
     unmatched = sorted(files1.keys() ^ files2.keys())
     if unmatched and not skip_unmatched:
         name = unmatched[0]
@@ -76,23 +100,31 @@ def match_pairs(dir1: Path, dir2: Path, skip_unmatched: bool = False) -> list[Pa
     names = sorted(files1.keys() & files2.keys())
     if not names:
         raise UserError(f"no file name occurs in both {dir1} and {dir2}")
-    if unmatched:
-        print(f"left out, without a partner: {', '.join(unmatched)}")
-    return [Pair(name, files1[name], files2[name]) for name in names]
+    return {name: (files1[name], files2[name]) for name in names}, unmatched
 
 
 def images_in(folder: Path) -> dict[str, Path]:
-    """The images of a folder by file name without extension; UserError if none, or two of one."""
+    """The images of a folder by file name without extension; UserError as `files_in`."""
+    return files_in(folder, is_image)
+
+
+def files_in(folder: Path, takes: Callable[[Path], bool]) -> dict[str, Path]:
+    """The files of a folder that `takes` takes, by name without the ending of their format.
+
+    Raises UserError if there is no such folder or file, or if two files have one name.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if is_image(path):
-            if path.stem in files:
-                raise UserError(f"{folder}: both {files[path.stem].name} and {path.name}")
-            files[path.stem] = path
+        if takes(path):
+            name = stem_of(path)
+            if name in files:
+                raise UserError(f"{folder}: both {files[name].name} and {path.name}")
+            files[name] = path
     if not files:
-        raise UserError(f"{folder}: no images, expected {' '.join(images.EXTENSIONS)}")
+        kind = "images" if takes is is_image else "images or volumes"
+        raise UserError(f"{folder}: no {kind}, expected {' '.join(images.EXTENSIONS)}")
     return files
 
 
@@ -106,16 +138,26 @@ def task_pairs(
 ) -> list[Pair]:
     """Pairs of `<root>/<task>/<split>/<CT|PET|SPECT>` and `…/MRI`; split is train or test.
 
-    With `cases` those of these case numbers only; UserError if one is not in the split.
+    With `cases` those of these cases only, as "41" or "PET:41"; UserError if one is not in the
+    split.
     """
     folder = Path(root) / task / split
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; `python dataset.py --download` fetches it")
     pairs = match_pairs(folder / TASKS[task], folder / "MRI", skip_unmatched)
-    case = {pair: case_of(pair, case_pattern) for pair in pairs if cases}
-    if unknown := set(cases) - set(case.values()):
-        raise UserError(f"cases has {sorted(unknown)}, which the {split} split of {task} lacks")
-    return [pair for pair in pairs if not cases or case[pair] in cases]
+    if not cases:
+        return pairs
+    case = {pair: case_of(pair, case_pattern) for pair in pairs}
+    named = {text: task_and_case(text) for text in cases}
+    lacking = [
+        text
+        for text, (other, number) in named.items()
+        if other not in (None, task) or number not in case.values()
+    ]
+    if lacking:
+        raise UserError(f"cases has {lacking}, which the {split} split of {task} lacks")
+    wanted = {number for _, number in named.values()}
+    return [pair for pair in pairs if case[pair] in wanted]
 
 
 def as_told(pairs: list[Pair], levels: Sequence[str], page: Sequence[int] = ()) -> list[Pair]:
@@ -225,6 +267,23 @@ def vary(images: Tensor) -> Tensor:
 # --- splits by person ------------------------------------------------------------------------
 
 
+class Who(NamedTuple):
+    """Whose head a pair shows."""
+
+    task: str  # of TASKS
+    case: str  # the number of an examination, which counts within its task
+    person: str
+
+
+class Split(NamedTuple):
+    """The pairs of a training run by what they are for. No person is in two of the lists."""
+
+    train: list[Pair]
+    val: list[Pair]  # validated on
+    left_out: list[Pair]  # neither trained nor validated on
+    who: dict[Pair, Who]  # of each pair; empty if nobody is held back, as names need not tell then
+
+
 def case_of(pair: Pair, pattern: str = CASE_PATTERN) -> str:
     """The case of a pair: the first group of a regular expression that its whole name fits.
 
@@ -253,68 +312,177 @@ def people(root: Path) -> dict[tuple[str, str], str]:
     path = path if path.is_file() else PEOPLE
     try:
         table = csv.DictReader(limits.read_table(path).splitlines())
-        rows = [(row["task"], row["case"], row["person"]) for row in table]
+        columns = ("task", "case", "person")
+        rows = [[(row[name] or "").strip() for name in columns] for row in table]
     except (csv.Error, KeyError) as error:
         raise UserError(
             f"{path}: expected a table in UTF-8 with columns task, case and person ({error})"
         ) from None
+    for task, case, person in rows:
+        if task not in TASKS or not case or not person:
+            raise UserError(
+                f"{path}: a row has task {task!r}, case {case!r} and person {person!r}; expected "
+                f"a task of {', '.join(TASKS)}, and neither of the others empty"
+            )
     return {(task, case): person for task, case, person in rows}
 
 
-def split_pairs(args: TrainArgs) -> tuple[list[Pair], list[Pair]]:
-    """Training and validation pairs; no person is in both.
+def identify(
+    pairs: dict[str, list[Pair]], root: Path, pattern: str = CASE_PATTERN
+) -> dict[Pair, Who]:
+    """Whose each pair is, of pairs by task; see `people` and `case_of`.
 
-    In HMIF each task has its own numbers. With another `case_pattern`, a case is one in all tasks.
+    In HMIF each task has its own numbers. With another `pattern`, a case is one in all tasks.
+    """
+    listed = people(root)
+    found = {}
+    for task, members in pairs.items():
+        for pair in members:
+            case = case_of(pair, pattern)
+            alone = f"{task} {case}" if pattern == CASE_PATTERN else case
+            found[pair] = Who(task, case, listed.get((task, case), alone))
+    return found
+
+
+def task_and_case(text: str) -> tuple[str | None, str]:
+    """The task and the case that a setting names: "PET:41", "PET-MRI:41" or "41" (no task)."""
+    name, colon, case = text.partition(":")
+    for task, modality in TASKS.items():
+        if colon and name.upper() in (task, modality):
+            return task, case
+    return None, text
+
+
+def people_named(setting: str, cases: Sequence[str], who: Iterable[Who]) -> set[str]:
+    """The people whose cases a setting names.
+
+    Raises UserError for a case that is not there, and for one without a task that is a different
+    person in another task.
+    """
+    known = sorted(set(who), key=_place)
+    several = len({w.task for w in known}) > 1
+    found = set()
+    for text in cases:
+        task, case = task_and_case(text)
+        meant = [w for w in known if w.case == case and task in (None, w.task)]
+        if not meant:
+            raise UserError(
+                f"{setting} has {text!r}, expected some of {case_names(known, several)}"
+            )
+        if len({w.person for w in meant}) > 1:
+            choices = " or ".join(f"{TASKS[w.task]}:{case}" for w in meant)
+            raise UserError(
+                f"{setting} has {text!r}, which is a different person in each of "
+                f"{len(meant)} tasks; expected {choices}"
+            )
+        found |= {w.person for w in meant}
+    return found
+
+
+def case_names(who: Iterable[Who], with_task: bool) -> str:
+    """Cases as a setting takes them, those of one person side by side: "CT:21 = SPECT:21, CT:2"."""
+    names: dict[str, list[str]] = {}  # by person
+    for w in sorted(set(who), key=_place):
+        names.setdefault(w.person, []).append(f"{TASKS[w.task]}:{w.case}" if with_task else w.case)
+    return ", ".join(" = ".join(cases) for cases in names.values())
+
+
+def _place(who: Who) -> tuple:
+    """Where a case stands in a list: by task, then by its number."""
+    return list(TASKS).index(who.task), len(who.case), who.case
+
+
+def split_pairs(args: TrainArgs) -> Split:
+    """The pairs to train and to validate on, and those that take no part.
+
+    Raises UserError if a setting names a case that is not there or in doubt, or if nobody is left
+    to train on.
     """
     tasks = TASKS if args.task == "all" else (args.task,)
     pairs = {t: as_told(task_pairs(args.data_dir, t, "train"), args.levels) for t in tasks}
     if not (args.val or args.val_cases or args.leave_out):  # then names need not tell who it is
-        return sum(pairs.values(), []), []
-    listed = people(args.data_dir)
-    own = args.case_pattern != CASE_PATTERN
-    task_of = {pair: task for task, members in pairs.items() for pair in members}
-    case = {p: case_of(p, args.case_pattern) for p in task_of}
-    alone = {p: case[p] if own else f"{task} {case[p]}" for p, task in task_of.items()}
-    person = {p: listed.get((task, case[p]), alone[p]) for p, task in task_of.items()}
-    named = {}  # setting -> the people whose cases it names
-    for name in ("val_cases", "leave_out"):
-        cases = set(getattr(args, name))
-        if unknown := cases - set(case.values()):
-            expected = sorted(set(case.values()))
-            raise UserError(f"{name} has {sorted(unknown)}, expected some of {expected}")
-        named[name] = {who for pair, who in person.items() if case[pair] in cases}
-    sizes = {
-        task: Counter(person[p] for p in members if person[p] not in named["leave_out"])
-        for task, members in pairs.items()
-    }
-    held = named["val_cases"] or validation_people(sizes, args.val)
-    kept = [pair for pair, who in person.items() if who not in named["leave_out"]]
-    train = [pair for pair in kept if person[pair] not in held]
-    if not train:
-        raise UserError("val_cases and leave_out keep no pairs to train on")
-    return train, [pair for pair in kept if person[pair] in held]
+        return Split([pair for members in pairs.values() for pair in members], [], [], {})
+    who = identify(pairs, args.data_dir, args.case_pattern)
+    left_out = people_named("leave_out", args.leave_out, who.values())
+    held = people_named("val_cases", args.val_cases, who.values())
+    if both := left_out & held:
+        cases = case_names((w for w in who.values() if w.person in both), len(tasks) > 1)
+        raise UserError(f"val_cases and leave_out both name the person of {cases}, expected one")
+    if not args.val_cases:
+        kept = [w for w in who.values() if w.person not in left_out]
+        sizes = {task: Counter(w.person for w in kept if w.task == task) for task in tasks}
+        held = validation_people(sizes, args.val)
+    split = Split([], [], [], who)
+    for pair, (_, _, person) in who.items():
+        part = (
+            split.left_out if person in left_out else split.val if person in held else split.train
+        )
+        part.append(pair)
+    if not split.train:
+        lines = "; ".join(split_lines(split))
+        raise UserError(f"val_cases and leave_out keep no pairs to train on: {lines}")
+    return split
 
 
 def validation_people(sizes: dict[str, Counter], share: float) -> set[str]:
-    """Who to validate on: of each task those with the fewest pairs, until they have `share` of it.
+    """Who to validate on: people of each task until they have `share` of its pairs.
 
-    `sizes` has the pairs of each person by task. A task that shows one person keeps it for
-    training. Raises UserError if a task of several would keep nobody.
+    First those who are in no other task, and those with the fewest pairs. Each task keeps somebody
+    to train on, so one that shows a single person has no validation.
+
+    Args:
+        sizes: the pairs of each person by task.
+
+    Raises:
+        UserError: a task of several people cannot have the share.
     """
+    tasks_of = Counter(person for counts in sizes.values() for person in counts)
     held: set[str] = set()
+
+    def can_go(person: str) -> bool:
+        return all(counts.keys() - held - {person} for counts in sizes.values() if person in counts)
+
+    def share_of(counts: Counter) -> float:
+        return sum(counts[person] for person in held) / max(1, counts.total())
+
+    for counts in sizes.values():
+        for person in sorted(counts, key=lambda p: (tasks_of[p], counts[p], p)):
+            if share_of(counts) < share and can_go(person):
+                held.add(person)
     for task, counts in sizes.items():
-        if len(counts) == 1:
-            continue
-        for who in sorted(counts, key=lambda who: (counts[who], who)):
-            if sum(counts[w] for w in held & counts.keys()) >= share * counts.total():
-                break
-            held.add(who)
-        if counts and held >= counts.keys():
+        if len(counts) > 1 and share_of(counts) < share:
             raise UserError(
-                f"{task}: val is {share:g}, which leaves none of the {len(counts)} people to "
-                "train on; --val 0 trains without validation"
+                f"{task}: val is {share:g}, which its {len(counts)} people cannot give without "
+                "leaving a task nobody to train on; give a smaller --val, name the people by "
+                "--val_cases, or train without validation by --val 0"
             )
     return held
+
+
+def split_lines(split: Split) -> list[str]:
+    """What a run prints of who does not train: the cases by setting, and what a task lacks."""
+    lines, present = [], {w.task for w in split.who.values()}
+    if not present:
+        return ["nobody is held out for validation"]
+    for what, pairs in (("left out", split.left_out), ("held out for validation", split.val)):
+        if pairs:
+            found = [split.who[pair] for pair in pairs]
+            count = len({w.person for w in found})
+            lines.append(
+                f"{what}: {len(pairs)} pairs of {count} {'person' if count == 1 else 'people'}, "
+                f"cases {case_names(found, len(present) > 1)}"
+            )
+    for task in (task for task in TASKS if task in present):
+        trained, held = (
+            {split.who[p].person for p in pairs if split.who[p].task == task}
+            for pairs in (split.train, split.val)
+        )
+        if not trained:
+            lines.append(f"{task}: nobody is left to train on")
+        elif not held:
+            why = " as it shows one person" if len(trained) == 1 else ""
+            lines.append(f"{task}: nobody is held out for validation{why}")
+    return lines
 
 
 # --- the HMIF data set -----------------------------------------------------------------------
@@ -358,7 +526,7 @@ def download(root: Path, url: str = HMIF_URL) -> int:
 
 
 def _sha256(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    return file_hash(path) if path.is_file() else None
 
 
 def check(root: Path) -> tuple[list[str], list[str]]:
@@ -389,17 +557,17 @@ def main(args: DataArgs) -> None:
     if not args.download and not args.data_dir.is_dir():
         raise UserError(f"{args.data_dir}: no such folder; --download fills it")
     if args.download:
-        print(f"{download(args.data_dir)} files fetched into {args.data_dir}")
+        say(f"{download(args.data_dir)} files fetched into {args.data_dir}")
     if not args.check:
         return
     found, wrong = check(args.data_dir)
-    print("\n".join(found))
+    say(*found)
     if wrong:
         more = f" (and {len(wrong) - 20} more)" if len(wrong) > 20 else ""
         raise UserError(
             f"{len(wrong)} things wrong in {args.data_dir}: {'; '.join(wrong[:20])}{more}"
         )
-    print(f"{args.data_dir}: all files present and verified")
+    say(f"{args.data_dir}: all files present and verified")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import os
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -30,6 +30,8 @@ from args_setting import EXTENSIONS, TASKS
 from cli import UserError
 
 FORMATS = ("PNG", "TIFF", "JPEG", "BMP")  # Pillow would also take others, whatever the name says
+NO_IMAGE = "damaged or not an image, expected PNG, TIFF, JPEG or BMP"
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations in which rows become columns
 BT601 = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # R, G, B
 # tags of TIFF; Orientation is one of EXIF, too
 BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION, MAX_SAMPLE_VALUE = 258, 262, 274, 281
@@ -119,7 +121,11 @@ def read_image(path: Path, reading: Reading = AS_STORED) -> tuple[np.ndarray, np
 
 def read_luma8(path: Path, reading: Reading = AS_STORED) -> np.ndarray:
     """Luma (H, W) of an image file in 8 bits, as the metrics take it; exact, halves round up."""
-    pixels = decode(path, reading)
+    return luma8(decode(path, reading))
+
+
+def luma8(pixels: Pixels) -> np.ndarray:
+    """Luma (H, W) of decoded pixels in 8 bits; exact, halves round up."""
     if pixels.values.dtype == np.uint16 or pixels[1:] != (0, 255):
         return to_uint8(luma_and_chroma(pixels)[0])
     return luma8_of(pixels.values)
@@ -164,7 +170,8 @@ def decode(path: Path, reading: Reading = AS_STORED) -> Pixels:
     data = limits.read_bytes(path, limits.IMAGE_BYTES)
     with quiet_decoders:
         try:
-            image = opened(path, data, reading.page)
+            opened(path, data, reading.page).verify()
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
             turn_to_page(image, path, reading.page)
             values = values_of(image, data)
         except UserError:
@@ -172,7 +179,7 @@ def decode(path: Path, reading: Reading = AS_STORED) -> Pixels:
         except Exception:  # a parser of strange bytes may stumble in any way
             values = None
         if values is None:
-            raise UserError(f"{path}: damaged or not an image, expected PNG, TIFF, JPEG or BMP")
+            raise UserError(f"{path}: {NO_IMAGE}")
         return pixels_of(path, values, image, data, reading)
 
 
@@ -200,25 +207,33 @@ def opened(path: Path, data: bytes, page: int | None = None) -> Image.Image:
     limits.check_tags(path, data, page)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        limits.check_pixels(path, *image.size[::-1])
-        image.verify()
-        return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         most = f"expected at most {limits.PIXELS / 1e6:.0f} million"
         raise UserError(f"{path}: has far too many pixels, {most}") from None
+    limits.check_pixels(path, *image.size[::-1])
+    return image
 
 
-def size_of(path: Path) -> tuple[int, int]:
-    """Height and width of an image, by its header; UserError if it is none or too large."""
+def header_size(path: Path, reading: Reading = AS_STORED) -> tuple[int, int]:
+    """Height and width of an image as its header tells them, upright; no pixel is decoded.
+
+    Raises UserError for a file that is no image, has too many pixels, or several pages of which
+    `reading` names none.
+    """
+    data = limits.read_bytes(path, limits.IMAGE_BYTES)
     with quiet_decoders:
         try:
-            return opened(path, limits.read_bytes(path, limits.IMAGE_BYTES)).size[::-1]
+            image = opened(path, data, reading.page)
+            turn_to_page(image, path, reading.page)
+            width, height = image.size
+            # Pillow would decode a PNG to look for EXIF behind its pixels
+            told = image.format != "PNG" or "exif" in image.info
+            turn = image.getexif().get(ORIENTATION, 1) if told else 1
         except UserError:
             raise
-        except Exception:  # as in `decode`
-            raise UserError(
-                f"{path}: damaged or not an image, expected PNG, TIFF, JPEG or BMP"
-            ) from None
+        except Exception:  # a parser of strange bytes may stumble in any way
+            raise UserError(f"{path}: {NO_IMAGE}") from None
+    return (width, height) if turn in SIDEWAYS else (height, width)
 
 
 def values_of(image: Image.Image, data: bytes) -> np.ndarray | None:
@@ -277,7 +292,7 @@ def upright(values: np.ndarray, image: Image.Image) -> np.ndarray:
         profile = "".join(image.info.get("Raw profile type exif", "").split("\n")[3:])
         limits.check_tags(Path(), bytes.fromhex(profile).removeprefix(b"Exif\0\0"))
         turn = image.getexif().get(ORIENTATION, 1)
-    if turn in (5, 6, 7, 8):  # rows become columns
+    if turn in SIDEWAYS:
         values = values.swapaxes(0, 1)
     if turn in (3, 4, 7, 8):
         values = values[::-1]
@@ -390,29 +405,48 @@ class Doubts:
     def _note(self, kind: str, line: str) -> None:
         self.lines.setdefault(kind, []).append(line)
 
-    def tell(self) -> None:
-        """Print the first line of each kind, and of how many other files it holds."""
-        for line, *others in self.lines.values():
-            print(f"note: {line}" + (f" (and {len(others)} other files)" if others else ""))
+    def add_all(self, others: dict[str, list[str]]) -> None:
+        """Add the lines of other doubts, by their kind."""
+        for kind, lines in others.items():
+            self.lines.setdefault(kind, []).extend(lines)
+
+    def notes(self) -> list[str]:
+        """The first line of each kind, and of how many other files it holds."""
+        return [
+            f"note: {line}" + (f" (and {len(others)} other files)" if others else "")
+            for line, *others in self.lines.values()
+        ]
 
 
 # --- writing ---------------------------------------------------------------------------------
 
 
 def to_uint8(luma: np.ndarray, chroma: np.ndarray | None = None) -> np.ndarray:
-    """Luma (H, W) in [0, 1], with chroma also RGB: added, rounded and clipped once, here.
+    """Luma (H, W) in [0, 1], with chroma also RGB: clipped and rounded once, here.
 
-    Adding a source's chroma to a new luma is the YCbCr exchange of the luma. Where the sum leaves
-    the range of 8 bits, the clip changes the stored luma.
+    With a source's chroma this is the YCbCr exchange of the luma, see `coloured`.
     """
-    image = luma if chroma is None else luma[..., None] + chroma
+    image = luma if chroma is None else coloured(luma, chroma)
     return np.clip(np.rint(image * 255), 0, 255).astype(np.uint8)
+
+
+def coloured(luma: np.ndarray, chroma: np.ndarray) -> np.ndarray:
+    """RGB (H, W, 3) in [0, 1] of a luma (H, W) and a chroma that broadcasts to (H, W, 3).
+
+    A very bright or dark luma leaves less room for colour than the chroma may ask for. There the
+    whole chroma is scaled down, to what just fits. So the luma stays as it is, clipped to [0, 1],
+    and so does the hue, the angle of Cb and Cr. Clipping each channel would move both.
+    """
+    luma = np.clip(luma, 0, 1)[..., None]
+    room = np.where(chroma > 0, 1 - luma, luma)  # of each channel, up to white or down to black
+    needed = np.abs(chroma)
+    share = np.divide(room, needed, out=np.ones_like(room), where=needed > room)
+    return luma + share.min(axis=-1, keepdims=True) * chroma
 
 
 def write_png(path: Path, image: np.ndarray) -> None:
     """Write an image as PNG, whole or not at all."""
-    image = image if image.ndim == 2 else image[..., ::-1]
-    write_bytes(path, cv2.imencode(".png", image)[1].tobytes())
+    write_bytes(path, png_bytes(image))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -428,10 +462,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     A run that is killed leaves the old file or the new one. An error, also that of a full disk,
     leaves the old file alone.
     """
-    name = path.name
-    if len(os.fsencode(name)) > 250:  # of the 255 bytes that file systems allow
-        name = hashlib.sha256(os.fsencode(name)).hexdigest()
-    part = path.with_name(name + ".part")
+    part = part_of(path)
     try:
         with part.open("wb") as file:
             yield file
@@ -446,6 +477,57 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         raise OSError(cause.errno, cause.strerror or str(cause), str(path)) from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def part_of(path: Path) -> Path:
+    """The file beside `path` that holds its content until all of it is on the disk."""
+    name = path.name
+    if len(os.fsencode(name)) > 250:  # of the 255 bytes that file systems allow
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return path.with_name(name + ".part")
+
+
+def write_together(
+    writers: dict[Path, Callable[[BinaryIO], None]], remove: Iterable[Path] = ()
+) -> None:
+    """Write files that belong together: all of them or, after an error, none.
+
+    Each is complete on the disk before the first gets its name. The names come in the dictionary's
+    order, one right after the other. Before that the files of `remove` go, which would not belong
+    to the new ones. An OSError names the file that could not be written.
+    """
+    parts = {path: part_of(path) for path in writers}
+    path = None
+    try:
+        for path, write in writers.items():
+            with parts[path].open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in remove:
+            path.unlink(missing_ok=True)
+        for path, part in parts.items():
+            part.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def png_bytes(image: np.ndarray) -> bytes:
+    """The file of an image as PNG: (H, W) grey or (H, W, 3) RGB, uint8 or uint16."""
+    image = image if image.ndim == 2 else image[..., ::-1]
+    return cv2.imencode(".png", image)[1].tobytes()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with Path(path).open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def writable_folder(path: Path) -> Path:

@@ -2,9 +2,12 @@
 
 A metric is a function `(fused, source1, source2) -> float` of three 8-bit luma images (H, W), uint8
 or floats that are whole numbers in 0..255. source1 is CT or the luma of PET or SPECT, source2 is
-MRI. `evaluate` computes many of them; evaluation/batch.py has some of them for tensors. A metric
-also takes `Luma` objects, which keep the maps that several metrics share. It raises ValueError if
-the images hold other values, differ in size or are too small.
+MRI. `evaluate` computes many of them. A metric also takes `Luma` objects, which keep the maps that
+several metrics share. It raises ValueError if the images hold other values, differ in size or are
+too small.
+
+The command compares folders by these metrics, or by what only one source shows (`--one-source`), or
+runs methods on planted findings (`--findings`). The room evaluation/ does the work.
 
 Sources: Wang et al., TIP 2004 (SSIM); Wang, Simoncelli, Bovik, Asilomar 2003 (MS-SSIM); Sheikh,
 Bovik, TIP 2006 (VIF); Han et al., Inf. Fusion 2013 (VIFF); Xydeas, Petrović, Electron. Lett. 2000
@@ -21,18 +24,28 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from args_setting import MetricArgs
-from cli import command_line, either, run_script
+from args_setting import CASE_PATTERN, TASKS, MetricArgs
+from cli import UserError, check_metrics, command_line, run_script
 
 if __name__ == "__main__":  # before the imports that take seconds
-    ARGS = command_line(MetricArgs, "Compare folders of fused images.", either("fused", "findings"))
+    ARGS = command_line(MetricArgs, "Compare folders of fused images.", check_metrics)
 
 import numpy as np
 from numpy import ndarray
 
-from dataset import Pair
-from evaluation.compare import Comparison, compare_methods, differences, name_folders, named_pairs
-from evaluation.findings import measure_methods
+import evaluation.findings as planted
+import evaluation.one_source_tables as own_content
+from dataset import Pair, as_told, case_of, match_pairs, people, task_pairs
+from evaluation.compare import (
+    Comparison,
+    Sample,
+    check_method_names,
+    compare_methods,
+    compare_samples,
+    complete_pairs,
+    differences,
+    name_folders,
+)
 from evaluation.maps import (
     QABF_ANGLE,
     QABF_STRENGTH,
@@ -49,8 +62,19 @@ from evaluation.maps import (
     sigmoid,
     vif_information,
 )
-from evaluation.tables import named_files, report
+from evaluation.methods import Method, named_method, trivial_methods
+from evaluation.tables import (
+    aligned,
+    check_outputs,
+    images_and_people,
+    print_differences,
+    print_table,
+    write_files,
+    write_made,
+)
 from evaluation.windows import TINY, window_information
+from inference import optimise
+from weights import load_weights, shipped_path
 
 MS_SSIM_SIDE = 161  # pixels; five scales of windows
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
@@ -388,16 +412,143 @@ def compare(
     return compare_methods(check_names(metrics, METRICS), files, pairs, jobs, title, skip_unmatched)
 
 
+def compare_lumas(named: dict[str, Sample], title: str = "") -> Comparison:
+    """What `compare_samples` says of the panel, in this process: after CUDA a fork would hang."""
+    return compare_samples(check_names(PANEL, METRICS), named, 1, title)
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
 def main(args: MetricArgs) -> None:
     """Compare what the command line names, print it, and write the files it asks for."""
+    check_metrics(args)
+    files = outputs(args)
     if args.findings:
-        return measure_methods(args)
+        compare_findings(args, files)
+    elif args.one_source:
+        compare_own_content(args, files)
+    else:
+        compare_folders(args, files)
+
+
+def outputs(args: MetricArgs) -> dict[str, Path]:
+    """The files that a command line asks for, by what they hold; UserError as `check_outputs`."""
+    names = ("csv", "json", "markdown", "latex", "plot")
+    files = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    check_outputs(files)
+    return files
+
+
+def compare_folders(args: MetricArgs, files: dict[str, Path]) -> None:
+    """The metrics of folders of fused images."""
     folders = name_folders(args.fused)
+    check_method_names(folders, args.between)
     pairs, title = named_pairs(args)
-    files = named_files(args)
-    result = compare(folders, pairs, args.jobs, args.metrics or PANEL, title, args.skip_unmatched)
+    names = args.metrics or PANEL
+    result = compare(folders, pairs, args.jobs, names, title, args.skip_unmatched)
+    result = result.with_people(known_people(args, pairs))
     rows = differences(result, *args.between, args.seed) if args.between else []
-    report(result, rows, args, files)
+    write_files(result, files, args.rank, rows, args.between)
+    print_table(result, args.rank)
+    if rows:
+        print_differences(result, rows, args.between)
+
+
+def compare_own_content(args: MetricArgs, files: dict[str, Path]) -> None:
+    """What folders of fused images keep of what only one source shows."""
+    folders = name_folders(args.fused)
+    check_method_names(folders, args.between)
+    pairs, title = named_pairs(args)
+    found, pairs = complete_pairs(folders, pairs, args.skip_unmatched)
+    if args.maps:
+        own_content.check_maps(args.maps, found, pairs)
+    modalities = (TASKS[args.task], "MRI") if title else ("source 1", "source 2")
+    result = own_content.compare_one_source(found, pairs, args.jobs, title)
+    result = result.with_people(known_people(args, pairs))
+    if title == "CT-MRI" or not (title or own_content.shows_colour(result)):
+        result = own_content.without_uptake(result)
+    rows = differences(result, *args.between, args.seed) if args.between else []
+    own_content.write_one_source(result, files, modalities, args.seed, rows, args.between)
+    if args.maps:
+        own_content.write_maps(args.maps, found, pairs, modalities)
+    own_content.print_one_source(result, modalities, list(folders), args.seed)
+    for method in folders if args.per_person else ():
+        print(own_content.person_table(result, modalities, method))
+    if rows:
+        print_differences(result, rows, args.between)
+
+
+def compare_findings(args: MetricArgs, files: dict[str, Path]) -> None:
+    """What methods that can be run keep of planted findings."""
+    if others := files.keys() - {"csv", "plot"}:
+        raise UserError(f"--findings writes --csv and --plot, not --{min(others)}")
+    pairs, title = named_pairs(args)
+    methods = methods_of(args)
+    results = {
+        name: planted.measure_findings(fuse, pairs, args.seed, name)
+        for name, fuse in methods.items()
+    }
+    who = known_people(args, pairs)
+    own = {pair.name: pair.name for pair in pairs}
+    summaries = {
+        name: planted.summary(found, args.task, who or own, args.seed)
+        for name, found in results.items()
+    }
+    makers = {
+        "csv": lambda _: planted.to_csv(results, args.task),
+        "plot": lambda path: planted.plot(
+            results, methods, pairs, args.task, path.suffix.lstrip(".")
+        ),
+    }
+    write_made(files, makers)
+    where = images_and_people(len(pairs), "pairs", who.values())
+    print(f"{title}: findings planted into {where}".lstrip(": "))
+    print(aligned(planted.table_lines(summaries)))
+
+
+def methods_of(args: MetricArgs) -> dict[str, Method]:
+    """Ours, the trivial fusions, and what --method names, by name."""
+    model, _ = load_weights(args.weights or shipped_path(args.size, args.task))
+    model = optimise(model)
+    methods: dict[str, Method] = {"ours": lambda a, b: model.fuse(a, b).numpy()}
+    methods |= trivial_methods()
+    for text in args.method:
+        name, method = named_method(text, methods)
+        methods[name] = method
+    return methods
+
+
+def named_pairs(args: MetricArgs) -> tuple[list[Pair], str]:
+    """The pairs of sources that a command line names, and the title of their table.
+
+    Raises UserError if only one of --dir1 and --dir2 is given, or a folder does not fit.
+    """
+    if (args.dir1 is None) != (args.dir2 is None):
+        raise UserError("--dir1 and --dir2 come together, only one was given")
+    if args.dir1:
+        return as_told(match_pairs(args.dir1, args.dir2, args.skip_unmatched), args.levels), ""
+    how = args.skip_unmatched, args.cases, args.case_pattern
+    pairs = task_pairs(args.data_dir, args.task, args.split, *how)
+    return as_told(pairs, args.levels), args.task
+
+
+def known_people(args: MetricArgs, pairs: list[Pair]) -> dict[str, str]:
+    """The person of each pair by its name; empty where nobody says who is who.
+
+    In the data set people.csv says it. In folders of yours the names do, by --case_pattern.
+    """
+    told = args.case_pattern != CASE_PATTERN
+    if args.dir1 and not told:
+        return {}
+    try:
+        cases = {pair.name: case_of(pair, args.case_pattern) for pair in pairs}
+    except UserError:
+        if told:
+            raise
+        return {}  # other images in the data folder, of other names
+    listed = {} if args.dir1 else people(args.data_dir)
+    return {name: listed.get((args.task, case), case) for name, case in cases.items()}
 
 
 if __name__ == "__main__":

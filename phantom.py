@@ -83,21 +83,22 @@ def draw_tissues(side: int, seed: int) -> dict[str, np.ndarray]:
     folds = folds + 0.5 * np.sin(31 * turn + phase[2])
     radius = np.hypot(x / 0.56, y / 0.72)
 
-    head = _ellipse(x, y, 0, 0, 0.70, 0.87)
-    skull = _ellipse(x, y, 0, 0, 0.645, 0.815)
-    inside = _ellipse(x, y, 0, 0, 0.585, 0.75)
+    at = x, y
+    head = _ellipse(at, (0, 0), (0.70, 0.87))
+    skull = _ellipse(at, (0, 0), (0.645, 0.815))
+    inside = _ellipse(at, (0, 0), (0.585, 0.75))
     brain = _soft(1.0 - 0.10 * np.clip(folds - 0.55, 0, 1) - radius, side * 0.3)
     brain = brain * (1 - _soft(0.010 - np.abs(x), side) * _soft(np.abs(y) - 0.26, side))
     white = brain * _soft(0.80 + 0.055 * folds - radius, side * 0.3)
     ventricles = np.maximum.reduce(
         [
-            _ellipse(x, y, s * 0.115, y0, 0.052, 0.20, s * tilt)
+            _ellipse(at, (s * 0.115, y0), (0.052, 0.20), s * tilt)
             for s in (-1, 1)
             for y0, tilt in ((-0.16, 0.35), (0.20, -0.45))
         ]
     )
-    lesion = _ellipse(x, y, 0.29, 0.02, 0.105, 0.085, 0.4)
-    calcification = _ellipse(x, y, 0.30, 0.01, 0.026, 0.020)
+    lesion = _ellipse(at, (0.29, 0.02), (0.105, 0.085), 0.4)
+    calcification = _ellipse(at, (0.30, 0.01), (0.026, 0.020))
 
     shares, left = {}, np.ones_like(x)
     for name, mask in (  # the first that covers a pixel has it
@@ -149,8 +150,21 @@ def seed_of(*parts) -> int:
     return int.from_bytes(digest[:8], "big")
 
 
-def _ellipse(x, y, x0, y0, half_width, half_height, tilt=0.0) -> np.ndarray:
-    """Inside of an ellipse with edges one pixel soft; lengths in halves of the image side."""
+def _ellipse(
+    at: tuple[np.ndarray, np.ndarray],
+    centre: tuple[float, float],
+    halves: tuple[float, float],
+    tilt: float = 0.0,
+) -> np.ndarray:
+    """Inside of an ellipse with edges one pixel soft: (H, W) in [0, 1].
+
+    Args:
+        at: x and y of each pixel. All lengths are in halves of the image side.
+        centre: of the ellipse, x and y.
+        halves: half its width and half its height.
+        tilt: in radians.
+    """
+    (x, y), (x0, y0), (half_width, half_height) = at, centre, halves
     c, s = np.cos(tilt), np.sin(tilt)
     u, v = c * (x - x0) + s * (y - y0), -s * (x - x0) + c * (y - y0)
     inside = 1 - np.hypot(u / half_width, v / half_height)

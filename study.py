@@ -16,19 +16,30 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
 
-from args_setting import StudyArgs
-from cli import UserError, command_line, pick_device, run_script
-from studies.cases import Case, check_flags, find_cases
+from args_setting import StudyArgs, VolumeArgs
+from cli import (
+    Column,
+    UserError,
+    check_study,
+    columns_of,
+    command_line,
+    pick_device,
+    run_script,
+    say,
+    visible,
+)
 
 if __name__ == "__main__":  # before the imports that take seconds
-    ARGS = command_line(StudyArgs, __doc__, check_flags)
+    ARGS = command_line(StudyArgs, __doc__, check_study)
 
 from tqdm import tqdm
 
 from images import writable_folder, write_bytes
+from studies.cases import Case, Listing, find_cases
 from studies.report import write_report
 from weights import load_model
 
@@ -63,9 +74,9 @@ CONFIG = {
 def main(args: StudyArgs) -> None:
     if missing:
         raise UserError(f"study.py needs {missing}: pip install -r requirements-study.txt")
-    check_flags(args)
+    check_study(args)
     args, jobs = shares(args)
-    out, cases = find_cases(args)
+    out, cases = cases_of(args)
     check_weights(args, cases)
     writable_folder(out)
     if args.bids:
@@ -79,10 +90,24 @@ def main(args: StudyArgs) -> None:
             raise
         finally:  # also of a run that is stopped
             page = write_report(out, cases, records)
-            print(f"report: {page}")
+            say(f"report: {page}")
     failed = [name for name, record in records.items() if record["status"] == "failed"]
     if failed:
         raise UserError(f"{len(failed)} of {len(cases)} cases failed, {page} names them")
+
+
+SHARED = {f.name for f in fields(VolumeArgs)} | {"stretch"}  # count for all cases
+
+
+def cases_of(args: StudyArgs) -> tuple[Path, list[Case]]:
+    """The folder of everything that is written, and the cases that the settings ask for."""
+    out = (args.out or args.bids / "derivatives" / "asfe-fusion").absolute()
+    where = args.table, args.bids, args.dir1, args.dir2, args.skip_unmatched, args.inside
+    words = {name: getattr(args, name) for name in SHARED}
+    columns = columns_of(StudyArgs, SHARED)
+    columns |= dict.fromkeys(("img1", "img2"), Column(Path, None, None, None))
+    columns["name"] = Column(str, None, None, None)
+    return out, find_cases(Listing(out, *where), words, columns)
 
 
 def shares(args: StudyArgs) -> tuple[StudyArgs, int]:
@@ -103,10 +128,10 @@ def check_weights(args: StudyArgs, cases: list[Case]) -> None:
     if not (args.scheduler or args.scheduler_file):
         pick_device(args.DEVICE)
     seen = set()
-    for settings in (case.settings for case in cases):
-        key = settings.weights, settings.size, settings.task, settings.aff
+    for case in cases:
+        key = case.trained, case.request.task
         if key not in seen:
-            load_model(settings, settings.task, "cpu")
+            load_model(*key, "cpu")
         seen.add(key)
 
 
@@ -158,14 +183,14 @@ def fuse_all(client: "Client", cases: list[Case], records: dict[str, dict]) -> N
     waiting = {}
     for case in cases:
         packed = case.packed()
-        key = f"{case.name}-{sha256(packed.encode()).hexdigest()}"
+        key = f"{case.name}-{sha256(packed).hexdigest()}"
         waiting[client.submit(remote, packed, key=key, pure=False)] = case
     with tqdm(total=len(cases), unit="case", desc="study") as progress:
         for future in as_completed(list(waiting)):
             case = waiting.pop(future)
             record = records[case.name] = result_of(future, case)
             if record["status"] == "failed":
-                progress.write(f"{case.name}: failed: {record['message']}")
+                progress.write(visible(f"{case.name}: failed: {record['message']}"))
             slow = max(records.values(), key=lambda r: r["seconds"])
             progress.set_postfix_str(f"slowest {slow['name']}, {slow['seconds']:.0f} s")
             progress.update()
@@ -174,7 +199,7 @@ def fuse_all(client: "Client", cases: list[Case], records: dict[str, dict]) -> N
     done = sum(record["status"] == "done" for record in records.values())
     print(f"{done} of {len(cases)} cases done, {again} of them before")
     slow = sorted(records.values(), key=lambda r: -r["seconds"])[:3]
-    print("slowest: " + ", ".join(f"{r['name']} {r['seconds']:.1f} s" for r in slow))
+    say("slowest: " + ", ".join(f"{r['name']} {r['seconds']:.1f} s" for r in slow))
 
 
 def result_of(future, case: Case) -> dict:
@@ -191,7 +216,7 @@ def result_of(future, case: Case) -> dict:
     return record | {"seconds": 0.0}
 
 
-def remote(packed: str) -> dict:
+def remote(packed: bytes) -> dict:
     """`run_case` of a packed case, imported where it runs: a scheduler needs nothing of ours."""
     from studies.run import run_case
 

@@ -9,17 +9,16 @@
 Source 1 is CT, PET or SPECT, source 2 is MRI; --task all takes the weights for pairs of any other
 kind. Colour is fused as luma and gets its chroma back. Settings: args_setting.py.
 
-Legend: B pairs that go through the network together, H W pixels; images as in images.py.
+This file turns flags into requests and prints results. fusing.py and volumes/ do the work.
 """
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import limits
-from args_setting import ROOT, SIZES, TASKS, TestArgs
-from cli import UserError, check_mode, command_line, run_script, setup_runtime
+from args_setting import ROOT, TASKS, TestArgs
+from cli import UserError, check_mode, command_line, run_script, say, setup_runtime, stem_of
 
 if __name__ == "__main__":  # before the imports that take seconds
     ARGS = command_line(TestArgs, __doc__, check_mode)
@@ -28,34 +27,24 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import Pair, as_told, decode_pair, match_pairs, read_pair, task_pairs
+from dataset import Pair, as_told, match_pairs, task_pairs
 from evaluation.sheets import contact_sheet
-from images import (
-    AS_STORED,
-    Doubts,
-    read_image,
-    read_uint8,
-    to_uint8,
-    writable_folder,
-    write_bytes,
-    write_png,
-)
+from fusing import FusedImage, ImageRequest, Output, Shift, fuse_images, image_request_from
+from images import Doubts, luma8, luma8_of, luma_and_chroma, to_uint8, writable_folder, write_png
 from inference import optimise
-from network import MIN_SIDE, ASFEFusion
 from phantom import phantom_pair
 from weights import load_model
 
 
-def main(args: TestArgs, network: ASFEFusion | None = None) -> None:
-    """Fuse what the settings name; for one pair, `network` may be at hand from the pair before."""
+def main(args: TestArgs) -> None:
     mode = check_mode(args)
     device = setup_runtime(args)
     if mode == "the demo":
         fuse_demo(args, device)
     elif mode == "volumes":
-        fuse_pair_of_volumes(args, device, network)
+        fuse_pair_of_volumes(args, device)
     elif mode == "one pair of images":
-        fuse_one(args, device, network)
+        fuse_one(args, device)
     elif mode == "two folders":
         pairs = match_pairs(args.dir1, args.dir2, args.skip_unmatched)
         fuse_folder(args, pairs, args.out, device)
@@ -67,189 +56,154 @@ def main(args: TestArgs, network: ASFEFusion | None = None) -> None:
         fuse_folder(args, pairs, args.out or ROOT / "result" / args.task, device)
 
 
-# --- fusing ----------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------
 
 
-def fuse_pairs(
-    model: ASFEFusion, pairs: list[Pair], batch_size: int, stretch: bool
-) -> Iterator[tuple[Pair, np.ndarray]]:
-    """Yield each pair with its fused image, uint8 (H, W) or RGB; equal sizes share a batch."""
-    batch: list[tuple] = []  # (pair, luma1, luma2, chroma)
-
-    def flush() -> Iterator[tuple[Pair, np.ndarray]]:
-        if batch:
-            luma1, luma2 = (np.stack([b[i] for b in batch])[:, None] for i in (1, 2))
-            fused = model.fuse(luma1, luma2, stretch).cpu().numpy()  # (B, 1, H, W)
-            for (pair, _, _, chroma), luma in zip(batch, fused[:, 0], strict=True):
-                yield pair, to_uint8(luma, chroma)
-            batch.clear()
-
-    for pair in pairs:
-        item = (pair, *read_pair(pair))
-        if batch and (len(batch) == batch_size or batch[0][1].shape != item[1].shape):
-            yield from flush()
-        batch.append(item)
-    yield from flush()
+def fuse_one(args: TestArgs, device: torch.device) -> None:
+    """Fuse --img1 and --img2 into the file --out."""
+    [pair] = as_told([Pair(stem_of(args.img1), args.img1, args.img2)], args.levels, args.page)
+    request = image_request_from(pair, vars(args))
+    request.plan()  # says at once if --out is no PNG
+    model = optimise(load_model(args, args.task, device))
+    [fused] = fuse_images([request], model)
+    tell_oddities([fused.odd], args.task)
+    if fused.shift:
+        say(line_of(fused.shift))
+    for what, path in fused.files.items():
+        say(f"{what}: {path}")
+    if args.metrics:
+        print_metrics({pair.name: lumas(fused)}, args.task)
 
 
-def check_pairs(pairs: list[Pair], outputs: list[Path], task: str, size: str = "") -> None:
-    """Read every pair once before anything is written, so that bad input leaves no output.
-
-    Nor may an output take the place of a source. What is odd about the sources is printed. With
-    the size of a network that runs on the CPU, a pair must also fit into the memory that is free.
-    """
-    check_outputs(pairs, outputs)
-    doubts = Doubts(task)
-    for pair in pairs:
-        height, width = decode_pair(pair, doubts)[0].values.shape[:2]
-        if min(height, width) < MIN_SIDE:
-            side = f"{MIN_SIDE}x{MIN_SIDE}"
-            raise UserError(f"{pair.path1} is {height}x{width}, expected at least {side}")
-        if size:
-            limits.check_room(height, width, SIZES[size])
-    doubts.tell()
-
-
-def refuse_inside(out: Path, pairs: list[Pair]) -> None:
-    """UserError if fused images would lie among the sources, where they would pass for some."""
-    for folder in sorted({path.parent for pair in pairs for path in (pair.path1, pair.path2)}):
-        if out.is_relative_to(os.path.realpath(folder)):
-            raise UserError(f"--out is {out}, inside of the source folder {folder}, choose another")
-
-
-def check_outputs(pairs: list[Pair], outputs: list[Path]) -> None:
-    """UserError if an output would take the place of a source."""
-    sources = {os.path.realpath(path) for pair in pairs for path in (pair.path1, pair.path2)}
-    for path in outputs:
-        path.exists()  # OSError if the name is too long
-        if os.path.realpath(path) in sources:
-            raise UserError(f"{path} is a source and would be overwritten, choose another --out")
+def line_of(shift: Shift) -> str:
+    """What the registration of two images found, in a line."""
+    line = f"img2 lies {shift.moved_pixels:.1f} pixels off"
+    if shift.applied:
+        doubts = "".join(f"; forced (registration): {doubt}" for doubt in shift.doubts)
+        return f"{line}: moved{doubts}"
+    doubts = f"; not to be trusted: {'; '.join(shift.doubts)}" if shift.doubts else ""
+    return f"{line}, nothing was moved{doubts}"
 
 
 def fuse_folder(args: TestArgs, pairs: list[Pair], out: Path, device: torch.device) -> None:
     """Fuse pairs into the folder `out` and draw a contact sheet beside it."""
     out = Path(os.path.realpath(out))
     sheet = out.with_name(f"{out.name or 'fused'}_contact_sheet.png")
-    pairs = as_told(pairs, args.levels, args.page)
-    outputs = {pair.name: out / f"{pair.name}.png" for pair in pairs}
-    written = [*outputs.values(), *([sheet] if args.contact_rows else [])]
-    check_pairs(pairs, written, args.task, args.size if device.type == "cpu" else "")
-    refuse_inside(out, pairs)
-    model = optimise(load_model(args, args.task, device))
-    writable_folder(out)
     shown = np.linspace(0, len(pairs) - 1, min(args.contact_rows, len(pairs))).round()
     shown = {pairs[int(i)].name for i in shown}
-    rows = []
+    requests = [
+        ImageRequest(
+            pair, out / f"{pair.name}.png", args.task, stretch=args.stretch, of_folders=True
+        )
+        for pair in as_told(pairs, args.levels, args.page)
+    ]
+    model = optimise(load_model(args, args.task, device))
+    also = [Output("contact sheet", sheet, replaces=True)] if shown else []
+    results = fuse_images(requests, model, args.batch_size, also)
+    rows, odd, samples = [], [], {}
     started = time.perf_counter()
-    with tqdm(total=len(pairs), unit="pair", desc=f"{args.size} {args.task}") as progress:
-        for pair, fused in fuse_pairs(model, pairs, args.batch_size, args.stretch):
-            write_png(outputs[pair.name], fused)
-            if pair.name in shown:
-                rows.append((pair.name, [*look_at(pair), fused]))
-            progress.update()
-    print(f"{len(pairs)} pairs in {time.perf_counter() - started:.1f} s: {out}")
+    for fused in tqdm(results, total=len(pairs), unit="pair", desc=f"{args.size} {args.task}"):
+        name = fused.request.pair.name
+        odd.append(fused.odd)
+        if name in shown:
+            rows.append((name, views(fused)))
+        if args.metrics:
+            samples[name] = lumas(fused)
+    tell_oddities(odd, args.task)
+    say(f"{len(pairs)} pairs in {time.perf_counter() - started:.1f} s: {out}")
     if rows:
         titles = ["source 1", "source 2"] if args.task == "all" else [TASKS[args.task], "MRI"]
         write_png(sheet, contact_sheet(rows, [*titles, "fused"]))
-        print(f"contact sheet: {sheet}")
+        say(f"contact sheet: {sheet}")
     if args.metrics:
-        print_metrics(outputs, pairs, args.task)
-
-
-def look_at(pair: Pair) -> list[np.ndarray]:
-    """Both sources in 8 bits, grey or RGB."""
-    return list(map(read_uint8, (pair.path1, pair.path2), pair.readings))
-
-
-def fuse_one(args: TestArgs, device: torch.device, model: ASFEFusion | None = None) -> None:
-    """Fuse --img1 and --img2 into the file --out."""
-    if args.out.suffix.lower() != ".png" or args.out.is_dir():
-        raise UserError(f"--out is {args.out}, expected a file name that ends in .png")
-    pair = Pair(args.img1.stem, args.img1, args.img2)
-    [pair] = as_told([pair], args.levels, args.page)
-    if args.register not in ("auto", "off"):
-        pair = registered(pair, args)
-    check_pairs([pair], [args.out], args.task, args.size if device.type == "cpu" else "")
-    model = model or optimise(load_model(args, args.task, device))
-    writable_folder(Path(os.path.realpath(args.out)).parent)
-    for _, fused in fuse_pairs(model, [pair], 1, args.stretch):
-        write_png(args.out, fused)
-    print(f"fused image: {args.out}")
-    if args.metrics:
-        print_metrics({pair.name: args.out}, [pair], args.task)
-
-
-def registered(pair: Pair, args: TestArgs) -> Pair:
-    """The pair with source 2 moved onto source 1 as `--register` says: written beside `--out`.
-
-    The pair itself where it is only measured.
-    """
-    try:
-        from volumes.flat import register_image
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"--register needs {error.name}: pip install -r requirements-volumes.txt"
-        ) from None
-    moved, transform, picture = (
-        args.out.with_name(args.out.stem + end)
-        for end in ("_img2.png", ".tfm", "_registration.png")
-    )
-    check_outputs([pair], [args.out, moved, transform, picture])
-    luma1, _ = read_image(pair.path1, pair.readings[0])
-    luma2, chroma2 = read_image(pair.path2, pair.readings[1])
-    done = register_image(luma1, luma2, chroma2, args.register, args.force)
-    print(done.line)
-    if done.text is None:
-        return pair
-    writable_folder(Path(os.path.realpath(args.out)).parent)
-    write_png(moved, to_uint8(done.luma, done.chroma))
-    write_bytes(transform, done.text)
-    write_png(picture, done.picture)
-    print(f"moved source 2: {moved}", f"transform: {transform}", f"overlay: {picture}", sep="\n")
-    return pair._replace(path2=moved, readings=(pair.readings[0], AS_STORED))
-
-
-def fuse_pair_of_volumes(
-    args: TestArgs, device: torch.device, model: ASFEFusion | None = None
-) -> None:
-    """Hand --img1 and --img2 over to volumes/, whose packages are an extra."""
-    try:
-        from volumes import fuse_volumes
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"volumes need {error.name}: pip install -r requirements-volumes.txt"
-        ) from None
-    fuse_volumes(args, model or optimise(load_model(args, args.task, device)))
+        print_metrics(samples, args.task)
 
 
 def fuse_demo(args: TestArgs, device: torch.device) -> None:
     """Draw a phantom pair for each task, fuse it with the task's weights, and show all three."""
     models = {task: optimise(load_model(args, task, device)) for task in TASKS}
     out = writable_folder(args.out or ROOT / "result" / "demo")
-    rows, pairs, outputs = [], [], {}
+    rows, samples = [], {}
     for task, model in tqdm(models.items(), unit="pair", desc="phantoms"):
         paths = [out / f"{task}_{modality}.png" for modality in (TASKS[task], "MRI")]
         for path, image in zip(paths, phantom_pair(task), strict=True):
             write_png(path, image)
-        pairs.append(Pair(task, *paths))
-        outputs[task] = out / f"{task}_fused.png"
-        for _, fused in fuse_pairs(model, pairs[-1:], 1, args.stretch):
-            write_png(outputs[task], fused)
-            rows.append((task, [*look_at(pairs[-1]), fused]))
+        request = ImageRequest(
+            Pair(task, *paths), out / f"{task}_fused.png", task, stretch=args.stretch
+        )
+        [fused] = fuse_images([request], model)
+        rows.append((task, views(fused)))
+        samples[task] = lumas(fused)
     sheet = out / "contact_sheet.png"
     write_png(sheet, contact_sheet(rows, ["CT / PET / SPECT", "MRI", "fused"]))
-    print(f"look at {sheet}")
+    say(f"look at {sheet}")
     if args.metrics:
-        print_metrics(outputs, pairs, "phantoms")
+        print_metrics(samples, "phantoms")
 
 
-def print_metrics(outputs: dict[str, Path], pairs: list[Pair], title: str) -> None:
-    """The table of metrics.py for the files just written."""
-    from evaluation.tables import print_table  # only --metrics needs these, and they load slowly
-    from metrics import compare
+def views(fused: FusedImage) -> list[np.ndarray]:
+    """Both sources and the fused image in 8 bits, grey or RGB."""
+    return [*(to_uint8(*luma_and_chroma(pixels)) for pixels in fused.sources), fused.image]
 
-    # in this process: a fork after CUDA has started would hang
-    print_table(compare({"ASFE-Fusion": outputs}, pairs, jobs=1, title=title))
+
+def lumas(fused: FusedImage) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Luma (H, W) of both sources and of the fused image, in 8 bits, as the metrics take it."""
+    return (*map(luma8, fused.sources), luma8_of(fused.image))
+
+
+def tell_oddities(found: Sequence[dict[str, list[str]]], task: str) -> None:
+    """Print what is odd about the sources: the first line of each kind."""
+    doubts = Doubts(task)
+    for odd in found:
+        doubts.add_all(odd)
+    for note in doubts.notes():
+        say(note)
+
+
+def print_metrics(samples: dict[str, tuple], title: str) -> None:
+    """The table of metrics.py for what was just fused, see `lumas`."""
+    from evaluation.compare import Sample  # only --metrics needs these, and they load slowly
+    from evaluation.tables import print_table
+    from metrics import compare_lumas
+
+    named = {
+        name: Sample(source1, source2, {"ASFE-Fusion": fused})
+        for name, (source1, source2, fused) in samples.items()
+    }
+    print_table(compare_lumas(named, title))
+
+
+# --- volumes ---------------------------------------------------------------------------------
+
+
+def fuse_pair_of_volumes(args: TestArgs, device: torch.device) -> None:
+    """Fuse the volumes --img1 and --img2 into the file --out."""
+    try:
+        from volumes import fuse_volumes, request_from, use_threads
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"volumes need {error.name}: pip install -r requirements-volumes.txt"
+        ) from None
+    request = request_from(vars(args))
+    use_threads(args.threads)
+    model = optimise(load_model(args, args.task, device))
+    fused = fuse_volumes(request, model, say, slice_bar(f"{args.size} {args.task}"))
+    for what, paths in fused.files.items():
+        say(f"{what}: {paths[0].parent if what in ('png', 'dicom') else paths[0]}")
+
+
+def slice_bar(title: str) -> Callable[[int, int], None]:
+    """A progress bar that begins with the first slices: it takes how many are done, and of many."""
+    bars: list[tqdm] = []
+
+    def show(done: int, count: int) -> None:
+        if not bars:
+            bars.append(tqdm(total=count, unit="slice", desc=title))
+        bars[0].update(done - bars[0].n)
+        if done == count:
+            bars[0].close()
+
+    return show
 
 
 if __name__ == "__main__":

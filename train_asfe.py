@@ -19,10 +19,10 @@ from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 from args_setting import SIZES, TrainArgs
-from cli import UserError, command_line, run_script, setup_runtime
+from cli import UserError, check_training, command_line, run_script, say, setup_runtime
 
 if __name__ == "__main__":  # before the imports that take seconds
-    ARGS = command_line(TrainArgs, __doc__)
+    ARGS = command_line(TrainArgs, __doc__, check_training)
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ from checkpoints import (
     write_board,
     write_csv,
 )
-from dataset import TrainPairs, split_pairs
+from dataset import TrainPairs, split_lines, split_pairs
 from evaluation.floors import shortfall
 from evaluation.one_source import one_source
 from images import to_uint8, writable_folder
@@ -78,6 +78,7 @@ class Processes(NamedTuple):
 
 def main(args: TrainArgs) -> None:
     # setup
+    check_training(args)
     processes = join_processes(setup_runtime(args))
     amp = set_precision(args.precision, processes.device)
     run = Run(args, stages_of(args), start_of_files(args), time.time())
@@ -401,15 +402,13 @@ def spread(items: list, count: int) -> list:
 
 def load_pairs(run: Run, processes: Processes) -> tuple[TrainPairs, TrainPairs]:
     """The pairs to train on and those to validate on; the first process says which they are."""
-    args = run.args
-    train, held = split_pairs(args)
-    pairs = TrainPairs(train, max(stage.patch for stage in run.stages), args.seed, args.workers)
+    args, split = run.args, split_pairs(run.args)
+    largest = max(stage.patch for stage in run.stages)
+    pairs = TrainPairs(split.train, largest, args.seed, args.workers)
     if processes.rank == 0:
-        pairs.doubts.tell()
-        print(opening(args, processes.device, train, held))
-        if args.val and not held:
-            print(f"{args.task} shows one person, so nobody can be kept for validation")
-    return pairs, TrainPairs(held, MIN_SIDE)
+        say(*pairs.doubts.notes(), opening(args, processes.device, len(pairs)))
+        say(*split_lines(split))
+    return pairs, TrainPairs(split.val, MIN_SIDE)
 
 
 def check_settings(run: Run, pairs: TrainPairs, held: TrainPairs, processes: Processes) -> None:

@@ -5,8 +5,10 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+import cli
 import limits
 from args_setting import MODULES, ROOT, SIZES, ModelSize, WeightsArgs
 from cli import UserError
@@ -62,25 +65,44 @@ def shipped_path(size: str, task: str) -> Path:
     return own if own.is_file() else folder / f"{size}_all.safetensors"
 
 
-def load_model(args: WeightsArgs, task: str, device: torch.device) -> ASFEFusion:
-    """The network with the weights that a command's settings ask for, in evaluation mode.
+class Trained(NamedTuple):
+    """Which trained network: what the settings of a command that loads one have, too."""
 
-    Which they are is printed: file, size, task and date, and if they learned another task.
-    Raises UserError if there are none, or if they do not fit the settings.
-    """
-    path = args.weights or shipped_path(args.size, task)
-    if args.weights is None and not path.is_file():
+    weights: Path | None = None  # its file; None: the shipped one
+    size: str = "compact"
+    aff: str = "auto"  # inverse transform of AFF: full, published, or auto, as the file says
+
+
+def weights_path(which: Trained | WeightsArgs, task: str) -> Path:
+    """The file of a trained network; UserError if none is shipped for its size."""
+    path = which.weights or shipped_path(which.size, task)
+    if which.weights is None and not path.is_file():
         raise UserError(
-            f"no weights of size {args.size} for {task}, expected {path}; train, or use --weights"
+            f"no weights of size {which.size} for {task}, expected {path}; train, or use --weights"
         )
-    aff = None if args.aff == "auto" else args.aff
+    return path
+
+
+def load_model(
+    which: Trained | WeightsArgs,
+    task: str,
+    device: torch.device | str,
+    say: Callable[[str], None] = cli.say,
+) -> ASFEFusion:
+    """A trained network in evaluation mode.
+
+    `say` gets which it is: file, size, task and date, and if it learned another task.
+    Raises UserError if there is none, or if its file does not fit.
+    """
+    path = weights_path(which, task)
+    aff = None if which.aff == "auto" else which.aff
     model, metadata = load_weights(path, device, aff)
-    check_size(path, metadata, args.size)
+    check_size(path, metadata, which.size)
     learned, day = metadata.get("task"), metadata.get("date")
-    what = args.size + "".join(f" without {module}" for module in parts_of(model.size)[1])
-    print(f"weights: {path} ({what}, {learned or 'task unknown'}, {day or 'date unknown'})")
+    what = which.size + "".join(f" without {module}" for module in parts_of(model.size)[1])
+    say(f"weights: {path} ({what}, {learned or 'task unknown'}, {day or 'date unknown'})")
     if learned not in (None, "all", task):
-        print(f"note: these weights learned {learned}, but the task is {task}")
+        say(f"note: these weights learned {learned}, but the task is {task}")
     return model
 
 

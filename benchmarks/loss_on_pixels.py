@@ -10,14 +10,15 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from machine import machine, make_parser, positive
 from torch import Tensor
 
-from args_setting import TASKS, CommonArgs
+from args_setting import DATA_DIR, TASKS
 from cli import run_script
 from dataset import read_pair, task_pairs
-from evaluation.batch import evaluate_batch
+from images import to_uint8
 from losses import (
     fusion_loss,
     information_loss,
@@ -25,6 +26,7 @@ from losses import (
     max_gradient_loss,
     structure_loss,
 )
+from metrics import evaluate
 
 TERMS = (max_content_loss, max_gradient_loss, structure_loss, information_loss)
 WEIGHTS = (  # of the terms
@@ -60,9 +62,10 @@ def main(args: argparse.Namespace) -> None:
     img1, img2 = (torch.stack([both[i] for both in lumas])[:, None] for i in (0, 1))
 
     def show(name: str, fused: Tensor) -> None:
-        values = evaluate_batch(fused, img1, img2, NAMES)
-        cells = " | ".join(f"{values[metric].mean():.3f}" for metric in NAMES)
-        print(f"| {name} | {cells} |", flush=True)
+        images = (to_uint8(x[:, 0].numpy()) for x in (fused, img1, img2))
+        values = [evaluate(*lumas, NAMES) for lumas in zip(*images, strict=True)]
+        cells = (f"{np.mean([v[metric] for v in values]):.3f}" for metric in NAMES)
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
     print(machine("torch"), f"\n\n{args.task}, {len(pairs)} training pairs\n")
     print(f"| loss | {' | '.join(NAMES)} |\n|---|{'---|' * len(NAMES)}")
@@ -80,7 +83,7 @@ def main(args: argparse.Namespace) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--task", default="CT-MRI", choices=tuple(TASKS))
-    parser.add_argument("--data_dir", type=Path, default=CommonArgs.data_dir)
+    parser.add_argument("--data_dir", type=Path, default=DATA_DIR)
     parser.add_argument("--pairs", type=positive, default=8)
     parser.add_argument("--steps", type=positive, default=150)
     return parser.parse_args(argv)

@@ -24,7 +24,7 @@ from skimage.metrics import mean_squared_error, structural_similarity
 from sklearn.metrics import mutual_info_score
 
 import metrics
-from args_setting import TASKS, CommonArgs
+from args_setting import DATA_DIR, TASKS
 from cli import run_script
 from dataset import task_pairs
 from evaluation.compare import read_samples
@@ -91,10 +91,8 @@ def pooled_milliseconds(triples: list[Triple], jobs: int) -> float:
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.fused:
-        triples = stored_pairs(args.data_dir, args.task, args.fused)
-    else:
-        triples = drawn_pairs()
+    stored = (args.data_dir, args.task, args.fused)
+    triples = stored_pairs(*stored) if args.fused else drawn_pairs()
     triples = triples[: args.pairs]
     cv2.setNumThreads(1)  # also before the fork of other processes
     print(machine("numpy", "scipy", "scikit-image", "scikit-learn", "sewar"))
@@ -120,7 +118,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--fused", type=Path, help="folder of fused images; without it drawn pairs")
     parser.add_argument("--task", default="CT-MRI", choices=tuple(TASKS))
-    parser.add_argument("--data_dir", type=Path, default=CommonArgs.data_dir)
+    parser.add_argument("--data_dir", type=Path, default=DATA_DIR)
     parser.add_argument("--pairs", type=positive, default=24, help="at most so many")
     parser.add_argument("--jobs", type=positive, default=2)
     return parser.parse_args(argv)

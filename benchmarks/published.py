@@ -4,8 +4,7 @@
 
 Each FOLDER holds fused test images as FOLDER/<task>/<name>.png. For each task it prints the mean
 correlation with the pixelwise mean of the sources, the mean level where both sources are black, and
-metrics before and after these pixels are set to 0. Last, how far the way through a stored colour
-file moves the luma of the pixelwise maximum.
+metrics before and after these pixels are set to 0.
 """
 
 import argparse
@@ -14,11 +13,10 @@ from pathlib import Path
 import numpy as np
 from machine import machine, make_parser
 
-from args_setting import TASKS, CommonArgs
+from args_setting import DATA_DIR, TASKS
 from cli import run_script
-from dataset import Pair, read_pair, task_pairs
+from dataset import Pair, task_pairs
 from evaluation.compare import read_samples
-from images import BT601, to_uint8
 from metrics import evaluate
 
 NAMES = ("EN", "SSIM", "FMI_pixel", "QCB")
@@ -47,32 +45,18 @@ def veil(folder: Path, pairs: list[Pair]) -> str:
     )
 
 
-def colour_shift(pairs: list[Pair]) -> str:
-    """How far storing the pixelwise maximum in colour moves its luma."""
-    shifts = []
-    for pair in pairs:
-        luma1, luma2, chroma = read_pair(pair)
-        wanted = np.maximum(luma1, luma2)
-        stored = to_uint8(wanted, chroma) @ BT601.astype(float)
-        shifts.append(np.abs(stored - to_uint8(wanted)))
-    share = np.mean(np.array(shifts) > 2)
-    return f"luma moved by up to {np.max(shifts):.0f} levels, by over 2 in {share:.1%} of pixels"
-
-
 def main(args: argparse.Namespace) -> None:
     print(machine("numpy", "scipy"))
     for task in TASKS:
         pairs = task_pairs(args.data_dir, task, "test")
         for folder in args.folders:
             print(f"{task} {folder.name}: {veil(folder / task, pairs)}", flush=True)
-        if task != "CT-MRI":
-            print(f"{task} maximum in colour: {colour_shift(pairs)}")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
-    parser.add_argument("--data_dir", type=Path, default=CommonArgs.data_dir)
+    parser.add_argument("--data_dir", type=Path, default=DATA_DIR)
     return parser.parse_args(argv)
 
 

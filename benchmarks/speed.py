@@ -37,14 +37,13 @@ from machine import ROOT, machine, make_parser, peak_gb, positive
 # isort: split
 import torch
 from direct import direct
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import cli
 import inference
 from args_setting import SIZES, TrainArgs
 from cli import UserError, pick_device, run_script, setup_runtime
-from losses import fusion_loss
 from network import ASFEFusion
 
 
@@ -134,23 +133,17 @@ def onnx_session(model: ASFEFusion, images: Tensor, threads: int) -> Callable[[]
 
 
 def training_step(model: ASFEFusion, images: Tensor, precision: str) -> Callable[[], None]:
-    """Forward, the loss `detail`, backward, clipping and AdamW, as train_asfe.py has them."""
+    """A step of train_asfe.py with its default recipe."""
     import train_asfe  # not on top, as its packages would count as memory of fusing
+    from checkpoints import Stage
 
-    args, (img1, img2) = TrainArgs(), images
+    args = TrainArgs(precision=precision)
     amp = train_asfe.set_precision(precision, images.device)
-    optimiser = train_asfe.make_optimiser(model, args)
-
-    def step() -> None:
-        optimiser.zero_grad()
-        with torch.autocast(images.device.type, amp, enabled=amp is not None):
-            fused = model(img1, img2)
-        loss, _ = fusion_loss(fused.float(), img1, img2, "detail")
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), train_asfe.GRADIENT_CLIP)
-        optimiser.step()
-
-    return step
+    batch = images.squeeze(2).transpose(0, 1).contiguous()  # (B, 2, side, side)
+    stages = [Stage(batch.shape[-1], len(batch), 1000, frozen=False)]
+    state = train_asfe.make_state(model.train(), args, stages, pairs=len(batch))
+    alone = train_asfe.Processes(rank=0, world=1, device=images.device)
+    return partial(train_asfe.make_step(model, state, args, amp, alone), batch)
 
 
 def count_operations(size: str, args: argparse.Namespace) -> int:
@@ -327,7 +320,7 @@ def show(what: str, rows: dict[str, Row]) -> None:
 def main(args: argparse.Namespace) -> None:
     if (args.parts or args.onnx) and (args.train or args.DEVICE == "cuda"):
         raise UserError("--parts and --onnx are for fusing on a CPU, without --train")
-    if args.parts and args.onnx or args.against and args.DEVICE == "cuda":
+    if (args.parts and args.onnx) or (args.against and args.DEVICE == "cuda"):
         raise UserError("--parts goes without --onnx, and --against is for a CPU")
     if args.against and not (args.against / "benchmarks" / "speed.py").is_file():
         raise UserError(f"--against is {args.against}, expected a checkout of this repository")
@@ -336,7 +329,8 @@ def main(args: argparse.Namespace) -> None:
     versions = versions_of(args)
     if args.serve:
         size, name = args.serve
-        return serve(size, versions[name], args)
+        serve(size, versions[name], args)
+        return
     device = pick_device(args.DEVICE)
     operations = {size: count_operations(size, args) for size in args.sizes}
     print(machine("torch"))

@@ -41,6 +41,7 @@ from args_setting import TestArgs
 from cli import command_line, run_script
 args = command_line(TestArgs, "")
 now = mark("flags", now)
+import fusing
 import test_asfe
 now = mark("imports", now)
 def timed(owner, attribute, name):
@@ -51,11 +52,11 @@ def timed(owner, attribute, name):
         mark(name, start)
         return result
     setattr(owner, attribute, wrapper)
-timed(test_asfe, "check_pairs", "reading")
+timed(fusing, "decode", "reading")
 timed(test_asfe, "load_model", "weights")
 timed(test_asfe, "optimise", "weights")
 timed(test_asfe.ASFEFusion, "fuse", "first pass")
-timed(test_asfe, "write_png", "writing")
+timed(fusing, "write_together", "writing")
 run_script(test_asfe.main, args)
 import json
 print(json.dumps(marks), time.time())

@@ -26,8 +26,9 @@ from study_files import draw_pair, write_table, write_volume
 import study
 from args_setting import StudyArgs
 from cli import run_script
-from studies.cases import Case, find_cases
+from studies.cases import Case
 from studies.run import run_case
+from volumes.requests import Writing
 
 
 def draw(folder: Path, count: int, slices: int, side: int) -> Path:
@@ -43,9 +44,10 @@ def draw(folder: Path, count: int, slices: int, side: int) -> Path:
 
 def spare(case: Case, i: int) -> Case:
     """A case that is not counted: the same, written elsewhere."""
-    out = case.settings.out.with_name(f"spare{i}.nii.gz")
-    settings = replace(case.settings, out=out, mosaic=None)
-    return Case(f"spare{i}", settings, case.record.with_name(f"spare{i}.json"))
+    out = case.request.writing.out.with_name(f"spare{i}.nii.gz")
+    request = replace(case.request, writing=Writing(out))
+    record = case.record.with_name(f"spare{i}.json")
+    return replace(case, name=f"spare{i}", request=request, record=record)
 
 
 def now() -> np.ndarray:
@@ -60,7 +62,7 @@ def seconds_of(table: Path, jobs: int) -> np.ndarray:
     with tempfile.TemporaryDirectory() as out:
         args = StudyArgs(table=table, out=Path(out), jobs=jobs or 1, threads=1, DEVICE="cpu")
         args, _ = study.shares(args)
-        cases = find_cases(args)[1]
+        _, cases = study.cases_of(args)
         spares = [spare(cases[0], i) for i in range(jobs or 1)]
         records: dict[str, dict] = {}
         if not jobs:

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from machine import machine, make_parser, peak_gb, positive
 
-from args_setting import TestArgs
+from args_setting import WeightsArgs
 from cli import run_script, setup_runtime
 from inference import optimise
 from network import ASFEFusion
-from volumes import fuse_volumes
+from volumes import fuse_volumes, request_from, use_threads
 from weights import load_model
 
 SIDE = 512
@@ -58,11 +58,11 @@ class FirstSlices:
 def fuse(folder: Path, slices: int) -> None:
     """Fuse the volumes in the folder as test_asfe.py does; prints the peak memory."""
     paths = {"img1": folder / "ct.nii", "img2": folder / "mri.nii", "out": folder / "fused.nii"}
-    settings = TestArgs(
-        **paths, register="off", size="compact", task="CT-MRI", threads=1, DEVICE="cpu"
-    )
-    model = optimise(load_model(settings, settings.task, setup_runtime(settings)))
-    fuse_volumes(settings, FirstSlices(model, slices))
+    request = request_from(paths | {"task": "CT-MRI", "register": "off"})
+    settings = WeightsArgs(threads=1, DEVICE="cpu")
+    model = optimise(load_model(settings, request.task, setup_runtime(settings)))
+    use_threads(1)
+    fuse_volumes(request, FirstSlices(model, slices), print)
     print(f"peak {peak_gb():.2f} GB")
 
 

@@ -1,1 +1,1 @@
-"""How fused images are judged: shared maps, metrics on tensors, comparison of methods, tables."""
+"""How fused images are judged: metrics' maps, what one source shows, findings, comparisons."""

@@ -1,6 +1,10 @@
 """Methods compared on the same images: values, means, ranks and paired tests.
 
 A method is a folder of fused images. The trivial fusions of evaluation/trivial.py always take part.
+
+Images of one person are alike, so intervals and tests are over people: a bootstrap draws people,
+each with all of their images, and a test takes one difference from each person.
+
 Sources: Demšar, JMLR 2006 (mean ranks, signed-rank test); Efron, Tibshirani 1993 (bootstrap); Holm
 1979.
 
@@ -11,12 +15,12 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -24,14 +28,17 @@ from numpy import ndarray
 from scipy import stats
 from tqdm import tqdm
 
-from args_setting import TASKS, MetricArgs
-from cli import UserError
-from dataset import Pair, as_told, images_in, match_pairs, task_pairs
+from args_setting import TASKS
+from cli import UserError, visible
+from dataset import Pair, images_in
 from evaluation.maps import SMALLEST_SIDE, Luma, Metric, measure
 from evaluation.trivial import TRIVIAL
-from images import read_luma8
+from images import Pixels, decode, luma8
 
 RESAMPLES = 10_000
+
+Files = dict[str, Path]  # fused images by the names of their pairs
+T = TypeVar("T")
 
 
 class Sample(NamedTuple):
@@ -42,21 +49,53 @@ class Sample(NamedTuple):
     fused: dict[str, ndarray]
 
 
+class StoredSample(NamedTuple):
+    """The same as their files store them."""
+
+    source1: Pixels
+    source2: Pixels
+    fused: dict[str, Pixels]
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """Metrics of several methods on the same images; NaN where an image is too small for one."""
+    """Metrics of several methods on the same images; NaN where an image has no value of one."""
 
     title: str
     metrics: dict[str, Metric]
     images: list[str]
     values: dict[str, ndarray]  # method -> (images, metrics)
+    people: list[str] = field(default_factory=list)  # of each image; empty: each is another person
+
+    def with_people(self, people: dict[str, str]) -> "Comparison":
+        """The same, knowing the person that each image shows; unchanged if `people` is empty."""
+        if not people:
+            return self
+        return replace(self, people=[people[image] for image in self.images])
+
+    @property
+    def persons(self) -> list[str]:
+        """Who each image shows; an image of which nobody knows it stands for itself."""
+        return self.people or self.images
 
     def mean(self, method: str) -> ndarray:
         """(metrics,) over the images that have a value, NaN where none has."""
-        valid = ~np.isnan(self.values[method])
-        total = np.where(valid, self.values[method], 0).sum(axis=0)
-        count = valid.sum(axis=0)
-        return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+        return means_of_rows(self.values[method])
+
+    def means_by_person(self, method: str) -> dict[str, ndarray]:
+        """person -> (metrics,) over their images, in the order in which they come."""
+        persons = np.array(self.persons)
+        return {
+            person: means_of_rows(self.values[method][persons == person])
+            for person in dict.fromkeys(self.persons)
+        }
+
+    def resampled(self, method: str, seed: int) -> ndarray:
+        """(RESAMPLES, metrics) means over people drawn with replacement, the same draws each time.
+
+        NaN where no drawn image has a value.
+        """
+        return resampled_means(self.values[method], self.persons, seed)
 
     def ranks(self) -> dict[str, ndarray]:
         """method -> (metrics,) rank among the methods, 1 the best; ties share their mean rank."""
@@ -70,12 +109,46 @@ class Comparison:
         return {m: float(r[~np.isnan(r)].mean()) for m, r in self.ranks().items()}
 
 
+def means_of_rows(values: ndarray) -> ndarray:
+    """(N, M) -> (M,) means over the rows that have a value, NaN where none has."""
+    valid = ~np.isnan(values)
+    total, count = np.where(valid, values, 0).sum(axis=0), valid.sum(axis=0)
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+
+
+def resampled_means(values: ndarray, persons: Sequence[str], seed: int) -> ndarray:
+    """(N, M) values of N images -> (RESAMPLES, M) means, each over as many people, drawn anew.
+
+    A person who is drawn brings all of their images. NaN where none of them has a value, and
+    everywhere if there is one person only: of how people differ, one says nothing.
+    """
+    names, who = np.unique(persons, return_inverse=True)
+    if len(names) < 2:
+        return np.full((RESAMPLES, values.shape[1]), np.nan)
+    valid = ~np.isnan(values)
+    sums, counts = (np.zeros((len(names), values.shape[1])) for _ in range(2))
+    np.add.at(sums, who, np.where(valid, values, 0))
+    np.add.at(counts, who, valid)
+    drawn = np.random.default_rng(seed).integers(len(names), size=(RESAMPLES, len(names)))
+    times = np.zeros((RESAMPLES, len(names)))  # that a person was drawn
+    np.add.at(times, (np.arange(RESAMPLES)[:, None], drawn), 1)
+    total, count = times @ sums, times @ counts
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+
+
+def interval(drawn: ndarray) -> tuple[float, float]:
+    """The 95 % interval of resampled means (RESAMPLES,); NaN twice without any."""
+    drawn = drawn[~np.isnan(drawn)]
+    low, high = np.percentile(drawn, (2.5, 97.5)) if drawn.size else (math.nan, math.nan)
+    return float(low), float(high)
+
+
 # --- comparison ------------------------------------------------------------------------------
 
 
 def compare_methods(
     metrics: dict[str, Metric],
-    files: dict[str, Path | dict[str, Path]],
+    files: dict[str, Path | Files],
     pairs: Sequence[Pair],
     jobs: int = 0,
     title: str = "",
@@ -83,33 +156,42 @@ def compare_methods(
 ) -> Comparison:
     """Evaluate the fused images of each method; `jobs` processes, 0: one for each core.
 
-    `files` gives each method a folder, whose images belong to the pairs of their names, or the
-    files themselves by the names of their pairs. All methods are judged on the same images. An
-    image that no pair has is left out, with a note on stderr. With `skip_unmatched` so is a pair
-    that a method lacks, for all methods.
+    `files` and `skip_unmatched` as in `complete_pairs`.
 
     Raises:
-        UserError: a method has a trivial fusion's name or lacks an image, a folder or file cannot
-            be read, sizes differ, or every image is too small for every metric.
+        UserError: as there, or a file cannot be read, sizes differ, or every image is too small for
+            every metric.
     """
-    for method in files.keys() & TRIVIAL.keys():
-        raise UserError(f"the name {method!r} is that of a trivial fusion, expected NAME=FOLDER")
-    found = {m: f if isinstance(f, dict) else images_in(f) for m, f in files.items()}
-    pairs = _complete_pairs(found, files, pairs, skip_unmatched)
+    found, pairs = complete_pairs(files, pairs, skip_unmatched)
     samples = read_samples(pairs, found)
+    named = dict(zip((pair.name for pair in pairs), samples, strict=True))
+    return compare_samples(metrics, named, jobs, title)
+
+
+def compare_samples(
+    metrics: dict[str, Metric], named: dict[str, Sample], jobs: int = 0, title: str = ""
+) -> Comparison:
+    """Evaluate what is at hand, by the names of the images; `jobs` and the rest as above.
+
+    Raises UserError if every image is too small for every metric.
+    """
     work = partial(evaluate_sample, metrics=metrics)
-    jobs = min(jobs or os.cpu_count() or 1, len(pairs))
-    bar = {"total": len(samples), "desc": title, "unit": "pair", "leave": False, "disable": None}
-    with OPENCV_ON_ONE_THREAD:  # the cores share out the pairs, not the rows of one image
-        if jobs == 1:
-            rows = list(tqdm(map(work, samples), **bar))
-        else:
-            with ProcessPoolExecutor(jobs, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
-                rows = list(tqdm(pool.map(work, samples), **bar))
+    rows = in_processes(work, list(named.values()), jobs, title)
     values = {method: np.array([row[method] for row in rows]) for method in rows[0]}
     if all(np.isnan(v).all() for v in values.values()):
         raise UserError(f"the images are too small for {', '.join(metrics)}")
-    return Comparison(title, metrics, [pair.name for pair in pairs], values)
+    return Comparison(title, metrics, list(named), values)
+
+
+def in_processes(work: Callable[[T], dict], items: Sequence[T], jobs: int, title: str) -> list:
+    """`work` of each item, in this order, in `jobs` processes (0: one for each core)."""
+    jobs = min(jobs or os.cpu_count() or 1, len(items))
+    bar = {"total": len(items), "desc": title, "unit": "pair", "leave": False, "disable": None}
+    with OPENCV_ON_ONE_THREAD:  # the cores share out the pairs, not the rows of one image
+        if jobs == 1:
+            return list(tqdm(map(work, items), **bar))
+        with ProcessPoolExecutor(jobs, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+            return list(tqdm(pool.map(work, items), **bar))
 
 
 class OneThread:
@@ -141,13 +223,21 @@ class OneThread:
 OPENCV_ON_ONE_THREAD = OneThread()
 
 
-def _complete_pairs(
-    found: dict[str, dict[str, Path]],
-    files: dict[str, Path | dict[str, Path]],
-    pairs: Sequence[Pair],
-    skip_unmatched: bool,
-) -> list[Pair]:
-    """The pairs of which every method has an image; UserError if one is left out unasked."""
+def complete_pairs(
+    files: dict[str, Path | Files], pairs: Sequence[Pair], skip_unmatched: bool
+) -> tuple[dict[str, Files], list[Pair]]:
+    """The files of each method, and the pairs of which every method has one.
+
+    `files` gives each method a folder, whose images belong to the pairs of their names, or the
+    files themselves. An image that no pair has is left out, with a note on stderr. With
+    `skip_unmatched` so is a pair that a method lacks, for all methods.
+
+    Raises:
+        UserError: a method has a trivial fusion's name, its folder cannot be read or lacks an
+            image, or no pair is left.
+    """
+    check_method_names(files)
+    found = {m: f if isinstance(f, dict) else images_in(f) for m, f in files.items()}
     names, lacking = {pair.name for pair in pairs}, []
     for method, images in found.items():
         if extra := sorted(images.keys() - names):
@@ -161,35 +251,62 @@ def _complete_pairs(
     complete = [pair for pair in pairs if all(pair.name in images for images in found.values())]
     if not complete:
         raise UserError("no pair of sources has a fused image in every folder")
-    return complete
+    return found, complete
+
+
+def check_method_names(given: Iterable[str], wanted: Iterable[str] = ()) -> None:
+    """UserError if a method has a trivial fusion's name, or a wanted name is neither."""
+    given = list(given)
+    for method in TRIVIAL.keys() & set(given):
+        raise UserError(f"the name {method!r} is that of a trivial fusion, expected NAME=FOLDER")
+    for method in wanted:
+        if method not in (known := [*TRIVIAL, *given]):
+            raise UserError(f"no method {method!r}, expected two of {', '.join(known)}")
 
 
 def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    print(f"note: {visible(text)}", file=sys.stderr)
 
 
-def read_samples(pairs: Sequence[Pair], found: dict[str, dict[str, Path]]) -> list[Sample]:
-    """The lumas of all pairs; UserError names every file whose size does not fit."""
+def read_samples(pairs: Sequence[Pair], found: dict[str, Files]) -> list[Sample]:
+    """The lumas of all pairs in 8 bits; UserError names every file whose size does not fit."""
+    return [
+        Sample(
+            luma8(sample.source1),
+            luma8(sample.source2),
+            {method: luma8(pixels) for method, pixels in sample.fused.items()},
+        )
+        for sample in decode_samples(pairs, found)
+    ]
+
+
+def decode_samples(pairs: Sequence[Pair], found: dict[str, Files]) -> list[StoredSample]:
+    """The stored pixels of all pairs; UserError names every file whose size does not fit."""
     samples, wrong = [], []
     for pair in pairs:
         paths = {method: images[pair.name] for method, images in found.items()}
-        source1, source2 = map(read_luma8, (pair.path1, pair.path2), pair.readings)
-        fused = {method: read_luma8(path) for method, path in paths.items()}
-        if min(source1.shape) < SMALLEST_SIDE:
+        source1, source2 = map(decode, (pair.path1, pair.path2), pair.readings)
+        fused = {method: decode(path) for method, path in paths.items()}
+        if min(_sides(source1)) < SMALLEST_SIDE:
             wrong.append(f"{pair.path1} is {_size(source1)}, expected at least 3x3")
         others = zip((pair.path2, *paths.values()), (source2, *fused.values()), strict=True)
-        for path, image in others:
-            if image.shape != source1.shape:
-                sizes = _size(image), _size(source1)
-                wrong.append(f"{path} is {sizes[0]}, expected {sizes[1]} as {pair.path1}")
-        samples.append(Sample(source1, source2, fused))
+        wrong += [
+            f"{path} is {_size(image)}, expected {_size(source1)} as {pair.path1}"
+            for path, image in others
+            if _sides(image) != _sides(source1)
+        ]
+        samples.append(StoredSample(source1, source2, fused))
     if wrong:
         raise UserError("; ".join(wrong))
     return samples
 
 
-def _size(image: ndarray) -> str:
-    return f"{image.shape[0]}x{image.shape[1]}"
+def _sides(image: Pixels) -> tuple[int, int]:
+    return image.values.shape[:2]
+
+
+def _size(image: Pixels) -> str:
+    return "x".join(map(str, _sides(image)))
 
 
 def evaluate_sample(sample: Sample, metrics: dict[str, Metric]) -> dict[str, list[float]]:
@@ -212,9 +329,9 @@ class Difference:
 
     metric: str
     mean: float
-    low: float  # 95 % interval of the mean, percentiles of the bootstrap
+    low: float  # 95 % interval of the mean, percentiles of the bootstrap over people
     high: float
-    p: float  # Wilcoxon's signed-rank test, two-sided
+    p: float  # Wilcoxon's signed-rank test of the people's mean differences, two-sided
     p_holm: float  # the same, corrected for the number of metrics
 
 
@@ -226,17 +343,18 @@ def differences(result: Comparison, method1: str, method2: str, seed: int) -> li
     for method in (method1, method2):
         if method not in result.values:
             raise UserError(f"no method {method!r}, expected two of {', '.join(result.values)}")
-    rng, rows = np.random.default_rng(seed), []
     with np.errstate(invalid="ignore"):  # PSNR may be infinite in both
         gaps = result.values[method1] - result.values[method2]
-    for name, column in zip(result.metrics, gaps.T, strict=True):
-        column = column[np.isfinite(column)]
-        if not column.size:
-            continue
-        drawn = column[rng.integers(column.size, size=(RESAMPLES, column.size))].mean(axis=1)
-        low, high = np.percentile(drawn, (2.5, 97.5))
-        p = float(stats.wilcoxon(column).pvalue) if column.any() else 1.0
-        rows.append((name, float(column.mean()), float(low), float(high), p))
+    gaps = np.where(np.isfinite(gaps), gaps, np.nan)
+    paired = replace(result, values={"": gaps})
+    means, drawn = paired.mean(""), paired.resampled("", seed)
+    of_people = np.array(list(paired.means_by_person("").values()))
+    rows = []
+    for k, name in enumerate(result.metrics):
+        column = of_people[:, k][~np.isnan(of_people[:, k])]
+        if column.size:
+            p = float(stats.wilcoxon(column).pvalue) if column.any() else 1.0
+            rows.append((name, float(means[k]), *interval(drawn[:, k]), p))
     holm = _holm([row[-1] for row in rows])
     return [Difference(*row, p_holm) for row, p_holm in zip(rows, holm, strict=True)]
 
@@ -250,21 +368,7 @@ def _holm(p: list[float]) -> list[float]:
     return corrected
 
 
-# --- what a command names --------------------------------------------------------------------
-
-
-def named_pairs(args: MetricArgs) -> tuple[list[Pair], str]:
-    """The pairs of sources that a command line names, and the title of their table.
-
-    Raises UserError if only one of --dir1 and --dir2 is given, or a folder does not fit.
-    """
-    if (args.dir1 is None) != (args.dir2 is None):
-        raise UserError("--dir1 and --dir2 come together, only one was given")
-    if args.dir1:
-        return as_told(match_pairs(args.dir1, args.dir2, args.skip_unmatched), args.levels), ""
-    how = args.skip_unmatched, args.cases, args.case_pattern
-    pairs = task_pairs(args.data_dir, args.task, args.split, *how)
-    return as_told(pairs, args.levels), args.task
+# --- names -----------------------------------------------------------------------------------
 
 
 def name_folders(given: Sequence[str]) -> dict[str, Path]:

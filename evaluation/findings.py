@@ -1,4 +1,4 @@
-"""What a fusion keeps of a finding that only one source shows.
+"""What a fusion keeps of a finding that is planted into one source.
 
 A soft disc is planted into one source, brighter or darker by a quarter of the range, inside of the
 head. The pair is fused without and with it. Its contrast is the mean of the disc less the mean of
@@ -6,13 +6,18 @@ the ring around it; what counts is how the contrast changed:
 
     share = change of contrast in the fused image / change of contrast in the source
 
-1 keeps the finding as it was, 0 loses it, below 0 turns it around. d' is the change of contrast in
-the fused image over the standard deviation of the fused image in the ring without the finding: how
-far it stands out from what lies around it. In a colour image the contrast is also a distance in
-CIELAB. docs/metrics.md has every constant.
+1 keeps the finding as it was, 0 loses it, below 0 turns it around. More than 1 counts as 1: gain is
+no merit. d' is the change of contrast over the standard deviation of the ring without the finding:
+how far it stands out from what lies around it.
+
+    visible = d' in the fused image / d' in the source
+
+is the same after any gain of the fused image, and also counts up to 1. In a colour image the
+contrast is also a distance in CIELAB. docs/metrics.md has every constant.
 
 Positions follow from the seed and the name of the pair, so they are the same for every method. This
-needs a method that can be run: a function of two lumas, see `methods_of`.
+needs a method that can be run: a function of two lumas, see evaluation/methods.py. What only one
+source shows in the real image is measured by evaluation/one_source.py, which needs no such method.
 
 Legend: lumas are (H, W) float32 in [0, 1].
 """
@@ -20,12 +25,7 @@ Legend: lumas are (H, W) float32 in [0, 1].
 import csv
 import io
 import math
-import shlex
-import subprocess
-import tempfile
-from collections.abc import Callable
 from dataclasses import astuple, dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy import ndarray
@@ -33,16 +33,13 @@ from scipy import ndimage
 from skimage.color import rgb2lab
 from tqdm import tqdm
 
-from args_setting import TASKS, MetricArgs
-from cli import UserError
+from args_setting import TASKS
+from cli import UserError, visible
 from dataset import Pair, read_pair
-from evaluation.compare import named_pairs
-from evaluation.tables import aligned, named_files
-from evaluation.trivial import TRIVIAL
-from images import read_luma8, to_uint8, write_bytes, write_png
-from inference import optimise
+from evaluation.compare import interval, resampled_means
+from evaluation.methods import Method
+from images import to_uint8
 from phantom import finding, seed_of
-from weights import load_weights, shipped_path
 
 CONTRAST = 0.25  # of the range
 RADII = (3, 6)  # of the discs, pixels
@@ -50,9 +47,9 @@ DISCS = 4  # planted together into a source, far apart
 APART = 40  # pixels between the centres of discs, at least
 GAP, RING = 2, 5  # pixels between a disc and its ring, and the width of the ring
 HEAD, RIM = 0.05, 20  # the head is where a source is brighter; pixels of scalp and skull around it
+WORST_OF = ("visible", "colour")  # values whose worst kind a table shows
+TITLES = {"visible": "visible, worst kind", "colour": "worst colour"}
 ROOM = 0.8  # the least share of the contrast that must fit between black and white in the source
-
-Method = Callable[[ndarray, ndarray], ndarray]
 
 
 @dataclass(frozen=True)
@@ -78,51 +75,106 @@ class Planted:
     kind: Kind
     pair: str
     centre: tuple[int, int]  # row and column
-    share: float
-    d_prime: float
-    colour: float  # share of the distance in CIELAB; NaN of grey images
+    share: float  # of the contrast, at most 1
+    visible: float  # share of d', at most 1
+    d_prime: float  # in the fused image
+    colour: float  # share of the distance in CIELAB, at most 1; NaN of grey images
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A pair without findings, and what a method makes of it."""
+
+    name: str
+    sources: ndarray  # (2, H, W)
+    chroma: ndarray | None  # (H, W, 3) of the first source
+    inside: ndarray  # (H, W) bool, the pixels inside of the skull
+    fused: ndarray  # (H, W)
 
 
 def measure_findings(method: Method, pairs: list[Pair], seed: int, title: str) -> list[Planted]:
-    """Plant findings of every kind into every pair and measure what the method keeps of them."""
+    """Plant findings of every kind into every pair and measure what the method keeps of them.
+
+    Raises UserError if no pair has a place for any.
+    """
     found = []
     for pair in tqdm(pairs, title, unit="pair", leave=False, disable=None):
         *sources, chroma = read_pair(pair)
         sources = np.stack(sources)  # (2, H, W)
-        fused, inside = stored(method(*sources)), inside_of(sources)
+        fused = stored(method(*sources))
+        slice_ = Slice(pair.name, sources, chroma, inside_of(sources), fused)
         for kind in KINDS:
-            centres = positions(sources, inside, kind, seed_of(seed, pair.name, *astuple(kind)))
-            planted = plant_discs(sources, kind, centres)
-            source, planted_source = sources[kind.source], planted[kind.source]
-            fused_planted = stored(method(*planted))
-            change, response = planted_source - source, fused_planted - fused
-            if chroma is not None:  # the MRI has none
-                own = chroma if kind.source == 0 else None
-                coloured = lab(planted_source, own) - lab(source, own)
-                coloured_response = lab(fused_planted, chroma) - lab(fused, chroma)
-            for centre in centres:
-                disc, ring = regions(fused.shape, centre, kind.radius)
-                kept = contrast(response, disc, ring)
-                noise = max(float(fused[ring].std()), 1 / 255)
-                share = float(kept / contrast(change, disc, ring))
-                colour = math.nan
-                if chroma is not None:
-                    distance = np.linalg.norm(contrast(coloured_response, disc, ring))
-                    colour = float(distance / np.linalg.norm(contrast(coloured, disc, ring)))
-                d_prime = float(kind.sign * kept / noise)
-                found.append(Planted(kind, pair.name, centre, share, d_prime, colour))
+            found += measure_kind(method, slice_, kind, seed)
+    if not found:
+        raise UserError(
+            f"no finding fits into the {len(pairs)} pairs: a disc needs room inside of the skull, "
+            f"more than {RIM} pixels from the edge of the head; expected larger images, of whole "
+            "heads"
+        )
     return found
 
 
-def contrast(image: ndarray, disc: ndarray, ring: ndarray) -> ndarray:
-    """The mean of (H, W) or (H, W, 3) in the disc, less that in the ring."""
-    return image[disc].mean(0) - image[ring].mean(0)
+def measure_kind(method: Method, slice_: Slice, kind: Kind, seed: int) -> list[Planted]:
+    """Plant all findings of a kind into a slice at once, and measure each."""
+    sources, fused, chroma = slice_.sources, slice_.fused, slice_.chroma
+    centres = positions(sources, slice_.inside, kind, seed_of(seed, slice_.name, *astuple(kind)))
+    if not centres:
+        return []
+    planted = plant_discs(sources, kind, centres)
+    source, planted_source = sources[kind.source], planted[kind.source]
+    fused_planted = stored(method(*planted))
+    change, response = planted_source - source, fused_planted - fused
+    coloured = None
+    if chroma is not None:
+        own = chroma if kind.source == 0 else np.zeros((1, 1, 3), np.float32)  # the MRI is grey
+        coloured = [(to_uint8(planted_source, own), to_uint8(source, own))]
+        coloured += [(to_uint8(fused_planted, chroma), to_uint8(fused, chroma))]
+    found = []
+    for centre in centres:
+        disc, ring = regions(fused.shape, centre, kind.radius)
+        kept, given = contrast(response, disc, ring), contrast(change, disc, ring)
+        d_prime, d_prime_source = kept / noise(fused, ring), given / noise(source, ring)
+        colour = math.nan
+        if coloured is not None:
+            before, after = (distance(*images, disc, ring) for images in coloured)
+            colour = at_most_one(after / before)
+        found.append(
+            Planted(
+                kind,
+                slice_.name,
+                centre,
+                at_most_one(kept / given),
+                at_most_one(d_prime / d_prime_source),
+                float(kind.sign * d_prime),
+                colour,
+            )
+        )
+    return found
 
 
-def lab(luma: ndarray, chroma: ndarray | None) -> ndarray:
-    """CIELAB (H, W, 3), D65, of the 8-bit RGB image of a luma and a chroma (None: grey)."""
-    rgb = to_uint8(luma, np.zeros((1, 1, 3), np.float32) if chroma is None else chroma)
-    return rgb2lab(rgb).astype(np.float32)
+def at_most_one(share: float) -> float:
+    return min(float(share), 1.0)
+
+
+def noise(image: ndarray, ring: ndarray) -> float:
+    """Standard deviation in the ring, at least one grey level."""
+    return max(float(image[ring].std()), 1 / 255)
+
+
+def contrast(image: ndarray, disc: ndarray, ring: ndarray) -> float:
+    """The mean of (H, W) in the disc, less that in the ring."""
+    return image[disc].mean() - image[ring].mean()
+
+
+def distance(planted: ndarray, before: ndarray, disc: ndarray, ring: ndarray) -> float:
+    """How far a finding moves the contrast of disc and ring in CIELAB (D65).
+
+    The images with and without it are RGB (H, W, 3), uint8.
+    """
+    with_it, without = (
+        rgb2lab(image[disc]).mean(0) - rgb2lab(image[ring]).mean(0) for image in (planted, before)
+    )
+    return float(np.linalg.norm(with_it - without))
 
 
 def stored(fused: ndarray) -> ndarray:
@@ -173,69 +225,6 @@ def regions(
     return distance <= radius, (distance > inner) & (distance <= inner + RING)
 
 
-# --- methods ---------------------------------------------------------------------------------
-
-
-def methods_of(args: MetricArgs) -> dict[str, Method]:
-    """Ours, the trivial fusions, and what --method names, by name."""
-    model, _ = load_weights(args.weights or shipped_path(args.size, args.task))
-    model = optimise(model)
-    methods: dict[str, Method] = {"ours": lambda a, b: model.fuse(a, b).numpy()}
-    for name, fuse in TRIVIAL.items():
-        methods[name] = lambda a, b, fuse=fuse: fuse(to_uint8(a), to_uint8(b)) / np.float32(255)
-    for text in args.method:
-        name, sign, what = text.partition("=")
-        if not sign or not name or name in methods:
-            raise UserError(f"--method is {text!r}, expected NAME=FILE.onnx or NAME=COMMAND")
-        methods[name] = of_onnx(Path(what)) if what.endswith(".onnx") else of_command(what)
-    return methods
-
-
-def of_onnx(path: Path) -> Method:
-    """The network of an ONNX file that takes two (1, 1, H, W) float32 images in [0, 1]."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise UserError("--method FILE.onnx needs: pip install -r requirements-onnx.txt") from None
-    if not path.is_file():
-        raise UserError(f"--method {path}: no such file")
-    try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # a parser of strange bytes may stumble in any way
-        raise UserError(f"--method {path}: not an ONNX file ({error})") from None
-    names = [tensor.name for tensor in session.get_inputs()]
-    if len(names) != 2:
-        raise UserError(f"--method {path}: has {len(names)} inputs, expected two images")
-
-    def fuse(luma1: ndarray, luma2: ndarray) -> ndarray:
-        feed = dict(zip(names, (luma1[None, None], luma2[None, None]), strict=True))
-        return session.run(None, feed)[0].reshape(luma1.shape).clip(0, 1)
-
-    return fuse
-
-
-def of_command(text: str) -> Method:
-    """A command with {1}, {2} and {out} for the sources and the fused image, as PNG files."""
-    if not all(name in text for name in ("{1}", "{2}", "{out}")):
-        raise UserError(f"--method {text!r}: expected {{1}}, {{2}} and {{out}} in the command")
-
-    def fuse(luma1: ndarray, luma2: ndarray) -> ndarray:
-        with tempfile.TemporaryDirectory() as folder:
-            files = {name: Path(folder) / f"{name}.png" for name in ("1", "2", "out")}
-            write_png(files["1"], to_uint8(luma1))
-            write_png(files["2"], to_uint8(luma2))
-            words = shlex.split(text)
-            for name, path in files.items():
-                words = [word.replace(f"{{{name}}}", str(path)) for word in words]
-            done = subprocess.run(words, capture_output=True, text=True)
-            if done.returncode or not files["out"].is_file():
-                last = (done.stderr.strip().splitlines() or ["it wrote no image"])[-1]
-                raise UserError(f"--method {text!r} failed: {last}")
-            return read_luma8(files["out"]).astype(np.float32) / 255
-
-    return fuse
-
-
 # --- the table -------------------------------------------------------------------------------
 
 
@@ -255,56 +244,73 @@ def worst_tenth(shares: ndarray) -> float:
     return float(np.quantile(shares, 0.1)) if len(shares) else math.nan
 
 
-def table_lines(results: dict[str, list[Planted]], task: str) -> list[list[str]]:
-    """A title and a line for each method: shares by kind, the worst kind and tenth, d'.
+def summary(found: list[Planted], task: str, people: dict[str, str], seed: int) -> dict[str, float]:
+    """What a table says of a method: the share of each kind, and the worst of several values.
 
-    For a colour task also the worst kind's share of the distance in CIELAB.
+    `people` has the person of each pair, for the interval of the worst kind. NaN where there is no
+    value.
     """
-    names = list(by_kind([], task))
-    lines = [["share kept ↑", *names, "worst kind", "worst tenth", "d'", "worst colour"]]
-    for method, found in results.items():
-        shares = by_kind(found, task)
-        means, tenths = means_of(shares), [worst_tenth(s) for s in shares.values()]
-        d_prime = float(np.median([p.d_prime for p in found]))
-        colour = np.min(means_of(by_kind(found, task, "colour")))
-        cells = *means, np.nanmin(means), np.nanmin(tenths), d_prime, colour
-        lines.append([method, *(f"{cell:.2f}" for cell in cells)])
-    if all(line[-1] == "nan" for line in lines[1:]):  # grey images
-        lines = [line[:-1] for line in lines]
-    return lines
-
-
-def measure_methods(args: MetricArgs) -> None:
-    """`metrics.py --findings`: print the table, and write --csv and --plot.
-
-    Raises UserError for another output, before anything is measured.
-    """
-    files = named_files(args)
-    if others := files.keys() - {"csv", "plot"}:
-        raise UserError(f"--findings writes --csv and --plot, not --{min(others)}")
-    pairs, methods = named_pairs(args)[0], methods_of(args)
-    results = {
-        name: measure_findings(fuse, pairs, args.seed, name) for name, fuse in methods.items()
+    shares = by_kind(found, task)
+    means = means_of(shares)
+    low, high = worst_kind_interval(found, task, people, seed)
+    worst = {name: np.fmin.reduce(means_of(by_kind(found, task, name))) for name in WORST_OF}
+    return dict(zip(shares, means, strict=True)) | {
+        "worst kind": float(np.fmin.reduce(means)),
+        "low": low,
+        "high": high,
+        "worst tenth": float(np.fmin.reduce([worst_tenth(s) for s in shares.values()])),
+        "visible": float(worst["visible"]),
+        "d'": float(np.median([p.d_prime for p in found])),
+        "colour": float(worst["colour"]),
     }
-    print(f"{args.task}, {args.split}: findings planted into {len(pairs)} pairs")
-    print(aligned(table_lines(results, args.task)))
-    if args.csv:
-        write_bytes(args.csv, to_csv(results, args.task).encode())
-    if args.plot:
-        suffix = args.plot.suffix.lstrip(".")
-        write_bytes(args.plot, plot(results, methods, pairs, args.task, suffix))
+
+
+def table_lines(summaries: dict[str, dict[str, float]]) -> list[list[str]]:
+    """A title and a line for each method, from its `summary`.
+
+    A value that no method has is left out, as colour of grey images.
+    """
+    first = next(iter(summaries.values()))
+    names = [name for name in first if name not in ("low", "high")]
+    lines = [["share kept ↑", *(TITLES.get(name, name) for name in names)]]
+    for method, values in summaries.items():
+        lines.append([visible(method), *(two_digits(values[name]) for name in names)])
+    limits = [(values["low"], values["high"]) for values in summaries.values()]
+    cells = ["" if math.isnan(low) else f"{low:.2f} .. {high:.2f}" for low, high in limits]
+    at = names.index("worst kind") + 2
+    for line, cell in zip(lines, ["95 % interval", *cells], strict=True):
+        line.insert(at, cell)
+    used = [k for k in range(len(lines[0])) if any(line[k] for line in lines[1:])]
+    return [[line[k] for k in used] for line in lines]
+
+
+def worst_kind_interval(
+    found: list[Planted], task: str, people: dict[str, str], seed: int
+) -> tuple[float, float]:
+    """The 95 % interval over people of the worst kind's mean share; NaN twice of one person."""
+    names = list(by_kind([], task))
+    values = np.full((len(found), len(names)), np.nan)
+    for row, planted in zip(values, found, strict=True):
+        row[names.index(planted.kind.name(task))] = planted.share
+    drawn = resampled_means(values, [people[planted.pair] for planted in found], seed)
+    return interval(np.fmin.reduce(drawn, axis=1))  # fmin leaves NaN out
+
+
+def two_digits(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.2f}"
 
 
 def to_csv(results: dict[str, list[Planted]], task: str) -> str:
     """A line for each finding of each method."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    titles = "method", "kind", "radius", "pair", "row", "column", "share", "d_prime", "colour"
-    writer.writerow(titles)
+    values = "share", "visible", "d_prime", "colour"
+    writer.writerow(["method", "kind", "radius", "pair", "row", "column", *values])
     for method, found in results.items():
         for p in found:
             cells = p.kind.name(task), p.kind.radius, p.pair, *p.centre
-            writer.writerow([method, *cells, p.share, p.d_prime, p.colour])
+            numbers = (getattr(p, value) for value in values)
+            writer.writerow([method, *cells, *("" if math.isnan(n) else n for n in numbers)])
     return text.getvalue()
 
 

@@ -5,191 +5,226 @@ suffix is still a proposal there, the names that BEP 024 has.
 """
 
 import csv
-import json
+import pickle
 import re
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import limits
-from args_setting import EXTENSIONS, StudyArgs, TestArgs, VolumeArgs
-from cli import VOLUMES, UserError, check_mode, is_volume, mode_of, plain_type
+from args_setting import StudyArgs
+from cli import (
+    ONE_PAIR,
+    VOLUME_PAIR,
+    VOLUMES,
+    Column,
+    UserError,
+    is_volume,
+    stem_of,
+    without_effect,
+)
+from dataset import Pair, match_files
+from fusing import ImageRequest, check_plans, image_request_from
+from images import is_image
+from weights import Trained
 
-# Settings that say where and how fast, not what: they are no columns, and no case depends on them.
+if TYPE_CHECKING:  # its packages are an extra
+    from volumes.requests import VolumeRequest
+
+# Settings that say where and how fast, not what: a table has no column for them.
 ELSEWHERE = {"DEVICE", "threads", "data_dir", "png", "mosaic"}
-SHARED = {f.name for f in fields(VolumeArgs)} | {"stretch"}  # a study has them for all its cases
-COLUMNS = (SHARED - ELSEWHERE) | {"img1", "img2", "name"}
-HINTS = {name: plain_type(hint) for name, hint in get_type_hints(TestArgs).items()}
-FIELDS = {f.name: f for f in fields(TestArgs)}
+OUTPUTS = {"dicom"}  # columns whose paths need not be there
+FOLDERS = {"png", "dicom"}  # flags that name a folder, in which each case has one of its name
 WORDS = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 RECORDS = ".study"  # folder of the records, in the folder of the outputs
+Found = tuple[str, dict[str, Any]]  # the name of a case, and its own words by the names of flags
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Where the pairs of a study are: in one of a table, a BIDS folder and two folders."""
+
+    out: Path  # folder of everything that is written
+    table: Path | None = None
+    bids: Path | None = None
+    dir1: Path | None = None
+    dir2: Path | None = None
+    skip_unmatched: bool = False  # two folders: leave out files without a partner
+    inside: bool = False  # refuse paths that lie outside of the table's folder
+
+
+class Runtime(NamedTuple):
+    """Where a case runs; nothing of its result depends on it."""
+
+    DEVICE: str = "auto"
+    threads: int = 0
 
 
 @dataclass(frozen=True)
 class Case:
-    """One pair: its name, the settings that test_asfe.py gets, and the file of what was done."""
+    """One pair: its name, what to fuse, with which network, where, and its record."""
 
     name: str
-    settings: TestArgs
+    request: "ImageRequest | VolumeRequest"
+    trained: Trained
+    runtime: Runtime
     record: Path
 
-    def packed(self) -> str:
-        """The case as JSON, which needs no module of ours to travel through a scheduler."""
-        given = {
-            f.name: getattr(self.settings, f.name)
-            for f in fields(TestArgs)
-            if getattr(self.settings, f.name) != f.default
-        }
-        return json.dumps([self.name, given, self.record], default=str)
+    def packed(self) -> bytes:
+        """The case as bytes, which need no module of ours to travel through a scheduler."""
+        return pickle.dumps(self)
 
     @staticmethod
-    def unpacked(text: str) -> "Case":
-        name, given, record = json.loads(text)
-        given = {
-            key: Path(value) if HINTS[key] is Path and value is not None else value
-            for key, value in given.items()
-        }
-        return Case(name, TestArgs(**given), Path(record))
+    def unpacked(data: bytes) -> "Case":
+        """The case that `packed` has packed, here or in the process that sent it."""
+        return pickle.loads(data)
 
 
 # --- finding them ----------------------------------------------------------------------------
 
 
-def find_cases(args: StudyArgs) -> tuple[Path, list[Case]]:
-    """The folder of everything that is written, and the cases in order; all paths are absolute.
+def find_cases(
+    listing: Listing, words: Mapping[str, Any], columns: dict[str, Column]
+) -> list[Case]:
+    """The cases in order; all paths are absolute.
+
+    Args:
+        words: what counts for every case that has no own word for it, by the names of flags.
+        columns: what a table may hold, and the default of each of these words.
 
     Raises UserError for anything that would make a case fail for sure; nothing is written then.
     """
-    check_flags(args)
-    for folder in (args.bids, args.dir1, args.dir2):
+    for folder in (listing.bids, listing.dir1, listing.dir2):
         if folder is not None and not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
-    out = (args.out or args.bids / "derivatives" / "asfe-fusion").absolute()
-    find = of_table if args.table else of_bids if args.bids else of_folders
-    cases = [finished(args, out, *found) for found in find(args)]
+    if listing.table:
+        found = of_table(listing, columns)
+    elif listing.bids:
+        task = words["task"]
+        found = of_bids(listing, task if task == "SPECT-MRI" else "PET-MRI")
+    else:
+        found = of_folders(listing)
+    cases = []
+    for name, words_here in words_of_cases(found, words, columns):
+        check_name(name, many=listing.bids is not None)
+        cases.append(case_of(listing.out, name, words_here))
     check_cases(cases)
-    return out, cases
+    return cases
 
 
-def check_flags(args: StudyArgs) -> None:
-    """UserError if the settings do not go together."""
-    ways = [args.table, args.bids, args.dir1 and args.dir2]
-    if sum(way is not None for way in ways) != 1 or bool(args.dir1) != bool(args.dir2):
-        raise UserError("give a table, or --bids, or --dir1 with --dir2")
-    if args.out is None and args.bids is None:
-        raise UserError("--out is missing, expected the folder for the fused pairs")
-    if args.inside and args.table is None:
-        raise UserError("--inside is for a table")
-    if args.mosaic:
-        raise UserError("--mosaic is for one pair, a study writes one for each volume")
-    if bool(args.scheduler) and bool(args.scheduler_file):
-        raise UserError("give --scheduler or --scheduler-file, not both")
-    if (args.scheduler or args.scheduler_file) and (args.jobs or args.memory):
-        raise UserError("--jobs and --memory are for this machine, a cluster has its own")
-
-
-def of_table(args: StudyArgs) -> Iterator[tuple[str, dict]]:
-    """Name and settings of each row of a CSV; its paths are relative to its own folder."""
-    rows = rows_of(args.table)
-    names = rows[0][1] if rows else []
-    for name in ("img1", "img2"):
-        if name not in names:
-            raise UserError(f"{args.table}: column {name} is missing, it has {', '.join(names)}")
-    for name in names:
-        if name not in COLUMNS or names.count(name) > 1:
-            fault = "is there twice" if name in COLUMNS else "is no setting of a case"
-            raise UserError(f"{args.table}: column {name!r} {fault}, see docs/study.md")
-    if len(rows) == 1:
-        raise UserError(f"{args.table}: has no cases")
-    for line, cells in rows[1:]:
-        where = f"{args.table}, line {line}"
+def of_table(listing: Listing, columns: dict[str, Column]) -> Iterator[Found]:
+    """Name and words of each row of a CSV; its paths are relative to its own folder."""
+    table = listing.table
+    names, rows = read_table(table)
+    check_header(table, names, columns)
+    if not rows:
+        raise UserError(f"{table}: has no cases")
+    for line, cells in rows:
+        where = f"{table}, line {line}"
         if len(cells) != len(names):
             raise UserError(f"{where}: has {len(cells)} cells, expected {len(names)}")
         row = {name: cell for name, cell in zip(names, cells, strict=True) if cell}
         for name in ("img1", "img2"):
             if name not in row:
                 raise UserError(f"{where}: {name} is empty")
-        label = row.pop("name", None) or stem(Path(row["img1"]))
-        folder = args.table.absolute().parent
-        yield (
-            label,
-            {name: value_of(args, folder, where, name, cell) for name, cell in row.items()},
-        )
+        label = row.pop("name", None) or stem_of(Path(row["img1"]))
+        words = {}
+        for name, cell in row.items():
+            value = value_of(columns[name], cell, f"{where}: {name}", table.absolute().parent)
+            if isinstance(value, Path):
+                check_path(value, f"{where}: {name}", listing, name not in OUTPUTS)
+            words[name] = value
+        yield label, words
 
 
-def rows_of(table: Path) -> list[tuple[int, list[str]]]:
-    """The rows of a CSV that are not empty, with their line numbers; UserError if it is none."""
+def read_table(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header of a CSV, and its other rows with their line numbers; blank ones are left out."""
     text = limits.read_table(table)
     header = text.partition("\n")[0]
     rows = csv.reader(text.splitlines(), delimiter=max(",;\t", key=header.count))
     try:
-        return [(rows.line_num, [cell.strip() for cell in row]) for row in rows if any(row)]
+        found = [(rows.line_num, [cell.strip() for cell in row]) for row in rows if any(row)]
     except csv.Error as error:
         raise UserError(f"{table}, line {rows.line_num}: {error}") from None
+    return (found[0][1] if found else []), found[1:]
 
 
-def value_of(args: StudyArgs, folder: Path, where: str, name: str, cell: str):
-    """What a cell of a table means for a setting; UserError if it is none of its values."""
-    kind, extras = HINTS[name], FIELDS[name].metadata
-    if kind is bool:
+def check_header(table: Path, names: list[str], columns: dict[str, Column]) -> None:
+    """UserError for a column that is missing, unknown or there twice."""
+    for name in ("img1", "img2"):
+        if name not in names:
+            raise UserError(f"{table}: column {name} is missing, it has {', '.join(names)}")
+    for name in names:
+        known = name in columns and name not in ELSEWHERE
+        if not known or names.count(name) > 1:
+            fault = "is there twice" if known else "is no setting of a case"
+            raise UserError(f"{table}: column {name!r} {fault}, see docs/study.md")
+
+
+def value_of(column: Column, cell: str, where: str, folder: Path) -> Any:
+    """What a cell of a table means; UserError, which begins with `where`, if it means nothing.
+
+    Paths are relative to `folder`.
+    """
+    if column.kind is bool:
         if cell.lower() not in WORDS:
-            raise UserError(f"{where}: {name} is {cell!r}, expected yes or no")
+            raise UserError(f"{where} is {cell!r}, expected yes or no")
         return WORDS[cell.lower()]
-    file = folder / cell
-    if kind is Path or (name == "register" and file.is_file()):  # which may also be a word
-        if not file.exists():
-            raise UserError(f"{where}: {name} is {file}: no such file or folder")
-        if args.inside and not file.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{where}: {name} is {file}, which --inside forbids")
-        return kind(file)
+    if column.kind is Path:
+        return folder / cell
     try:
-        value = kind(cell)
+        value = column.kind(cell)
     except ValueError:
-        raise UserError(f"{where}: {name} is {cell!r}, expected a number") from None
-    if extras.get("choices") and value not in extras["choices"]:
-        expected = ", ".join(extras["choices"])
-        raise UserError(f"{where}: {name} is {cell!r}, expected one of {expected}")
-    if "minimum" in extras and not value >= extras["minimum"]:
-        raise UserError(f"{where}: {name} is {cell}, expected at least {extras['minimum']}")
+        raise UserError(f"{where} is {cell!r}, expected a number") from None
+    if column.choices and value not in column.choices:
+        raise UserError(f"{where} is {cell!r}, expected one of {', '.join(column.choices)}")
+    if column.minimum is not None and not value >= column.minimum:
+        raise UserError(f"{where} is {cell}, expected at least {column.minimum}")
+    if where.endswith(" register") and (folder / cell).is_file():  # else it is a word
+        return folder / cell
     return value
 
 
-def of_folders(args: StudyArgs) -> Iterator[tuple[str, dict]]:
+def check_path(path: Path, where: str, listing: Listing, there: bool) -> None:
+    """UserError for a path that `--inside` forbids, or, if it should be `there`, that is not."""
+    if there and not path.exists():
+        raise UserError(f"{where} is {path}: no such file or folder")
+    folder = listing.table.absolute().parent.resolve()
+    if listing.inside and not path.resolve().is_relative_to(folder):
+        raise UserError(f"{where} is {path}, which --inside forbids")
+
+
+def of_folders(listing: Listing) -> Iterator[Found]:
     """Pairs of equal file name, without extension, of two folders of images or volumes."""
-    sides = []
-    for folder in (args.dir1, args.dir2):
-        files: dict[str, Path] = {}
-        for path in sorted(folder.iterdir()):
-            if path.name.lower().endswith((*VOLUMES, *EXTENSIONS)):
-                if stem(path) in files:
-                    raise UserError(f"{folder}: both {files[stem(path)].name} and {path.name}")
-                files[stem(path)] = path
-        sides.append(files)
-    files1, files2 = sides
-    unmatched = sorted(files1.keys() ^ files2.keys())
-    if unmatched and not args.skip_unmatched:
-        lacking = args.dir2 if unmatched[0] in files1 else args.dir1
-        raise UserError(
-            f"{unmatched[0]} is not in {lacking} ({len(unmatched)} without a partner); "
-            "--skip-unmatched leaves them out"
-        )
-    if not files1.keys() & files2.keys():
-        raise UserError(f"no file name occurs in both {args.dir1} and {args.dir2}")
-    for name in sorted(files1.keys() & files2.keys()):
-        yield name, {"img1": files1[name], "img2": files2[name]}
+    folders = listing.dir1, listing.dir2
+    matched, _ = match_files(*folders, listing.skip_unmatched, takes=is_source)
+    for name, (path1, path2) in matched.items():
+        yield name, {"img1": path1, "img2": path2}
 
 
-def of_bids(args: StudyArgs) -> Iterator[tuple[str, dict]]:
+def is_source(path: Path) -> bool:
+    """Whether a file of a folder is an image or a volume by its name.
+
+    The .img of a header is none of its own.
+    """
+    name = path.name.lower()
+    if name.startswith("._"):
+        return False
+    second = name.endswith((".img", ".img.gz")) and path.with_name(f"{stem_of(path)}.hdr").exists()
+    return is_image(path) or (name.endswith(VOLUMES) and not second)
+
+
+def of_bids(listing: Listing, pet_task: str) -> Iterator[Found]:
     """Every CT and PET of a BIDS folder with every T1w and T2w of its subject and session.
 
     The name is a derivative's: the entities of source 1, and `desc-fused` with those of source 2
-    that tell it from others of the session.
+    that tell it from others of the session. `pet_task` is the task for a PET.
     """
     sessions = defaultdict(lambda: defaultdict(list))
-    for path in sorted(args.bids.glob("sub-*/**/*.nii*")):
-        *entities, suffix = stem(path).split("_")
+    for path in sorted(listing.bids.glob("sub-*/**/*.nii*")):
+        *entities, suffix = stem_of(path).split("_")
         if suffix in ("ct", "pet", "T1w", "T2w") and path.name.endswith((".nii", ".nii.gz")):
             who = tuple(e for e in entities if e.startswith(("sub-", "ses-")))
             sessions[who][suffix].append((path, entities))
@@ -203,77 +238,97 @@ def of_bids(args: StudyArgs) -> Iterator[tuple[str, dict]]:
     ]
     if not pairs:
         raise UserError(
-            f"{args.bids}: no session of a subject has *_ct or *_pet and *_T1w or *_T2w"
+            f"{listing.bids}: no session of a subject has *_ct or *_pet and *_T1w or *_T2w"
         )
     for suffix, (path1, entities1), mri, (path2, entities2) in pairs:
         others = [e for e in entities2 if not e.startswith(("sub-", "ses-"))]
         label = re.sub(r"[^A-Za-z0-9]", "", "".join(others)) + mri
         name = "_".join([*entities1, f"desc-fused{label}", suffix])
-        folder = path1.relative_to(args.bids).parent
-        pet = args.task if args.task == "SPECT-MRI" else "PET-MRI"
-        task = "CT-MRI" if suffix == "ct" else pet
+        folder = path1.relative_to(listing.bids).parent
+        task = "CT-MRI" if suffix == "ct" else pet_task
         yield str(folder / name), {"img1": path1, "img2": path2, "task": task}
 
 
-def stem(path: Path) -> str:
-    """A file's name without its ending, also a double one: "ct" of "ct.nii.gz"."""
-    ends = [end for end in (*VOLUMES, *EXTENSIONS) if path.name.lower().endswith(end)]
-    return path.name[: -len(max(ends, key=len))] if ends else path.name
-
-
-def finished(args: StudyArgs, out: Path, name: str, given: dict) -> Case:
-    """The case of a name, with the study's settings where it has none of its own, and its files."""
-    parts = Path(name).parts if args.bids else (name,)
+def check_name(name: str, many: bool) -> None:
+    """UserError for a name that no file can have; `many`: with its folders."""
+    parts = Path(name).parts if many else (name,)
     if not all(re.fullmatch(r"\w[\w .+-]*", part) for part in parts):
         raise UserError(f"{name!r} cannot be a file's name, expected letters, digits, -, _, + or .")
-    given = {key: getattr(args, key) for key in SHARED} | given
-    given = {k: v.absolute() if isinstance(v, Path) else v for k, v in given.items()}
-    volumes = is_volume(given["img1"]) or is_volume(given["img2"])
-    given["out"] = out / f"{name}{'.nii.gz' if volumes else '.png'}"
+
+
+def words_of_cases(
+    found: Iterator[Found], shared: Mapping[str, Any], columns: dict[str, Column]
+) -> Iterator[Found]:
+    """Each case with all of its words: its own, else those that all share.
+
+    A shared word that has no effect on a case is left out of it. Raises UserError if that is so in
+    all cases, and for an own word without effect.
+    """
+    idle: dict[str, str] = {}
+    used: set[str] = set()
+    for name, own in found:
+        words = {k: v / name if k in FOLDERS and v else v for k, v in shared.items()} | own
+        useless = no_use_for(words, columns)
+        if named := sorted(useless.keys() & own.keys()):
+            raise UserError(f"{name}: {named[0]} {useless[named[0]]}")
+        idle |= useless
+        used |= shared.keys() - own.keys() - useless.keys()
+        yield name, words | {k: columns[k].default for k in useless}
+    if unused := sorted(idle.keys() - used):
+        raise UserError(f"--{unused[0]} {idle[unused[0]]}")
+
+
+def no_use_for(words: dict[str, Any], columns: dict[str, Column]) -> dict[str, str]:
+    """The words of a case that have no effect on it, and why."""
+    volumes = is_volume(words["img1"]) or is_volume(words["img2"])
+    given = {k for k, v in words.items() if k in columns and v != columns[k].default}
+    return without_effect(StudyArgs, VOLUME_PAIR if volumes else ONE_PAIR, words["task"], given)
+
+
+def case_of(out: Path, name: str, words: dict[str, Any]) -> Case:
+    """The case of a name, by all its words; its files lie in `out`."""
+    words = {k: v.absolute() if isinstance(v, Path) else v for k, v in words.items()}
+    if Path(words["register"]).is_file():  # else it is a word
+        words["register"] = Path(words["register"]).absolute()
+    volumes = is_volume(words["img1"]) or is_volume(words["img2"])
+    words["out"] = out / f"{name}{'.nii.gz' if volumes else '.png'}"
     if volumes:
-        given["mosaic"] = out / f"{name}_mosaic.png"
-    if given["png"]:
-        given["png"] /= name
-    return Case(name, TestArgs(**given), out / RECORDS / f"{name}.json")
+        request = volume_request(words | {"mosaic": out / f"{name}_mosaic.png"})
+    else:
+        request = image_request_from(Pair(name, words["img1"], words["img2"]), words)
+    trained = Trained(words["weights"], words["size"], words["aff"])
+    runtime = Runtime(words["DEVICE"], words["threads"])
+    return Case(name, request, trained, runtime, out / RECORDS / f"{name}.json")
+
+
+def volume_request(words: dict[str, Any]) -> "VolumeRequest":
+    """The request of a pair of volumes; UserError if their packages are not installed."""
+    try:
+        from volumes.requests import request_from
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"volumes need {error.name}: pip install -r requirements-volumes.txt"
+        ) from None
+    return request_from(words)
 
 
 # --- checking them ---------------------------------------------------------------------------
 
 
 def check_cases(cases: list[Case]) -> None:
-    """UserError for files that would meet, and for settings that no case of their kind can have."""
-    sources = {
-        path.resolve()
-        for case in cases
-        for path in (case.settings.img1, case.settings.img2)
-        if path.is_file()
-    }
+    """UserError for two cases of one name, and for files that may not be written, see `Plan`."""
     owners: dict[str, Case] = {}
     for case in cases:
-        check_mode(case.settings)
         if case.name.lower() in owners:
             raise UserError(f"two cases are called {case.name}, a column `name` tells them apart")
         owners[case.name.lower()] = case
     writers: dict[str, Case] = {}
-    for case in cases:
-        for path in planned(case.settings):
-            if path.resolve() in sources:
-                raise UserError(
-                    f"{path} is a source and would be overwritten, choose another --out"
-                )
-            other = writers.setdefault(str(path).lower(), case)
+    plans = [case.request.plan() for case in cases]
+    for case, plan in zip(cases, plans, strict=True):
+        for output in plan.outputs:
+            other = writers.setdefault(str(output.path).lower(), case)
             if other is not case:
-                raise UserError(f"{path} would be written by {other.name} and by {case.name}")
-
-
-def planned(settings: TestArgs) -> list[Path]:
-    """The files that a case may write, and the folder of its slices if it has one."""
-    if mode_of(settings) != "volumes":
-        return [settings.out]
-    try:
-        from volumes.outputs import plan_outputs  # its packages are an extra
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"volumes need {error.name}: pip install -r requirements-volumes.txt"
-        ) from None
-    return [path for path in plan_outputs(settings) if path]
+                raise UserError(
+                    f"{output.path} would be written by {other.name} and by {case.name}"
+                )
+    check_plans(plans)

@@ -8,9 +8,7 @@ Legend: H W pixels; images are uint8, (H, W, 3) RGB.
 import base64
 import csv
 import io
-import json
 import os
-import re
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
@@ -20,12 +18,13 @@ import numpy as np
 
 from cli import UserError
 from evaluation.sheets import contact_sheet
+from fusing import ImageRequest
 from images import read_uint8, write_bytes
-from studies.cases import Case, stem
+from studies.cases import Case
 
 WIDTH = 520  # pixels of a picture at most
-COLUMNS = ("name", "status", "task", "seconds", "moved_mm", "overlap_percent", "doubts")
-COLUMNS += ("message", "img1", "img2", "out")
+COLUMNS = ("name", "status", "task", "seconds", "moved_mm", "moved_pixels", "coverage_percent")
+COLUMNS += ("doubts", "message", "img1", "img2", "out")
 ORDER = ("failed", "not run", "done")
 STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; margin: 1.5em; background: #14161a; color: #e6e6e6 }
@@ -54,47 +53,37 @@ def write_report(out: Path, cases: list[Case], records: dict[str, dict]) -> Path
     write_bytes(out / "report.csv", text.getvalue().encode())
     by_name = {case.name: case for case in cases}
     shown = [row for row in rows if row["status"] == "done"]
-    page = page_of(rows, [article(row, by_name[row["name"]], out) for row in shown])
+    articles = [article(r, by_name[r["name"]], records[r["name"]], out) for r in shown]
+    page = page_of(rows, articles)
     write_bytes(out / "report.html", page.encode())
     return out / "report.html"
 
 
 def row_of(case: Case, record: dict | None) -> dict:
-    """The cells of a case; what its sidecar does not tell is empty."""
+    """The cells of a case; what was not found is empty."""
     record = record or {"status": "not run", "message": ""}
-    settings = case.settings
-    told = sidecar_of(settings.out) if record["status"] == "done" else {}
-    registration = told.get("registration") or {}
-    covered = re.search(r"covers ([\d.]+) ?%", " ".join(told.get("report", [])))
-    moved = registration.get("moved_mm")
+    found = record.get("found", {}) if record["status"] == "done" else {}
+    moved, pixels, share = (found.get(k) for k in ("moved_mm", "moved_pixels", "coverage"))
+    img1, img2, *_ = case.request.sources
     return {
         "name": case.name,
         "status": record["status"],
-        "task": settings.task,
+        "task": case.request.task,
         "seconds": record.get("seconds", ""),
-        "moved_mm": "" if moved is None else largest(moved),
-        "overlap_percent": covered[1] if covered else "",
-        "doubts": "; ".join(map(str, registration.get("doubts") or [])),
+        "moved_mm": "" if moved is None else round(moved, 2),
+        "moved_pixels": "" if pixels is None else round(pixels, 2),
+        "coverage_percent": "" if share is None else round(100 * share),
+        "doubts": "; ".join(found.get("doubts", [])),
         "message": record["message"],
-        "img1": settings.img1,
-        "img2": settings.img2,
-        "out": settings.out,
+        "img1": img1,
+        "img2": img2,
+        "out": result_of(case),
     }
 
 
-def largest(moved) -> float | str:
-    """Millimetres moved: a number as it is, the largest of several, rounded."""
-    values = moved.values() if isinstance(moved, dict) else np.ravel(moved).tolist()
-    numbers = [value for value in values if isinstance(value, (int, float))]
-    return round(max(numbers), 2) if numbers else ""
-
-
-def sidecar_of(out: Path) -> dict:
-    """What is said beside a fused volume; {} if nothing is."""
-    try:
-        return json.loads(out.with_name(f"{stem(out)}.json").read_text())
-    except (OSError, ValueError):
-        return {}
+def result_of(case: Case) -> Path:
+    """The fused image or volume of a case."""
+    return case.request.plan().outputs[0].path
 
 
 # --- the page --------------------------------------------------------------------------------
@@ -131,37 +120,42 @@ def link(name: str) -> str:
     return f'<a href="#{quote(name)}">{escape(name)}</a>'
 
 
-def article(row: dict, case: Case, out: Path) -> str:
+def article(row: dict, case: Case, record: dict, out: Path) -> str:
     """What the page shows of a case that is done."""
     facts = [row["task"], f"{row['seconds']:.1f} s"]
     if row["moved_mm"] != "":
         facts.append(f"moved {row['moved_mm']} mm")
-    if row["overlap_percent"]:
-        facts.append(f"overlap {row['overlap_percent']} %")
+    if row["moved_pixels"] != "":
+        facts.append(f"moved {row['moved_pixels']} pixels")
+    if row["coverage_percent"] != "":
+        facts.append(f"coverage {row['coverage_percent']} %")
     text = f"<p>{escape(' · '.join(facts))}</p>"
     if row["doubts"]:
         text += f'<p class="bad">{escape(row["doubts"])}</p>'
-    text += "".join(embedded(*picture) for picture in pictures(case))
-    file = quote(Path(os.path.relpath(case.settings.out, out)).as_posix())
+    text += "".join(embedded(*picture) for picture in pictures(case, record))
+    file = quote(Path(os.path.relpath(row["out"], out)).as_posix())
     name = escape(row["name"])
     return f'<article id="{name}"><h2><a href="{file}">{name}</a></h2>{text}</article>'
 
 
-def pictures(case: Case) -> list[tuple[str, np.ndarray]]:
+def pictures(case: Case, record: dict) -> list[tuple[str, np.ndarray]]:
     """Titles and images of a case: its mosaic, or sources and result; and its registration."""
-    settings = case.settings
+    folder = case.record.parent
+    written = {os.path.realpath(folder / name) for name in record.get("outputs", ())}
+    plan = case.request.plan()
+    shown = {what: path for what in ("mosaic", "overlay", "moved source 2")
+             if (path := plan.path(what)) and os.path.realpath(path) in written}  # fmt: skip
     found = []
-    if settings.mosaic is None:
-        paths = settings.img1, settings.img2, settings.out
+    if isinstance(case.request, ImageRequest):
+        pair = case.request.pair
+        paths = pair.path1, shown.get("moved source 2", pair.path2), case.request.out
         images = [image for image in map(picture, paths) if image is not None]
         if len(images) == 3:
             sheet = contact_sheet([(case.name, images)], ["source 1", "source 2", "fused"])
             found.append(("sources and fused", sheet))
-    elif (image := picture(settings.mosaic)) is not None:
-        found.append(("fused", image))
-    beside = settings.out.with_name(f"{stem(settings.out)}_registration.png")
-    if (image := picture(beside)) is not None:
-        found.append(("registration", image))
+    for what, title in (("mosaic", "fused"), ("overlay", "registration")):
+        if what in shown and (image := picture(shown[what])) is not None:
+            found.append((title, image))
     return found
 
 

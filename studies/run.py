@@ -1,53 +1,56 @@
 """One case in a worker: fused unless it is done already, and written down either way.
 
-A case is done if its record is there, was made of the same settings, inputs and weights, and the
-files it names are as they were written. The record is removed before a case runs and written after
-all else, so that a run killed in between starts that case again.
+A case is done if its record is there, was made of the same request, inputs and weights, and the
+files that it names, those that were opened and those that were written, are as they were. The
+record is removed before a case runs and written after all else, so that a run killed in between
+starts that case again.
 """
 
 import hashlib
-import io
 import json
 import os
 import threading
 import time
 import traceback
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import fields
-from functools import cache
-from glob import escape
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import test_asfe
-from args_setting import TestArgs, WeightsArgs
+import torch
+
 from cli import UserError, setup_runtime
-from images import write_bytes
+from fusing import FusedImage, ImageRequest, fuse_images
+from images import file_hash, write_bytes
 from inference import optimise
 from network import ASFEFusion
-from studies.cases import ELSEWHERE, Case, planned
-from weights import load_model, shipped_path
+from studies.cases import Case
+from weights import Trained, load_model, weights_path
 
 ONE = threading.Lock()  # a worker with several threads still fuses one case at a time
+NETWORKS: dict[tuple, ASFEFusion] = {}  # by content and device, the latest last
+KEPT = 2  # of them at a time: the paper size has 0.7 GB
 
 
-def run_case(packed: str) -> dict:
+def run_case(packed: bytes) -> dict:
     """Fuse one case, see `Case.packed`; returns its record.
 
     A record has the keys name, status ("done", "failed"), message (one line), seconds, again
-    (whether it was done before), fingerprint, and outputs: {path relative to the record: SHA-256}.
+    (whether it was done before), and of a case that is done also fingerprint, found (see
+    `found_by`), and inputs and outputs: {path: SHA-256}, of outputs relative to the record.
     """
     with ONE:
         case = Case.unpacked(packed)
         started = time.perf_counter()
         record = {"name": case.name, "status": "done", "message": "", "again": False}
         try:
-            print_of = fingerprint(case.settings)
+            digest = file_hash(weights_path(case.trained, case.request.task))
+            print_of = fingerprint(case, digest)
             before = read_record(case.record)
             if is_done(case, before, print_of):
                 return before | {"again": True}
             case.record.unlink(missing_ok=True)
-            fuse(case.settings)
-            record |= {"fingerprint": print_of, "outputs": output_hashes(case)}
+            record |= {"fingerprint": print_of} | fuse(case, digest)
         except (UserError, OSError) as error:
             record |= {"status": "failed", "message": " ".join(str(error).split())}
         except Exception as error:  # ours, but the other cases go on
@@ -59,32 +62,79 @@ def run_case(packed: str) -> dict:
         return record
 
 
-def fuse(settings: TestArgs) -> None:
-    """What `python test_asfe.py` does with these settings, but without a word."""
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        device = setup_runtime(settings)
-        key = {f.name: getattr(settings, f.name) for f in fields(WeightsArgs)}
-        test_asfe.main(settings, network(device, WeightsArgs(**key)))
+def fuse(case: Case, digest: str) -> dict:
+    """Fuse a case with weights of this SHA-256; returns what its record says of the result."""
+    model = network(case.trained, case.request.task, setup_runtime(case.runtime), digest)
+    if isinstance(case.request, ImageRequest):
+        [result] = fuse_images([case.request], model)
+        written = result.files.values()
+    else:
+        from volumes import fuse_volumes, use_threads  # their packages are an extra
+
+        use_threads(case.runtime.threads)
+        result = fuse_volumes(case.request, model)
+        written = [path for paths in result.files.values() for path in paths]
+    named = set(case.request.sources)  # whose content is in the fingerprint
+    opened = [path for path in result.read if not named & {path, *path.parents}]
+    return {
+        "found": found_by(result),
+        "inputs": {str(path): file_hash(path) for path in opened},
+        "outputs": hashes(written, case.record.parent),
+    }
 
 
-@cache
-def network(device, args: WeightsArgs) -> ASFEFusion:
-    """The network that the settings name, loaded once in a process."""
-    return optimise(load_model(args, args.task, device))
+def found_by(result: Any) -> dict:
+    """What the report shows of a result; None where it does not apply.
+
+    The keys are moved_mm (of volumes: the mean distance over the head), moved_pixels (of images:
+    the mean distance over the image), coverage (of volumes: 0 to 1, the least share of the result's
+    field that a source covers), and doubts (lines).
+    """
+    if isinstance(result, FusedImage):
+        shift = result.shift
+        odd = [line for lines in result.odd.values() for line in lines]
+        return {
+            "moved_mm": None,
+            "moved_pixels": shift and shift.moved_pixels,
+            "coverage": None,
+            "doubts": [*(shift.doubts if shift else ()), *odd],
+        }
+    return {
+        "moved_mm": result.moved_mm,
+        "moved_pixels": None,
+        "coverage": min(result.coverage),
+        "doubts": list(result.doubts),
+    }
+
+
+def network(which: Trained, task: str, device: torch.device, digest: str) -> ASFEFusion:
+    """A network whose file has this SHA-256, loaded once in a process.
+
+    Raises UserError if the file is another one meanwhile.
+    """
+    key = digest, which.size, which.aff, str(device)
+    if key in NETWORKS:
+        return NETWORKS[key]
+    path = weights_path(which, task)
+    model = optimise(load_model(which._replace(weights=path), task, device, lambda line: None))
+    if file_hash(path) != digest:
+        raise UserError(f"{path} was changed while it was read; start again")
+    while len(NETWORKS) >= KEPT:
+        del NETWORKS[next(iter(NETWORKS))]
+    NETWORKS[key] = model
+    return model
 
 
 # --- what is done ----------------------------------------------------------------------------
 
 
 def is_done(case: Case, record: dict, print_of: str) -> bool:
-    """Whether a record is of this fingerprint and its files are as they were written."""
+    """Whether a record is of this fingerprint, and its files are as they were read and written."""
     if record.get("status") != "done" or record.get("fingerprint") != print_of:
         return False
-    folder = case.record.parent
-    return all(
-        (folder / name).is_file() and file_hash(folder / name) == value
-        for name, value in record["outputs"].items()
-    )
+    files = {Path(name): value for name, value in record["inputs"].items()}
+    files |= {case.record.parent / name: value for name, value in record["outputs"].items()}
+    return all(path.is_file() and file_hash(path) == value for path, value in files.items())
 
 
 def read_record(path: Path) -> dict:
@@ -96,56 +146,47 @@ def read_record(path: Path) -> dict:
     return record if isinstance(record, dict) else {}
 
 
-def fingerprint(settings: TestArgs) -> str:
-    """SHA-256 of what a case's outputs depend on: its settings, and the content of its files."""
-    content = {}
-    for f in fields(TestArgs):
-        value = getattr(settings, f.name)
-        if f.name == "weights":
-            value = value or shipped_path(settings.size, settings.task)
-            content[f.name] = weights_hash(value, value.stat().st_mtime_ns)
-        elif f.name not in ELSEWHERE | {"out"}:
-            named = isinstance(value, Path) or (f.name == "register" and Path(value).is_file())
-            content[f.name] = tree_hash(Path(value)) if named else repr(value)
-    content["png"] = settings.png is not None
+def fingerprint(case: Case, digest: str) -> str:
+    """SHA-256 of what a case's outputs depend on.
+
+    That is its request, with the content of the files that it names in place of their paths, where
+    its outputs lie to its record, and its weights, of which `digest` is the SHA-256.
+    """
+    folder = case.record.parent
+    content = {
+        "request": without_paths(asdict(case.request)),
+        "sources": [tree_hash(path) for path in case.request.sources],
+        "outputs": [relative(output.path, folder) for output in case.request.plan().outputs],
+        "weights": [digest, case.trained.size, case.trained.aff],
+    }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def output_hashes(case: Case) -> dict[str, str]:
-    """The files that a case has written and their SHA-256, by path relative to its record."""
-    files = []
-    for path in planned(case.settings):
-        files += sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    folder = case.record.parent
-    return {Path(os.path.relpath(path, folder)).as_posix(): file_hash(path) for path in files}
+def without_paths(value: Any) -> Any:
+    """A request's fields for JSON, each path as its kind only."""
+    if isinstance(value, dict):
+        return {key: without_paths(part) for key, part in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, (list, tuple)):
+        return [without_paths(part) for part in value]
+    return "a path" if isinstance(value, Path) else value
 
 
-@cache
-def weights_hash(path: Path, time_ns: int) -> str:
-    """`file_hash` of weights, once in a process for each version of the file."""
-    return file_hash(path)
+def hashes(files: Iterable[Path], folder: Path) -> dict[str, str]:
+    """Files and their SHA-256, by path relative to a folder."""
+    return {relative(path, folder): file_hash(path) for path in files}
+
+
+def relative(path: Path, folder: Path) -> str:
+    """A path as it is seen from a folder."""
+    return Path(os.path.relpath(path, folder)).as_posix()
 
 
 def tree_hash(path: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of a folder's files.
-
-    A header whose voxels are in a file of their own counts with all files of its name.
-    """
-    if path.is_dir():
-        folder, files = path, path.rglob("*")
-    elif path.suffix.lower() in (".mhd", ".nhdr"):
-        folder, files = path.parent, path.parent.glob(f"{escape(path.stem)}.*")
-    else:
+    """SHA-256 of a file, or of the names and contents of a folder's files."""
+    if not path.is_dir():
         return file_hash(path)
-    files = sorted(file for file in files if file.is_file())
-    parts = [f"{file.relative_to(folder).as_posix()} {file_hash(file)}" for file in files]
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    parts = [f"{file.relative_to(path).as_posix()} {file_hash(file)}" for file in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

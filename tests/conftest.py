@@ -1,24 +1,51 @@
-"""What several test files share. `shared` is the folder of real data and golden vectors."""
+"""What several test files share. `shared` is the folder of slices and scans of people."""
 
 import os
 import runpy
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from networks import settled
+from stated import GOLDEN
 
 import test_asfe
-from args_setting import TestArgs
+from args_setting import ROOT, TestArgs
 from cli import parse_args, run_script
 from network import ASFEFusion
 from weights import load_weights, save_weights
 
 SHARED = Path(os.environ.get("ASFE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+THREADS, CV_THREADS = torch.get_num_threads(), cv2.getNumThreads()
+ONE_THREAD = {  # of PyTorch, NumPy, OpenCV and SimpleITK
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "OPENCV_FOR_THREADS_NUM": "1",
+    "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": "1",
+}
+
+
+def pytest_configure(config):
+    """Where pytest-xdist fills the cores, each process has one thread, also those of commands."""
+    if config.getoption("numprocesses", None):
+        os.environ.update(ONE_THREAD)  # the workers start later and inherit it
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What was not tested and what it needs, the largest number of tests first."""
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+    if not reasons:
+        return
+    terminalreporter.section("not tested")
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"{count:4d} skipped: {reason.removeprefix('Skipped: ')}")
 
 
 @pytest.fixture(scope="session")
@@ -29,8 +56,15 @@ def shared() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def same_start():
+    """Each test starts from seed 0, in whole float32, and with the threads of the process.
+
+    Commands that ran before in this process have set other ones.
+    """
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")
+    torch.set_num_threads(THREADS)
+    cv2.setNumThreads(CV_THREADS)
 
 
 @pytest.fixture
@@ -89,12 +123,12 @@ def heads(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def published_file(shared, tmp_path_factory) -> Path:
+def published_file(tmp_path_factory) -> Path:
     """A checkpoint in the published format: their names, unused tensors, DataParallel's prefix."""
-    golden = runpy.run_path(str(shared / "golden" / "weights.py"))
+    golden = runpy.run_path(str(GOLDEN / "weights.py"))
     row = torch.tensor([1.0, 3.0, 3.0, 1.0])
     blur = torch.outer(row, row) / 64
-    arrays = golden["state_dict"](shared / "golden" / "authors_keys.json")
+    arrays = golden["state_dict"](GOLDEN / "authors_keys.json")
     state = {
         f"module.{name}": blur.expand(array.shape).clone()
         if name.endswith("down_anti.filt")
@@ -106,7 +140,7 @@ def published_file(shared, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def published_model(published_file) -> ASFEFusion:
     """The published network with the golden weights."""
     model, metadata = load_weights(published_file)
@@ -114,8 +148,14 @@ def published_model(published_file) -> ASFEFusion:
     return model
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def compact() -> ASFEFusion:
-    """The compact size with random weights."""
+    """The compact size with random weights; one for all tests, so none may change it."""
     torch.manual_seed(1)
     return settled(ASFEFusion("compact"))
+
+
+@pytest.fixture(scope="session")
+def shipped() -> ASFEFusion:
+    """The network with the weights that ship; one for all tests, so none may change it."""
+    return load_weights(ROOT / "model_pre" / "compact_all.safetensors")[0]

@@ -1,6 +1,8 @@
 """DICOM series for the tests: a volume with its affine, written slice by slice or as one file."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pydicom
@@ -45,33 +47,37 @@ def geometry(affine: np.ndarray) -> tuple[np.ndarray, list[str], list[str]]:
     return lps, decimal((lps[:3, :2] / spacing[:2]).T), decimal(spacing[[1, 0]])
 
 
+class Series(NamedTuple):
+    """What may differ in a written series."""
+
+    slope: float = 1.0
+    intercept: float = 0.0
+    frame: str = "1.2.3"  # of reference, its UID
+    series: str = "1.2.4"  # its UID
+    order: Iterable[int] | None = None  # of the slices, by which they are numbered
+    change: Callable | None = None  # (dataset, slice): edits each dataset before it is written
+
+
 def write_series(
-    folder: Path,
-    data: np.ndarray,
-    affine: np.ndarray,
-    modality: str = "MR",
-    slope: float = 1.0,
-    intercept: float = 0.0,
-    frame: str = "1.2.3",
-    series: str = "1.2.4",
-    order=None,
-    change=None,
+    folder: Path, data: np.ndarray, affine: np.ndarray, modality: str = "MR", **how
 ) -> list[Path]:
-    """Write (I, J, K) integer values, one file a slice, in `order`; `change(ds, k)` edits each."""
+    """Write (I, J, K) integer values, one file a slice; `how` are the fields of `Series`."""
+    how = Series(**how)
     folder.mkdir(parents=True, exist_ok=True)
     lps, orientation, spacing = geometry(affine)
     paths = []
-    for n, k in enumerate(order if order is not None else range(data.shape[2])):
+    for n, k in enumerate(how.order if how.order is not None else range(data.shape[2])):
         ds = new_dataset(modality, STORAGE[modality], data.shape[1], data.shape[0])
-        ds.SeriesInstanceUID, ds.FrameOfReferenceUID, ds.SeriesNumber = series, frame, 7
+        ds.SeriesInstanceUID, ds.FrameOfReferenceUID = how.series, how.frame
+        ds.SeriesNumber = 7
         ds.InstanceNumber = n + 1
         ds.ImagePositionPatient = decimal((lps @ [0, 0, k, 1])[:3])
         ds.ImageOrientationPatient, ds.PixelSpacing = orientation, spacing
         ds.SliceThickness = decimal(np.linalg.norm(affine[:3, 2]))[0]
-        ds.RescaleSlope, ds.RescaleIntercept = decimal((slope, intercept))
+        ds.RescaleSlope, ds.RescaleIntercept = decimal((how.slope, how.intercept))
         ds.PixelData = np.ascontiguousarray(data[:, :, k].T.astype("<i2")).tobytes()
-        if change:
-            change(ds, k)
+        if how.change:
+            how.change(ds, k)
         paths.append(folder / f"IM{n:04d}")
         ds.save_as(paths[-1], enforce_file_format=True)
     return paths

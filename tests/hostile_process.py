@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-PATIENCE = 120  # s that a file may take on a machine that is busy, before the process is ended
+START = 600  # s that the process may take to load on a machine that is busy
+PATIENCE = 120  # s that a file may take there, before the process is ended
 ROOT = Path(__file__).parents[1]
 
 
@@ -35,13 +36,13 @@ class Reader:
         env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{script.parent}"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen([sys.executable, script], env=env, cwd=ROOT, **pipes)
-        assert self._answer()
+        assert self._answer(START)
 
-    def _answer(self) -> str:
+    def _answer(self, seconds: float = PATIENCE) -> str:
         """The next line; empty where none comes in time."""
         with selectors.DefaultSelector() as waiting:
             waiting.register(self.process.stdout, selectors.EVENT_READ)
-            return self.process.stdout.readline() if waiting.select(PATIENCE) else ""
+            return self.process.stdout.readline() if waiting.select(seconds) else ""
 
     def close(self) -> None:
         if self.process is not None:

@@ -25,9 +25,9 @@ import volumes.transforms
 import weights
 from args_setting import StudyArgs
 from checkpoints import parts_of_checkpoint
-from cli import UserError
+from cli import UserError, columns_of
 from dataset import people
-from studies.cases import of_table
+from studies.cases import Listing, of_table
 from volumes.uploads import source_of
 
 MOST = 3 * 2**30  # bytes of address space beyond what is in use at the start
@@ -53,7 +53,9 @@ def upload(path: Path) -> None:
 
 
 def table(path: Path) -> None:
-    list(of_table(StudyArgs(table=path)))
+    list(
+        of_table(Listing(path.parent, table=path), columns_of(StudyArgs, ("img1", "img2", "name")))
+    )
 
 
 READERS: dict[str, Callable[[Path], object]] = {
@@ -67,7 +69,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "table": table,
     "people": lambda path: people(path.parent),
 }
-NOBODY = volumes.io.Volume(None, None, frame="1.2.3")
+NOBODY = volumes.io.Volume(None, None, frame_of_reference="1.2.3")
 
 
 def watch(module, name: str) -> None:

@@ -26,7 +26,7 @@ def draw_pair(seed: int, slices: int = 2, side: int = 32) -> tuple[np.ndarray, n
 
 
 def write_table(path: Path, rows: list[dict]) -> Path:
-    with open(path, "w", newline="") as file:
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
@@ -62,5 +62,5 @@ def written(out: Path) -> dict[str, bytes]:
 
 
 def rows_of(out: Path) -> dict[str, dict]:
-    with open(out / "report.csv", newline="") as file:
+    with (out / "report.csv").open(newline="") as file:
         return {row["name"]: row for row in csv.DictReader(file)}

@@ -255,5 +255,5 @@ def test_bad_settings_are_one_line(call, tmp_path, argv, message):
 def test_an_absent_gradio_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ValueError, match="pip install -r requirements-app.txt"):
+    with pytest.raises(ValueError, match=r"pip install -r requirements-app\.txt"):
         app.serve(AppArgs(), tmp_path)

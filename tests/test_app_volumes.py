@@ -12,7 +12,7 @@ from dicom_files import SECRET, write_series
 from scipy.spatial.transform import Rotation
 from volume_files import Brighter, affine_of, numbered
 
-from args_setting import TASKS, AppArgs, TestArgs
+from args_setting import TASKS
 from cli import UserError
 from images import write_png
 
@@ -20,7 +20,7 @@ gradio = pytest.importorskip("gradio", reason="needs requirements-app.txt")
 
 import app  # noqa: E402
 import limits  # noqa: E402
-from volumes import fuse_volumes, page, uploads  # noqa: E402
+from volumes import fuse_volumes, page, request_from, uploads  # noqa: E402
 
 MORE = {name: "" for name in ("series1", "series2", "where", "frame")}
 MORE |= {"window": "wide", "affine": "sform", "nan_to_zero": False, "force": []}
@@ -29,15 +29,15 @@ MORE |= {"window": "wide", "affine": "sform", "nan_to_zero": False, "force": []}
 @pytest.fixture
 def tab(tmp_path) -> page.VolumePage:
     (tmp_path / "uploads").mkdir()
-    args = AppArgs(volume_mb=4, volume_voxels=1)
+    limits = page.Limits(4, 1e6, 10)
     models = dict.fromkeys(TASKS, Brighter())
-    return page.VolumePage(gradio, args, models, tmp_path / "uploads", app.sentence)
+    return page.VolumePage(gradio, limits, models, tmp_path / "uploads", app.sentence)
 
 
 def fuse(tab, file1, file2, task="CT-MRI", size=page.QUICK, register="auto", **more):
     lines = []
-    settings = page.settings_of(task, size, register, MORE | more)
-    made = tab.fuse(file1 and str(file1), file2 and str(file2), settings,
+    words = page.words_of(task, size, register, MORE | more)
+    made = tab.fuse(file1 and str(file1), file2 and str(file2), words,
                     lambda _, desc: lines.append(desc))  # fmt: skip
     return lines, *made
 
@@ -105,8 +105,8 @@ def test_a_known_shift_is_undone_and_shown(tab, heads, tmp_path, capsys):
 
 def test_the_full_size_is_what_the_script_writes(tab, series, tmp_path):
     *_, files, _ = fuse(tab, *series(), size=page.FULL)
-    settings = TestArgs(img1=tmp_path / "ct", img2=tmp_path / "mr", out=tmp_path / "f.nii.gz")
-    fuse_volumes(settings, Brighter(), lambda _: None)
+    words = {"img1": tmp_path / "ct", "img2": tmp_path / "mr", "out": tmp_path / "f.nii.gz"}
+    fuse_volumes(request_from(words | {"task": "CT-MRI"}), Brighter())
     assert Path(files[0]).read_bytes() == (tmp_path / "f.nii.gz").read_bytes()
     assert len(files) == 1, "one frame of reference: nothing was moved, so there is no transform"
 
@@ -208,60 +208,81 @@ def end_changed(path: Path, at: int, value: bytes) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("no DICOM", "mr.zip: no DICOM image among its 2 files"),
-        ("nothing", "mr.zip has 0 files, expected 1 to 20000"),
-        ("no zip", "mr.zip: damaged or not a zip"),
-        ("cut", "mr.zip: damaged or not a zip"),
-        ("NIfTI", "mr.zip holds a NIfTI or MGH file; give that file itself, without the zip"),
-        ("bomb", "mr.zip is too large when unpacked; send one series"),
-        ("liar", "mr.zip: damaged or not a zip"),
-        ("many", "mr.zip has 20001 files, expected 1 to 20000"),
-        ("directory", "mr.zip has too many files"),
-        ("bzip2", "mr.zip is packed in an unusual way"),
-        ("encrypted", "mr.zip is encrypted"),
-        ("pixels", "mr.zip has 8.59e+09 million voxels, expected at most 1"),
-    ],
-)
-def test_bad_zips_get_a_sentence(tab, heads, tmp_path, series, kind, message):
+NOTES = {"a/notes.txt": b"hello", "b": b""}  # no DICOM
+
+
+def no_zip(path: Path) -> None:
+    path.write_bytes(b"PK\3\4" + bytes(200))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(zip_of(path, NOTES).read_bytes()[:-30])
+
+
+def bomb(path: Path) -> None:
+    zip_of(path, {"0": bytes(40 * 2**20)})
+    assert path.stat().st_size < 2**20
+
+
+def liar(path: Path) -> None:
+    """A bomb whose directory says 100 bytes."""
+    bomb(path)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(struct.pack("<L", 40 * 2**20), struct.pack("<L", 100)))
+
+
+def large_directory(path: Path) -> None:
+    end_changed(zip_of(path, NOTES), 12, struct.pack("<L", 2**31))
+
+
+def encrypted(path: Path) -> None:
+    content = bytearray(zip_of(path, NOTES).read_bytes())
+    content[content.find(b"PK\1\2") + 8] |= 1
+    path.write_bytes(content)
+
+
+def many_pixels(path: Path) -> None:
+    def huge(ds, k):
+        ds.Rows = ds.Columns = 65535
+        ds.NumberOfFrames = 100_000
+
+    folder = path.with_name("huge")
+    write_series(folder, numbered(), affine_of("oblique"), "MR", change=huge)
+    zipped(folder, path)
+
+
+BAD_ZIPS = {  # how it is written, and what the visitor reads
+    "no DICOM": (lambda path: zip_of(path, NOTES), "no DICOM image among its 2 files"),
+    "nothing": (lambda path: zip_of(path, {}), "has 0 files, expected 1 to 20000"),
+    "no zip": (no_zip, "damaged or not a zip"),
+    "cut": (cut, "damaged or not a zip"),
+    "NIfTI": (
+        lambda path: zip_of(path, NOTES | {"x/t1.nii.gz": b"1"}),
+        "holds a NIfTI or MGH file; give that file itself, without the zip",
+    ),
+    "bomb": (bomb, "is too large when unpacked; send one series"),
+    "liar": (liar, "damaged or not a zip"),
+    "many": (
+        lambda path: zip_of(path, {str(i): b"" for i in range(limits.ENTRIES + 1)}),
+        "has 20001 files, expected 1 to 20000",
+    ),
+    "directory": (large_directory, "has too many files"),
+    "bzip2": (
+        lambda path: zip_of(path, NOTES, zipfile.ZIP_BZIP2),
+        "is packed in an unusual way",
+    ),
+    "encrypted": (encrypted, "is encrypted"),
+    "pixels": (many_pixels, "has 8.59e+09 million voxels, expected at most 1"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ZIPS)
+def test_bad_zips_get_a_sentence(tab, heads, tmp_path, kind):
+    write, message = BAD_ZIPS[kind]
     path = tmp_path / "mr.zip"
-    notes = {"a/notes.txt": b"hello", "b": b""}
-    if kind == "nothing":
-        zip_of(path, {})
-    elif kind == "no zip":
-        path.write_bytes(b"PK\3\4" + bytes(200))
-    elif kind == "NIfTI":
-        zip_of(path, notes | {"x/t1.nii.gz": b"1"})
-    elif kind in ("bomb", "liar"):
-        zip_of(path, {"0": bytes(40 * 2**20)})
-        assert path.stat().st_size < 2**20
-        if kind == "liar":  # 100 bytes, says the directory
-            content = path.read_bytes()
-            path.write_bytes(content.replace(struct.pack("<L", 40 * 2**20), struct.pack("<L", 100)))
-    elif kind == "many":
-        zip_of(path, {str(i): b"" for i in range(limits.ENTRIES + 1)})
-    elif kind == "bzip2":
-        zip_of(path, notes, zipfile.ZIP_BZIP2)
-    elif kind == "pixels":
-
-        def huge(ds, k):
-            ds.Rows = ds.Columns = 65535
-            ds.NumberOfFrames = 100_000
-
-        series(huge)
-    else:
-        zip_of(path, notes)
-        if kind == "cut":
-            path.write_bytes(path.read_bytes()[:-30])
-        elif kind == "directory":
-            end_changed(path, 12, struct.pack("<L", 2**31))
-        elif kind == "encrypted":
-            content = bytearray(path.read_bytes())
-            content[content.find(b"PK\1\2") + 8] |= 1
-            path.write_bytes(content)
-    assert message in refused(tab, heads["ct"], path)
+    write(path)
+    said = refused(tab, heads["ct"], path)
+    assert said.startswith("mr.zip") and message in said.removeprefix("mr.zip")
 
 
 def test_names_in_a_zip_lead_nowhere(tab, tmp_path, series):
@@ -281,8 +302,8 @@ def test_a_setting_that_is_not_on_the_page_is_refused():
     good = "CT-MRI", page.QUICK, "auto"
     for at, wrong in enumerate(("all", "1mm", "/etc/passwd")):
         with pytest.raises(UserError, match="none of those on the page"):
-            page.settings_of(*good[:at], wrong, *good[at + 1 :], MORE)
-    assert page.settings_of(*good, MORE | {"force": ["space"]}).force == "space"
+            page.words_of(*good[:at], wrong, *good[at + 1 :], MORE)
+    assert page.words_of(*good, MORE | {"force": ["space"]})["force"] == "space"
 
 
 def test_a_result_that_was_swept_is_named(tab, tmp_path, monkeypatch):

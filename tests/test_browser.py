@@ -16,6 +16,8 @@ from images import read_image, to_uint8, write_png
 from phantom import phantom_pair
 from weights import load_weights
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):

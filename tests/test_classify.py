@@ -182,8 +182,11 @@ def test_what_is_wrong_with_a_table_is_one_line(study, call, change, words):
 def test_more_one_line_errors(study, call):
     folder, rows = study
     for argv, words in (
-        ((), "expected one of --labels"),
-        (("--leakage", "--exploratory"), "expected one of --labels"),
+        ((), "give --labels or --exploratory or --leakage"),
+        (("--leakage", "--exploratory"), "give one of --exploratory and --leakage, not both"),
+        ((*flags(folder), "--leakage"), "give one of --labels and --leakage, not both"),
+        ((*flags(folder), "--plot", "a.png"), "--plot is for --leakage, but this is --labels"),
+        (("--leakage", "--fused", folder), "--fused is for --labels, but this is --leakage"),
         (("--labels", folder / "labels.csv"), "needs the folders"),
         ((*flags(folder), "--fused", folder / "none"), "no such folder"),
         (("--exploratory", "--data_dir", folder), "no such folder"),
@@ -192,6 +195,10 @@ def test_more_one_line_errors(study, call):
         assert code == 2 and err.count("\n") == 1 and words in err
     write_png(folder / "b" / "7.png", np.zeros((16, 32), np.uint8))
     assert "32x32" in call(*flags(folder))[2] and "16x32" in call(*flags(folder))[2]
+    write_png(folder / "b" / "7.png", np.zeros((32, 32), np.uint8))
+    write_png(folder / "f" / "7.png", np.zeros((16, 16), np.uint8))
+    code, _, err = call(*flags(folder), "--fused", folder / "f")
+    assert code == 2 and "7.png is 16x16, its sources are 32x32, expected equal" in err
     write(folder, rows, "picture,person,label")
     assert "the columns image, person, label" in call(*flags(folder))[2]
     (folder / "labels.csv").write_bytes(b"image,person,label\n\xff,a,b\n")

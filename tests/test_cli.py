@@ -6,13 +6,30 @@ import platform
 import subprocess
 import sys
 from dataclasses import dataclass, fields
+from typing import get_type_hints
 
 import pytest
 import torch
 
 import args_setting
 from args_setting import ROOT, TASKS, CommonArgs, TestArgs, TrainArgs, setting
-from cli import UserError, parse_args, pick_device, run_script
+from cli import (
+    CASES,
+    MODES,
+    USES,
+    UserError,
+    check_classify,
+    check_metrics,
+    check_mode,
+    check_training,
+    make_parser,
+    parse_args,
+    pick_device,
+    run_script,
+    say,
+    visible,
+    without_effect,
+)
 
 COMMANDS = (TrainArgs, TestArgs, args_setting.DataArgs, args_setting.MetricArgs)
 COMMANDS += (args_setting.ExportArgs, args_setting.AppArgs)
@@ -100,7 +117,208 @@ def test_an_unknown_flag_names_the_one_it_could_be(argv, message, capsys):
     assert stop.value.code == 2 and message in err and err.count("\n") == 1
 
 
+# --- flags without effect ---------------------------------------------------------------------
+
+# For each command: what is given to be in a mode, and where each setting counts, written down here
+# a second time on purpose.
+GIVEN = {
+    "the test split": {},
+    "two folders": {"dir1": "a", "dir2": "b", "out": "c"},
+    "one pair of images": {"img1": "a.png", "img2": "b.png", "out": "c.png"},
+    "volumes": {"img1": "a.nii", "img2": "b.nii", "out": "c.nii"},
+    "the demo": {"demo": True},
+}
+COUNTS = {  # of test_asfe.py: the first letters of the modes, and of the tasks where not all
+    "DEVICE size threads weights aff out": "t2ovd",
+    "task": "t2ov",
+    "data_dir cases": "t",
+    "skip_unmatched contact_rows": "t2",
+    "batch_size": "t2v",
+    "levels page": "t2o",
+    "stretch metrics": "t2od",
+    "register": "ov",
+    "series1 series2 where frame affine axis tile png mosaic dicom nan_to_zero grid force": "v",
+    "window": "v CT",
+    "suv": "v PET",
+    "colour via": "v PET SPECT",
+}
+LETTERS = dict(zip("t2ovd", MODES, strict=True))
+
+
+def another(field) -> object:
+    """A value that is not the setting's default."""
+    if field.metadata.get("choices"):
+        return next(c for c in field.metadata["choices"] if c != field.default)
+    if isinstance(field.default, bool | int | float):
+        return not field.default if isinstance(field.default, bool) else field.default + 1
+    return (1,) if isinstance(field.default, tuple) else "1"
+
+
+def settings_of(cls, given: dict):
+    paths = {name for name, hint in get_type_hints(cls).items() if "Path" in str(hint)}
+    return cls(**{k: args_setting.Path(v) if k in paths else v for k, v in given.items()})
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("task", [*TASKS, "all"])
+def test_every_flag_of_every_mode_counts_or_is_refused(mode, task):
+    """All flags of test_asfe.py, one by one, with every mode and task."""
+    counts = {n: text.split() for names, text in COUNTS.items() for n in names.split()}
+    alone = {"keep_patient": "dicom", "overlap": "tile", "case_pattern": "cases"}
+    for field in fields(TestArgs):
+        if field.name in ("img1", "img2", "dir1", "dir2", "demo", *alone):
+            continue
+        modes, *tasks = counts[field.name]
+        given = {"task": task} | GIVEN[mode]
+        if mode == "the demo" and field.name != "task":
+            given.pop("task")
+        given.setdefault(field.name, another(field))
+        expected = mode in {LETTERS[letter] for letter in modes}
+        expected &= not tasks or task.removesuffix("-MRI") in tasks
+        expected |= field.name == "task" and given["task"] == field.default
+        args = settings_of(TestArgs, given)
+        if expected:
+            assert check_mode(args) == mode, field.name
+        else:
+            with pytest.raises(UserError, match=f"--{field.name} is for "):
+                check_mode(args)
+
+
+def test_a_flag_beside_another_counts_only_with_it():
+    volumes, pair = GIVEN["volumes"], GIVEN["one pair of images"]
+    for base, name, value, other, others_value in (
+        (volumes, "keep_patient", True, "dicom", "folder"),
+        (volumes, "overlap", 32, "tile", 128),
+        ({}, "case_pattern", "(.+)_.*", "cases", ("1",)),
+        (pair, "force", "all", "register", "rigid"),
+    ):
+        with pytest.raises(UserError, match=f"--{name} is for --{other}, which is not given"):
+            check_mode(settings_of(TestArgs, base | {name: value}))
+        check_mode(settings_of(TestArgs, base | {name: value, other: others_value}))
+
+
+@pytest.mark.parametrize(
+    ("cls", "check", "given", "message"),
+    [
+        ("MetricArgs", check_metrics, {}, "give --fused or --findings"),
+        *(
+            ("MetricArgs", check_metrics, {"findings": True, name: value}, f"--{name} is for --fu")
+            for name, value in {
+                "fused": ("a",),
+                "metrics": ("SSIM",),
+                "jobs": 2,
+                "rank": True,
+                "between": ("a", "b"),
+                "json": "a",
+                "markdown": "a",
+                "latex": "a",
+            }.items()
+        ),
+        *(
+            ("MetricArgs", check_metrics, {"fused": ("a",), name: value}, f"--{name} is for --fi")
+            for name, value in {"method": ("a=b",), "weights": "a", "size": "paper"}.items()
+        ),
+        *(
+            (
+                "MetricArgs",
+                check_metrics,
+                {"fused": ("a",), "dir1": "a", "dir2": "b", name: value},
+                f"--{name} has no effect with --dir1",
+            )
+            for name, value in {
+                "task": "PET-MRI",
+                "split": "train",
+                "cases": ("1",),
+                "data_dir": "a",
+            }.items()
+        ),
+        ("MetricArgs", check_metrics, {"fused": ("a",), "seed": 1}, "--seed is for --between"),
+        ("MetricArgs", check_metrics, {"fused": ("a",), "maps": "b"}, "is for --one_source"),
+        (
+            "MetricArgs",
+            check_metrics,
+            {"fused": ("a",), "one_source": True, "rank": True},
+            "--rank",
+        ),
+        ("MetricArgs", check_metrics, {"fused": ("a",), "one_source": True, "maps": "b"}, ""),
+        ("MetricArgs", check_metrics, {"findings": True, "seed": 1, "plot": "a", "csv": "b"}, ""),
+        ("MetricArgs", check_metrics, {"findings": True, "task": "PET-MRI", "dir1": "a"}, ""),
+        ("MetricArgs", check_metrics, {"fused": ("a",), "between": ("a", "b"), "seed": 1}, ""),
+        ("ClassifyArgs", check_classify, {}, "give --labels or --exploratory or --leakage"),
+        ("ClassifyArgs", check_classify, {"leakage": True, "exploratory": True}, "not both"),
+        ("ClassifyArgs", check_classify, {"leakage": True, "fused": "a"}, "--fused is for --lab"),
+        ("ClassifyArgs", check_classify, {"leakage": True, "features": "radiomic"}, "--features"),
+        ("ClassifyArgs", check_classify, {"exploratory": True, "folds": 3}, "--folds is for"),
+        ("ClassifyArgs", check_classify, {"labels": "a", "plot": "b"}, "--plot is for --leakage"),
+        ("ClassifyArgs", check_classify, {"labels": "a", "data_dir": "b"}, "--data_dir is for"),
+        ("ClassifyArgs", check_classify, {"labels": "a", "fused": "b", "folds": 3}, ""),
+        ("ClassifyArgs", check_classify, {"leakage": True, "plot": "b", "data_dir": "c"}, ""),
+        ("TrainArgs", check_training, {"val": 0.2, "val_cases": ("1",)}, "no effect with --val_c"),
+        ("TrainArgs", check_training, {"resume": True, "overwrite": True}, "with --resume"),
+        ("TrainArgs", check_training, {"val_cases": ("1",)}, ""),
+    ],
+)
+def test_flags_of_other_commands(cls, check, given, message):
+    args = settings_of(getattr(args_setting, cls), given)
+    if message:
+        with pytest.raises(UserError, match=message):
+            check(args)
+    else:
+        check(args)
+
+
+def test_the_table_of_uses_knows_every_setting_it_names():
+    """Each row is of settings that the command has, and --help tells what it says."""
+    for cls, uses in USES.items():
+        names = {f.name for f in fields(cls)}
+        text = " ".join(make_parser(cls).format_help().split())
+        for use in uses:
+            if cls is not args_setting.StudyArgs:  # whose cases have more than its flags
+                assert set(use.names.split()) <= names, use
+            for other in filter(None, (use.beside, use.without)):
+                assert f"with --{other}" in text or f"without --{other}" in text
+    help_of_suv = " ".join(make_parser(args_setting.StudyArgs).format_help().split())
+    assert "(for volumes, PET-MRI; default 15.0)" in help_of_suv
+    named = {n for use in USES[TestArgs] for n in use.names.split()}
+    always = set("DEVICE size threads weights aff out img1 img2 dir1 dir2 demo".split())
+    assert named | always == {f.name for f in fields(TestArgs)} and not named & always
+
+
+def test_what_counts_for_one_case_of_a_study_is_told_apart():
+    given = {"suv", "window", "overlap"}
+    for task, idle in (("CT-MRI", {"suv", "overlap"}), ("PET-MRI", {"window", "overlap"})):
+        assert without_effect(TestArgs, "volumes", task, given).keys() == idle
+    assert without_effect(TestArgs, CASES[0], "CT-MRI", given).keys() == given
+
+
 # --- errors ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Größe ↓ 头 naïve é", "Größe ↓ 头 naïve é"),
+        ("\033[31mred\033[0m", r"\x1b[31mred\x1b[0m"),
+        ("a\rb\nc\td\x00\x7f\x9b1m", r"a\rb\nc\td\x00\x7f\x9b1m"),
+        ("gnp.\u202efdp\u2066\u200b\ufeff", r"gnp.\u202efdp\u2066\u200b\ufeff"),
+        ("undecodable \udcff", r"undecodable \udcff"),
+        ("line\u2028end", r"line\u2028end"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_shown_as_text(text, shown, capsys):
+    assert visible(text) == shown and visible(shown) == shown
+    say(text, args_setting.Path(text))
+    assert capsys.readouterr().out == f"{shown}\n{shown}\n"
+
+
+def test_an_error_shows_escapes_of_a_file_as_text(capsys):
+    def main(args):
+        raise UserError("SeriesDescription is '\033]0;title\007\033[2J'")
+
+    with pytest.raises(SystemExit):
+        run_script(main, None)
+    err = capsys.readouterr().err
+    assert r"'\x1b]0;title\x07\x1b[2J'" in err and "\033" not in err
 
 
 @pytest.mark.parametrize("error", [UserError("a is 1,\nexpected 2"), OSError("disk is full")])

@@ -3,6 +3,7 @@
 Warnings are errors throughout.
 """
 
+import ast
 import csv
 import json
 import math
@@ -18,11 +19,13 @@ import numpy as np
 import pytest
 import scipy.stats
 from drawn_images import textured
+from task_files import write_task
 
 import metrics
 from args_setting import MetricArgs
 from cli import UserError, parse_args
 from dataset import match_pairs
+from evaluation.colour import hue_shift
 from evaluation.compare import (
     OPENCV_ON_ONE_THREAD,
     Comparison,
@@ -31,6 +34,7 @@ from evaluation.compare import (
     name_folders,
 )
 from evaluation.maps import Metric
+from evaluation.one_source import one_source
 from evaluation.tables import plot, print_table, table, to_csv, to_json
 from evaluation.trivial import TRIVIAL
 from images import read_luma8, write_png
@@ -74,7 +78,7 @@ def test_empty_metrics_do_not_count_in_ranks():
 
 def test_differences_of_two_methods():
     rng = np.random.default_rng(0)
-    a = rng.normal(size=(24, 2)) + [0.0, 1.0]
+    a = rng.normal(size=(24, 2)) + np.array([0.0, 1.0])
     b = rng.normal(size=(24, 2))
     result = made_up({"a": a.tolist(), "b": b.tolist()}, ["EN", "SSIM"])
     rows = differences(result, "a", "b", seed=1)
@@ -92,6 +96,49 @@ def test_differences_of_two_methods():
         assert row.low < gap.mean() < row.high
     opposite = differences(result, "b", "a", seed=1)
     assert opposite[1].mean == pytest.approx(-rows[1].mean)
+
+
+def of_people(values: np.ndarray, people: list[str]) -> Comparison:
+    result = made_up({"a": values.tolist(), "b": (0 * values).tolist()}, ["EN"])
+    return result.with_people(dict(zip(result.images, people, strict=True)))
+
+
+def test_intervals_and_tests_are_over_people():
+    """Many images of a person are one observation: an interval does not shrink with them."""
+    rng = np.random.default_rng(0)
+    own = rng.normal(1, 1, 12)
+    once = of_people(own[:, None], [str(k) for k in range(12)])
+    often = of_people(np.repeat(own, 9)[:, None], [str(k) for k in range(12) for _ in range(9)])
+    (row,), (copied,) = (differences(result, "a", "b", seed=1) for result in (once, often))
+    limits = [(r.low, r.high) for r in (row, copied)]
+    assert limits[0] == pytest.approx(limits[1], abs=0.03)
+    assert copied.p == pytest.approx(row.p) == scipy.stats.wilcoxon(own).pvalue
+    images = made_up({"a": often.values["a"].tolist(), "b": often.values["b"].tolist()}, ["EN"])
+    (alone,) = differences(images, "a", "b", seed=1)  # as if each were another person
+    assert alone.high - alone.low < 0.5 * (row.high - row.low) and alone.p < row.p
+
+
+def test_means_of_a_person_and_images_without_a_value():
+    values = np.array([[1.0], [3.0], [math.nan], [8.0]])
+    result = of_people(values, ["x", "x", "y", "y"])
+    assert result.mean("a") == 4
+    assert result.means_by_person("a") == {"x": [2], "y": [8]}
+    drawn = result.resampled("a", seed=0)[:, 0]
+    assert set(np.unique(drawn)) == {2, 4, 8}  # x twice, both, y twice
+    assert np.mean(drawn == 4) == pytest.approx(0.5, abs=0.03)
+    assert np.array_equal(drawn, result.resampled("a", seed=0)[:, 0])
+    rows = to_csv(result).splitlines()
+    assert rows[0] == "method,person,image,EN" and rows[1] == "a,x,image0,1.0"
+    assert rows[5:8] == ["a,x,mean,2.0", "a,y,mean,8.0", "a,all,mean,4.0"]
+
+
+def test_one_person_has_no_interval():
+    result = of_people(np.array([[1.0], [2.0]]), ["x", "x"])
+    (row,) = differences(result, "a", "b", seed=1)
+    assert (row.mean, row.p) == (1.5, 1) and math.isnan(row.low) and math.isnan(row.high)
+    document = json.loads(to_json(result, False, [row], ("a", "b")))
+    assert document["difference"]["metrics"][0]["low"] is None
+    assert document["people"] == {"image0": "x", "image1": "x"}
 
 
 def test_difference_of_equal_methods():
@@ -229,7 +276,7 @@ def test_command_line_table(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     lines = run()[0].splitlines()
     assert lines[0] == "means over 3 images"
-    names = "metric  max  mean  source 1  source 2  pyramid  ours  theirs"
+    names = "metric  max  mean  source 1  source 2  pyramid  stretched mean  ours  theirs"
     assert lines[1].split() == names.split()
     assert [line.split()[0] for line in lines[2:21]] == list(metrics.PANEL)
     assert ["MS_SSIM", "↑"] in [line.split() for line in lines]  # the images are too small
@@ -246,9 +293,9 @@ def test_command_line_files(folders, run):
         name: [read_luma8(folders / f / f"{name}.png") for f in ("ours", "PET", "MRI")]
         for name in ("p1", "p2", "p3")
     }
-    with open(outputs["csv"], newline="") as file:
+    with outputs["csv"].open(newline="") as file:
         rows = {(row["method"], row["image"]): row for row in csv.DictReader(file)}
-    assert len(rows) == 7 * (3 + 1)
+    assert len(rows) == 8 * (3 + 1)
     for name, (fused, pet, mri) in images.items():
         assert float(rows["ours", name]["SSIM"]) == metrics.ssim(fused, pet, mri)
         assert rows["ours", name]["MS_SSIM"] == ""
@@ -264,7 +311,7 @@ def test_command_line_files(folders, run):
     assert document["mean_rank"].keys() == {*TRIVIAL, "ours", "theirs"}
     assert [row["metric"] for row in document["difference"]["metrics"]] == ["EN", "SSIM"]
     assert outputs["markdown"].read_text().startswith("| metric | max | mean | source 1 |")
-    assert outputs["latex"].read_text().startswith(r"\begin{tabular}{lrrrrrrr}")
+    assert outputs["latex"].read_text().startswith(r"\begin{tabular}{lrrrrrrrr}")
     assert cv2.imread(str(outputs["plot"])) is not None
 
 
@@ -317,6 +364,17 @@ def test_damaged_and_tiny_images_are_named(folders, fails):
 def test_bad_command_lines_end_in_one_line(fails, folders, monkeypatch, flags, message):
     monkeypatch.chdir(folders)
     assert message in fails(*flags)
+
+
+def test_a_wrong_name_is_found_before_any_metric_is_computed(fails, monkeypatch):
+    def broken(*_):
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(metrics, "compare_methods", broken)
+    monkeypatch.setattr(metrics.own_content, "compare_one_source", broken)
+    known = "expected two of max, mean, source 1, source 2, pyramid, stretched mean, ours, theirs"
+    assert known in fails("--between", "ours", "hers")
+    assert known in fails("--between", "his", "max", "--one-source")
 
 
 def test_folders_are_named_by_what_tells_them_apart(tmp_path):
@@ -404,3 +462,130 @@ def test_files_in_place_of_a_folder(folders):
     assert result.mean("ours") == metrics.ssim(*lumas)
     with pytest.raises(UserError, match="lacks p1"):
         metrics.compare({"ours": {}}, pairs, jobs=1)
+
+
+# --- the room --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "evaluation").glob("*.py")), ids=lambda p: p.stem)
+def test_the_room_gets_images_and_functions(path):
+    """Settings, weights and networks stay with the commands, which make functions of them."""
+    taken = {
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    modules = {module for module, _ in taken}
+    assert not modules & {"weights", "network", "inference", "losses", "metrics", "checkpoints"}
+    assert {name for module, name in taken if module == "args_setting"} <= {"TASKS"}
+
+
+# --- what only one source shows --------------------------------------------------------------
+
+
+@pytest.fixture
+def own(in_process, folders):
+    """Run `metrics.py --one-source` on `folders` in this process: exit code, stdout, stderr."""
+
+    def own(*more: str | Path) -> tuple[int, str, str]:
+        words = arguments(folders, "--one-source", *more)
+        return in_process(metrics, lambda: parse_args(MetricArgs), *words)
+
+    return own
+
+
+def test_one_source_table_and_files(folders, own, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    names = ("csv", "json", "markdown", "latex")
+    outputs = {name: folders / f"out.{name}" for name in names} | {"plot": folders / "out.png"}
+    flags = [word for name, path in outputs.items() for word in (f"--{name}", path)]
+    code, out, err = own(*flags, "--between", "ours", "mean")
+    assert code == 0, err
+    lines = [line.split("  ")[0] for line in out.splitlines() if line]
+    assert lines[2:12] == [
+        "kept source 1 ↑", "kept source 2 ↑", "kept, worse source ↑",
+        "conspicuous source 1 ↑", "conspicuous source 2 ↑", "conspicuous, worse source ↑",
+        "foreign ↓", "brighter than both ↓", "rise, levels ↓", "hue shift, degrees ↓",
+    ]  # fmt: skip
+    assert "ours - mean" in out
+    with outputs["csv"].open(newline="") as file:
+        rows = {(row["method"], row["image"]): row for row in csv.DictReader(file)}
+    pet = cv2.imread(str(folders / "PET" / "p1.png"))[..., ::-1] / 255 @ [0.299, 0.587, 0.114]
+    mri, theirs = (read_luma8(folders / f / "p1.png") / 255 for f in ("MRI", "theirs"))
+    stated = one_source(pet, mri, theirs)
+    found = rows["theirs", "p1"]
+    assert {n: float(found[n]) for n in stated._fields} == pytest.approx(stated._asdict())
+    assert found["hue"] == "", "a grey image has none"
+    assert float(rows["source 1", "p1"]["hue"]) < 0.5
+    document = json.loads(outputs["json"].read_text())
+    means = document["methods"]["theirs"]["mean"]
+    worse = document["methods"]["theirs"]["worse_source"]
+    assert worse["kept"] == min(means["kept1"], means["kept2"])
+    assert document["methods"]["theirs"]["interval"]["kept"][0] <= worse["kept"]
+    assert outputs["markdown"].read_text().startswith("| metric | max | mean | source 1 |")
+    assert outputs["latex"].read_text().startswith(r"\begin{tabular}")
+    assert cv2.imread(str(outputs["plot"])) is not None
+
+
+def test_maps_show_what_is_lost(folders, own):
+    code, _, err = own("--maps", folders / "maps")
+    assert code == 0, err
+    pictures = sorted((folders / "maps").iterdir())
+    assert [path.name for path in pictures] == ["p1.png", "p2.png", "p3.png"]
+    picture = cv2.imread(str(pictures[0]))
+    assert picture.shape[1] > 6 * 256 and picture.shape[0] > 2 * 256  # six columns, two methods
+
+
+def test_maps_do_not_replace_images(folders, own):
+    before = (folders / "MRI" / "p1.png").read_bytes()
+    for folder in ("MRI", "PET", "ours"):
+        code, out, err = own("--maps", folders / folder)
+        assert (code, out) == (2, "") and "holds images that are compared" in err
+    assert (folders / "MRI" / "p1.png").read_bytes() == before
+    assert "is a file" in own("--maps", folders / "MRI" / "p1.png")[2]
+    assert "is not there" in own("--maps", folders / "no" / "maps")[2]
+
+
+def test_people_of_the_data_set_and_of_own_names(tmp_path, in_process):
+    data = write_task(tmp_path, "PET-MRI", "test", {"25001": 64, "30001": 64, "41001": 64})
+    fused = data / "PET-MRI" / "test" / "MRI"
+
+    def run(*more) -> str:
+        words = ("--one-source", "--fused", f"copy={fused}", "--jobs", 1, *more)
+        code, out, err = in_process(metrics, lambda: parse_args(MetricArgs), *words)
+        assert code == 0, err
+        return out
+
+    out = run("--data_dir", data, "--task", "PET-MRI", "--per-person")
+    assert "means over 3 images of 1 person" in out, "three cases are one head"
+    assert "one person only: no interval" in out and "kept PET ↑" in out
+    assert [line.split()[:3] for line in out.splitlines() if line.startswith("PET-MRI 25")] == [
+        ["PET-MRI", "25", "3"]
+    ]
+    dirs = ["--dir1", fused.with_name("PET"), "--dir2", fused]
+    out = run(*dirs)
+    assert "means over 3 images\n" in out and "95 % interval" in out
+    out = run(*dirs, "--case_pattern", r"(\d+)001")
+    assert "means over 3 images of 3 people" in out
+
+
+def test_a_ct_has_no_uptake(tmp_path, in_process):
+    data = write_task(tmp_path, "CT-MRI", "test", {"2001": 64, "16001": 64})
+    words = ["--one-source", "--fused", f"copy={data / 'CT-MRI' / 'test' / 'CT'}", "--jobs", 1]
+    words += ["--data_dir", data, "--csv", tmp_path / "out.csv"]
+    code, out, err = in_process(metrics, lambda: parse_args(MetricArgs), *words)
+    assert code == 0, err
+    assert "kept CT ↑" in out and "rise" not in out and "hue" not in out
+    assert "rise" not in (tmp_path / "out.csv").read_text()
+
+
+def test_hue_shift():
+    rng = np.random.default_rng(0)
+    source = rng.integers(0, 256, (20, 20, 3), np.uint8)
+    assert hue_shift(source, source) == pytest.approx(0, abs=1e-9)
+    turned = hue_shift(source[..., [1, 2, 0]], source)  # red becomes blue, and so on
+    assert 90 < turned < 150
+    assert math.isnan(hue_shift(source[..., 0], source))
+    grey = np.repeat(source[..., :1], 3, 2)
+    assert math.isnan(hue_shift(source, grey)) and math.isnan(hue_shift(grey, source))

@@ -23,6 +23,7 @@ from dataset import (
     match_pairs,
     people,
     read_pair,
+    split_lines,
     split_pairs,
     task_pairs,
     validation_people,
@@ -65,7 +66,7 @@ def test_wrong_folders_are_named(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             match_pairs(*folders)
-    with pytest.raises(ValueError, match="dataset.py --download"):
+    with pytest.raises(ValueError, match=r"dataset\.py --download"):
         task_pairs(tmp_path, "CT-MRI", "test")
     with pytest.raises(ValueError, match="no file name occurs in both"):
         match_pairs(other, write_folder(tmp_path / "5", ["y.png"]), skip_unmatched=True)
@@ -74,7 +75,7 @@ def test_wrong_folders_are_named(tmp_path):
 def test_two_sizes_in_a_pair_are_named(tmp_path):
     dir1 = write_folder(tmp_path / "1", ["a.png"], 32)
     dir2 = write_folder(tmp_path / "2", ["a.png"], 48)
-    with pytest.raises(ValueError, match="32x32.*48x48"):
+    with pytest.raises(ValueError, match=r"32x32.*48x48"):
         read_pair(match_pairs(dir1, dir2)[0])
 
 
@@ -129,7 +130,7 @@ def test_training_pairs(tmp_path):
     images, name = pairs[1]
     assert len(pairs) == 2 and name == "b"
     assert images.shape == (2, 48, 48) and images.dtype == torch.float32
-    assert 0 <= images.min() and images.max() <= 1
+    assert images.min() >= 0 and images.max() <= 1
     pairs.patch = 32
     assert pairs[1][0].shape == (2, 32, 32)
     with pytest.raises(ValueError, match="is 64x64, expected 65x65 or more"):
@@ -143,22 +144,149 @@ def data(tmp_path_factory) -> Path:
     return write_task(tmp_path_factory.mktemp("data"), "CT-MRI", "train", names)
 
 
+def cases_in(pairs: list[Pair]) -> set[tuple[str, str]]:
+    """Task and case of pairs of a data folder."""
+    return {(pair.path1.parts[-4], case_of(pair)) for pair in pairs}
+
+
+def numbers_in(pairs: list[Pair]) -> set[str]:
+    return {case_of(pair) for pair in pairs}
+
+
 def test_validation_shares_no_person_with_training(data):
-    sizes = {"CT-MRI": Counter({"1": 4, "2": 4, "3": 4})}
-    assert validation_people(sizes, 0) == set()
-    assert validation_people(sizes, 0.1) == {"1"}
-    assert validation_people(sizes, 0.4) == {"1", "2"}
-    assert validation_people({"PET-MRI": Counter({"1": 9})}, 0.1) == set(), "one person trains"
-    args = TrainArgs(data_dir=data, val=0.1, leave_out=("3",))
-    train, val = split_pairs(args)
-    assert {case_of(p) for p in train} == {"2"} and {case_of(p) for p in val} == {"1"}
-    args = TrainArgs(data_dir=data, val_cases=("2", "3"))
-    train, val = split_pairs(args)
-    assert {case_of(p) for p in train} == {"1"} and len(val) == 8
+    train, val, left_out, _ = split_pairs(TrainArgs(data_dir=data, val=0.1, leave_out=("3",)))
+    assert numbers_in(train) == {"2"} and numbers_in(val) == {"1"} and numbers_in(left_out) == {"3"}
+    train, val, left_out, _ = split_pairs(TrainArgs(data_dir=data, val_cases=("2", "3")))
+    assert numbers_in(train) == {"1"} and len(val) == 8 and not left_out
     (data / "people.csv").write_text("task,case,person\nCT-MRI,1,a\nCT-MRI,3,a\n")
-    train, val = split_pairs(TrainArgs(data_dir=data, val_cases=("3",)))
-    assert {case_of(p) for p in train} == {"2"} and {case_of(p) for p in val} == {"1", "3"}
+    split = split_pairs(TrainArgs(data_dir=data, val_cases=("3",)))
+    assert numbers_in(split.train) == {"2"} and numbers_in(split.val) == {"1", "3"}
+    assert split_lines(split) == ["held out for validation: 8 pairs of 1 person, cases 1 = 3"]
+    with pytest.raises(ValueError, match="val_cases and leave_out both name the person of 1 = 3"):
+        split_pairs(TrainArgs(data_dir=data, val_cases=("3",), leave_out=("1",)))
     (data / "people.csv").unlink()
+    split = split_pairs(TrainArgs(data_dir=data, val=0))
+    assert len(split.train) == 12 and not split.who
+    assert split_lines(split) == ["nobody is held out for validation"]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("task,case\nCT-MRI,1\n", "columns task, case and person"),
+        ("task,case,person\nCT,1,a\n", "task 'CT'.*expected a task of CT-MRI, PET-MRI"),
+        ("task,case,person\nCT-MRI,1\n", "person ''.*neither of the others empty"),
+        ("task,case,person\nCT-MRI,,a\n", "case ''.*neither of the others empty"),
+    ],
+)
+def test_a_wrong_table_of_people_is_named(data, table, message):
+    (data / "people.csv").write_text(table)
+    try:
+        with pytest.raises(ValueError, match=message):
+            split_pairs(TrainArgs(data_dir=data))
+    finally:
+        (data / "people.csv").unlink()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "share", "held"),
+    [
+        ([{"a": 4, "b": 4, "c": 4}], 0, ""),
+        ([{"a": 4, "b": 4, "c": 4}], 0.1, "a"),
+        ([{"a": 4, "b": 4, "c": 4}], 0.4, "ab"),
+        ([{"a": 9}], 0.1, ""),  # one person trains
+        ([{"a": 1, "b": 9}, {"b": 1, "c": 9}], 0.1, "ac"),  # b is in both, and trains both
+        ([{"a": 9, "b": 1}, {"b": 1, "c": 9}], 0.1, "ac"),
+        ([{"b": 1, "c": 9}, {"b": 5}], 0.1, "c"),  # or the second task had nobody
+        ([{"a": 1, "b": 9}, {"a": 1, "b": 9}], 0.1, "a"),
+        ([{}, {"a": 1, "b": 9}], 0.1, "a"),  # a task of which everybody was left out
+    ],
+)
+def test_validation_leaves_every_task_somebody_to_train_on(sizes, share, held):
+    sizes = {str(i): Counter(counts) for i, counts in enumerate(sizes)}
+    assert validation_people(sizes, share) == set(held)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [{"a": 1, "b": 9}],
+        [{"a": 5, "b": 5}, {"b": 5, "c": 5}, {"a": 5, "c": 5}],
+        [{"a": 5, "b": 5}, {"a": 5}, {"b": 5}],
+    ],
+)
+def test_a_share_that_nobody_can_give_is_refused(sizes):
+    sizes = {f"task {i}": Counter(counts) for i, counts in enumerate(sizes)}
+    with pytest.raises(ValueError, match="task .: val is 0.3, which its 2 people .*--val_cases"):
+        validation_people(sizes, 0.3)
+
+
+def test_validation_of_many_people_holds_whole_ones_of_each_task():
+    """Over random people in three tasks, some of them in several: never a task without training."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        sizes = {}
+        for task in TASKS:
+            names = rng.choice(12, rng.integers(1, 9), replace=False).tolist()
+            sizes[task] = Counter({str(name): int(rng.integers(1, 40)) for name in names})
+        try:
+            held = validation_people(sizes, 0.2)
+        except ValueError:
+            continue
+        for counts in sizes.values():
+            assert counts.keys() - held
+            assert len(counts) == 1 or sum(counts[p] for p in held) >= 0.2 * counts.total()
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    """CT-MRI, PET-MRI and SPECT-MRI: two cases 41, one person in two tasks, PET of one person."""
+    root = tmp_path_factory.mktemp("tasks")
+    cases = {"CT-MRI": (7, 21, 41), "PET-MRI": (25, 41), "SPECT-MRI": (21, 25, 30)}
+    for task, numbers in cases.items():
+        write_task(root, task, "train", {f"{case}{i:03d}": 64 for case in numbers for i in (0, 1)})
+    people = ["PET-MRI,25,P", "PET-MRI,41,P", "CT-MRI,21,B", "SPECT-MRI,21,B"]
+    (root / "people.csv").write_text("\n".join(["task,case,person", *people]))
+    return root
+
+
+def split_of(root: Path, **settings) -> dataset.Split:
+    return split_pairs(TrainArgs(data_dir=root, task="all", **settings))
+
+
+@pytest.mark.parametrize("name", ["leave_out", "val_cases"])
+def test_a_number_that_is_another_person_elsewhere_needs_its_task(tasks, name):
+    with pytest.raises(ValueError, match=f"{name} has '41'.* expected CT:41 or PET:41"):
+        split_of(tasks, **{name: ("41",)})
+    for text in ("CT:41", "ct:41", "CT-MRI:41"):
+        split = split_of(tasks, val=0, **{name: (text,)})
+        assert cases_in(split.left_out + split.val) == {("CT-MRI", "41")}
+    # one person whatever the task: both numbers of PET, both tasks of 21
+    split = split_of(tasks, val=0, **{name: ("PET:41", "21")})
+    expected = {("PET-MRI", "25"), ("PET-MRI", "41"), ("CT-MRI", "21"), ("SPECT-MRI", "21")}
+    assert cases_in(split.left_out + split.val) == expected
+    for wrong in ("PET:7", "MR:41", "8", "PET:", ":41"):
+        with pytest.raises(ValueError, match=f"has '{wrong}', expected some of CT:7, CT:21 = SPEC"):
+            split_of(tasks, **{name: (wrong,)})
+
+
+def test_what_a_setting_removes_is_told(tasks):
+    split = split_of(tasks, leave_out=("PET:41",), val_cases=("CT:41", "30"))
+    assert split_lines(split) == [
+        "left out: 4 pairs of 1 person, cases PET:25 = PET:41",
+        "held out for validation: 4 pairs of 2 people, cases CT:41, SPECT:30",
+        "PET-MRI: nobody is left to train on",
+    ]
+    split = split_of(tasks, val=0.1)
+    assert split_lines(split)[1] == (
+        "PET-MRI: nobody is held out for validation as it shows one person"
+    )
+    assert "SPECT-MRI: nobody is held out for validation" in split_lines(
+        split_of(tasks, val_cases=("7",))
+    )
+    everyone = ("CT:7", "CT:41", "21", "PET:25", "SPECT:25")
+    with pytest.raises(ValueError, match="no pairs to train on: left out: 14 pairs.*SPECT:30"):
+        split_of(tasks, leave_out=everyone, val_cases=("SPECT:30",))
 
 
 def test_people_of_the_data_set_are_not_its_cases(shared):
@@ -172,12 +300,12 @@ def test_people_of_the_data_set_are_not_its_cases(shared):
     }
     assert cases == listed.keys() and len(cases) == 28 and len(set(listed.values())) == 24
     assert len({who for (task, _), who in listed.items() if task == "PET-MRI"}) == 1
-    train, val = split_pairs(TrainArgs(data_dir=root, task="PET-MRI"))
-    assert len(train) == 245 and not val
+    split = split_pairs(TrainArgs(data_dir=root, task="PET-MRI"))
+    assert len(split.train) == 245 and not split.val
     # who is in two tasks is held back in both
-    train, val = split_pairs(TrainArgs(data_dir=root, task="all", val_cases=("21",)))
-    assert {(p.path1.parts[-4], case_of(p)) for p in val} == {("CT-MRI", "21"), ("SPECT-MRI", "21")}
-    assert "21" not in {case_of(p) for p in train}
+    split = split_of(root, val_cases=("21",))
+    assert cases_in(split.val) == {("CT-MRI", "21"), ("SPECT-MRI", "21")}
+    assert "21" not in numbers_in(split.train)
 
 
 def test_batches_do_not_depend_on_the_number_of_processes(data):
@@ -192,9 +320,9 @@ def test_batches_do_not_depend_on_the_number_of_processes(data):
     assert pairs.batches(4) != whole
     first = pairs[3]
     torch.rand(1)  # the state of the generator does not matter
-    assert all(map(torch.equal, first[:2], pairs[3][:2])) and first[2] == pairs[3][2]
+    assert torch.equal(first[0], pairs[3][0]) and first[1] == pairs[3][1]
     pairs.epoch = 2
-    assert not all(map(torch.equal, first[:2], pairs[3][:2]))
+    assert not torch.equal(first[0], pairs[3][0])
 
 
 # --- the HMIF data set -----------------------------------------------------------------------
@@ -274,7 +402,7 @@ def test_check_names_what_is_wrong(served, tmp_path, capsys):
     url, _, files, _ = served
     target = tmp_path / "target"
     dataset.download(target, url)
-    missing = list(files)[0]
+    missing = next(iter(files))
     (target / missing).unlink()
     stray = target / "PET-MRI/test/MRI/41101.jpg"
     stray.write_bytes(b"")

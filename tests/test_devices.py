@@ -1,7 +1,8 @@
 """Forward pass and losses on tensors of device "cuda", without a card.
 
 FakeTensorMode computes shapes, types and devices only. So a tensor made on the wrong device, or a
-type that autocast cannot take, fails on any machine. Backward needs a real card: tests/test_cuda.py.
+type that autocast cannot take, fails on any machine. Backward needs a real
+card, see tests/test_cuda.py.
 """
 
 from unittest.mock import patch
@@ -16,12 +17,14 @@ from network import ASFEFusion
 
 @pytest.fixture
 def card():
-    """As far as autocast can see, there is a card that has bfloat16."""
+    """Tensors are fake, and as far as autocast can see, there is a card that has bfloat16."""
     with (
-        patch("torch.cuda.amp.common.amp_definitely_not_available", bool),
+        FakeTensorMode(),  # before the patches, as it would look for the card
+        torch.no_grad(),
         patch("torch.cuda.is_available", lambda: True),
-        torch.backends.cudnn.flags(enabled=False),  # which would ask a card for its version
         patch("torch.cuda.is_bf16_supported", lambda including_emulation=True: True),
+        patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
+        torch.backends.cudnn.flags(enabled=False),  # which would ask the card for its version
     ):
         yield
 
@@ -34,23 +37,26 @@ def on_cuda(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("size", ["compact", "paper"])
-@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
-def test_forward_and_losses_stay_on_the_card(card, size, amp):
+@pytest.fixture(scope="module", params=["compact", "paper"])
+def model(request) -> ASFEFusion:
+    """A network without values; it is made before tensors are fake."""
     with torch.device("meta"):
-        model = ASFEFusion(size)
-    with FakeTensorMode():
-        state = on_cuda(dict(model.named_parameters())) | on_cuda(dict(model.named_buffers()))
-        img1, img2 = torch.rand(2, 2, 1, 128, 128, device="cuda")
-        with torch.autocast("cuda", amp, enabled=amp is not None):
-            fused = torch.func.functional_call(model, state, (img1, img2))
-        assert fused.device.type == "cuda" and fused.shape == img1.shape
-        for recipe in ("paper", "sources"):
-            loss, terms = fusion_loss(fused.float(), img1, img2, recipe)
-            assert {t.device.type for t in (loss, *terms.values())} == {"cuda"}
-            assert loss.dtype == torch.float32 and loss.shape == ()
+        return ASFEFusion(request.param)
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
+def test_forward_and_losses_stay_on_the_card(model, card, amp):
+    state = on_cuda(dict(model.named_parameters())) | on_cuda(dict(model.named_buffers()))
+    img1, img2 = torch.rand(2, 2, 1, 128, 128, device="cuda")
+    with torch.autocast("cuda", amp, enabled=amp is not None):
+        fused = torch.func.functional_call(model, state, (img1, img2))
+    assert fused.device.type == "cuda" and fused.shape == img1.shape
+    for recipe in ("paper", "sources"):
+        loss, terms = fusion_loss(fused.float(), img1, img2, recipe)
+        assert {t.device.type for t in (loss, *terms.values())} == {"cuda"}
+        assert loss.dtype == torch.float32 and loss.shape == ()
 
 
 def test_a_tensor_on_the_wrong_device_is_found(card):
-    with FakeTensorMode(), pytest.raises(RuntimeError, match="device"):
+    with pytest.raises(RuntimeError, match="device"):
         torch.ones(3, device="cuda") + torch.ones(3)

@@ -1,7 +1,6 @@
 """test_asfe.py on images: what it writes, and one line with exit code 2 for bad input."""
 
 import hashlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from task_files import files, write_task
 
-import test_asfe
 from args_setting import ROOT, TASKS
 from dataset import match_pairs, task_pairs
 from evaluation import sheets
 from evaluation.findings import by_kind, measure_findings
+from fusing import ImageRequest, fuse_images
 from images import read_luma8, to_uint8, write_png
 from inference import optimise
 from phantom import phantom_pair
@@ -64,10 +63,12 @@ def test_batches_keep_to_their_size_and_to_one_image_size(tmp_path):
             seen.append(luma1.shape)
             return torch.from_numpy((luma1 + luma2) / 2)
 
-    fused = dict(test_asfe.fuse_pairs(Mean(), match_pairs(folder / "CT", folder / "MRI"), 2, False))
-    assert [p.name for p in fused] == list(sides)
+    pairs = match_pairs(folder / "CT", folder / "MRI")
+    requests = [ImageRequest(pair, tmp_path / f"{pair.name}.png") for pair in pairs]
+    fused = {f.request.pair.name: f for f in fuse_images(requests, Mean(), 2)}
+    assert list(fused) == list(sides)
     assert [(n, side) for n, _, side, _ in seen] == [(2, 32), (1, 32), (2, 48), (1, 32)]
-    assert all(image.shape == (sides[p.name],) * 2 for p, image in fused.items())
+    assert all(f.image.shape == (sides[name],) * 2 for name, f in fused.items())
 
 
 def test_contact_sheet_shows_sources_and_result(call, weights, tmp_path):
@@ -80,7 +81,7 @@ def test_contact_sheet_shows_sources_and_result(call, weights, tmp_path):
     ct = cv2.resize(phantom_pair("CT-MRI", 64)[0], (cell, cell), interpolation=cv2.INTER_NEAREST)
     shown = sheet[header : header + cell - 30, gap : gap + cell, 0]  # above the name
     assert np.array_equal(shown, ct[:-30])
-    os.remove(tmp_path / "out_contact_sheet.png")
+    (tmp_path / "out_contact_sheet.png").unlink()
     assert call(*argv, "--contact_rows", 0)[0] == 0
     assert not (tmp_path / "out_contact_sheet.png").exists()
 
@@ -227,89 +228,129 @@ def test_a_constant_image_works(call, weights, tmp_path):
             assert not read_luma8(out).any()
 
 
-def broken(tmp_path: Path, weights: Path, kind: str) -> tuple[list, str]:
-    """Arguments that must fail, and what the message must say."""
-    data = write_task(tmp_path / "data", "CT-MRI", "test", {"a": 64, "b": 64})
-    ct, mri = (data / "CT-MRI" / "test" / folder for folder in ("CT", "MRI"))
-    plain = ["--data_dir", data, "--weights", weights, "--out", tmp_path / "out"]
-    if kind == "missing folder":
-        return [*plain[2:], "--data_dir", tmp_path / "no"], "no such folder"
-    if kind == "empty folder":
-        (tmp_path / "none").mkdir()
-        return [*plain[2:], "--dir1", ct, "--dir2", tmp_path / "none"], "no images"
-    if kind == "unmatched":
-        (ct / "b.png").rename(ct / "z.png")
-        return plain, "b (and 1 others) is in"
-    if kind == "two sizes":
-        write_png(ct / "b.png", phantom_pair("CT-MRI", 48)[0])
-        return plain, "48x48"
-    if kind == "too small":
-        write_task(data, "CT-MRI", "test", {"b": 12})
-        return plain, "12x12, expected at least 16x16"
-    if kind == "truncated":
-        (mri / "b.png").write_bytes((mri / "b.png").read_bytes()[:300])
-        return plain, "damaged"
-    if kind == "text":
-        (mri / "b.png").write_text("hello")
-        return plain, "b.png: damaged or not an image"
-    if kind == "empty weights":
-        (tmp_path / "w.safetensors").write_bytes(b"")
-        return [*plain, "--weights", tmp_path / "w.safetensors"], "damaged"
-    if kind == "other size":
-        return [*plain, "--size", "paper"], "are of size compact, expected size paper"
-    if kind == "no paper weights":
-        return [*plain[:2], "--size", "paper"], "no weights of size paper"
-    if kind == "unknown task":
-        return [*plain, "--task", "CT-PET"], "invalid choice: 'CT-PET'"
-    if kind == "all":
-        return [*plain, "--task", "all"], "task all has no test split"
-    if kind == "unwritable":
-        (tmp_path / "file").write_text("")
-        return [*plain[:4], "--out", tmp_path / "file" / "out"], "Not a directory"
-    if kind == "cuda":
-        return [*plain, "--DEVICE", "cuda"], "no such device"
-    if kind == "half a pair":
-        return [*plain, "--img1", ct / "a.png"], "--img1 with --img2"
-    if kind == "no out":
-        return ["--img1", ct / "a.png", "--img2", mri / "a.png"], "need --out"
-    if kind == "out is no png":
-        pair = ["--img1", ct / "a.png", "--img2", mri / "a.png", "--weights", weights]
-        return [*pair, "--out", tmp_path / "out.jpg"], "ends in .png"
-    if kind == "unwritable folder":
-        return [*plain[:4], "--out", "/proc/self"], "cannot write into this folder"
-    if kind == "batch":
-        return [*plain, "--batch_size", "0"], "batch_size is 0, expected at least 1"
-    if kind == "threads":
-        return [*plain, "--threads", "-1"], "threads is -1, expected at least 0"
-    if kind == "rows":
-        return [*plain, "--contact_rows", "-1"], "contact_rows is -1"
-    if kind == "cases of a pair":
-        pair = ["--img1", ct / "a.png", "--img2", mri / "a.png", "--out", tmp_path / "o.png"]
-        return [*pair, "--cases", "2"], "--cases is for the test split, but this fuses one pair"
-    if kind == "unmatched in a pair":
-        pair = ["--img1", ct / "a.png", "--img2", mri / "a.png", "--out", tmp_path / "o.png"]
-        return [*pair, "--skip-unmatched"], "--skip_unmatched is for the test split and two folders"
-    if kind == "cases of folders":
-        folders = ["--dir1", ct, "--dir2", mri, "--out", tmp_path / "out"]
-        return [*folders, "--cases", "2"], "--cases is for the test split, but this fuses two"
-    if kind == "cases of the demo":
-        return ["--demo", "--out", tmp_path / "out", "--cases", "2"], "this fuses the demo"
-    raise AssertionError(kind)
+class Inputs:
+    """A test split of two pairs, from which something is taken away, and how to fuse it."""
+
+    def __init__(self, folder: Path, weights: Path):
+        self.folder, self.weights, self.out = folder, weights, folder / "out"
+        self.data = write_task(folder / "data", "CT-MRI", "test", {"a": 64, "b": 64})
+        self.ct, self.mri = (self.data / "CT-MRI" / "test" / kind for kind in ("CT", "MRI"))
+
+    def split(self, *flags) -> list:
+        return ["--data_dir", self.data, "--weights", self.weights, "--out", self.out, *flags]
+
+    def folders(self, *flags) -> list:
+        return ["--dir1", self.ct, "--dir2", self.mri, "--out", self.out, *flags]
+
+    def pair(self, *flags) -> list:
+        return ["--img1", self.ct / "a.png", "--img2", self.mri / "a.png", *flags]
+
+    def pair_to_png(self, *flags) -> list:
+        return self.pair("--out", self.folder / "o.png", *flags)
 
 
-BROKEN = (
-    "missing folder;empty folder;unmatched;two sizes;too small;truncated;text;empty weights;"
-    "other size;no paper weights;unknown task;all;unwritable;half a pair;no out;"
-    "out is no png;batch;threads;rows;cases of a pair;unmatched in a pair;cases of folders;"
-    "cases of the demo"
-).split(";")
-BROKEN += [] if torch.cuda.is_available() else ["cuda"]
-BROKEN += ["unwritable folder"] if Path("/proc/self").is_dir() else []
+def empty_folder(on: Inputs) -> list:
+    (on.folder / "none").mkdir()
+    return on.folders("--weights", on.weights, "--dir2", on.folder / "none")
+
+
+def unmatched(on: Inputs) -> list:
+    (on.ct / "b.png").rename(on.ct / "z.png")
+    return on.split()
+
+
+def two_sizes(on: Inputs) -> list:
+    write_png(on.ct / "b.png", phantom_pair("CT-MRI", 48)[0])
+    return on.split()
+
+
+def too_small(on: Inputs) -> list:
+    write_task(on.data, "CT-MRI", "test", {"b": 12})
+    return on.split()
+
+
+def truncated(on: Inputs) -> list:
+    (on.mri / "b.png").write_bytes((on.mri / "b.png").read_bytes()[:300])
+    return on.split()
+
+
+def text(on: Inputs) -> list:
+    (on.mri / "b.png").write_text("hello")
+    return on.split()
+
+
+def empty_weights(on: Inputs) -> list:
+    (on.folder / "w.safetensors").write_bytes(b"")
+    return on.split("--weights", on.folder / "w.safetensors")
+
+
+def out_below_a_file(on: Inputs) -> list:
+    (on.folder / "file").write_text("")
+    return on.split("--out", on.folder / "file" / "out")
+
+
+BROKEN = {  # what is done to the inputs, with the arguments then; and what the message says
+    "missing folder": (lambda on: on.split("--data_dir", on.folder / "no"), "no such folder"),
+    "empty folder": (empty_folder, "no images"),
+    "unmatched": (unmatched, "b (and 1 others) is in"),
+    "two sizes": (two_sizes, "48x48"),
+    "too small": (too_small, "12x12, expected at least 16x16"),
+    "truncated": (truncated, "damaged"),
+    "text": (text, "b.png: damaged or not an image"),
+    "empty weights": (empty_weights, "damaged"),
+    "other size": (
+        lambda on: on.split("--size", "paper"),
+        "are of size compact, expected size paper",
+    ),
+    "no paper weights": (
+        lambda on: ["--data_dir", on.data, "--size", "paper"],
+        "no weights of size paper",
+    ),
+    "unknown task": (lambda on: on.split("--task", "CT-PET"), "invalid choice: 'CT-PET'"),
+    "all": (lambda on: on.split("--task", "all"), "task all has no test split"),
+    "unwritable": (out_below_a_file, "Not a directory"),
+    "half a pair": (lambda on: on.split("--img1", on.ct / "a.png"), "--img1 with --img2"),
+    "no out": (lambda on: on.pair(), "need --out"),
+    "out is no png": (
+        lambda on: on.pair("--weights", on.weights, "--out", on.folder / "out.jpg"),
+        "ends in .png",
+    ),
+    "batch": (
+        lambda on: on.split("--batch_size", "0"),
+        "batch_size is 0, expected at least 1",
+    ),
+    "threads": (lambda on: on.split("--threads", "-1"), "threads is -1, expected at least 0"),
+    "rows": (lambda on: on.split("--contact_rows", "-1"), "contact_rows is -1"),
+    "cases of a pair": (
+        lambda on: on.pair_to_png("--cases", "2"),
+        "--cases is for the test split, but this fuses one pair",
+    ),
+    "unmatched in a pair": (
+        lambda on: on.pair_to_png("--skip-unmatched"),
+        "--skip_unmatched is for the test split and two folders",
+    ),
+    "cases of folders": (
+        lambda on: on.folders("--cases", "2"),
+        "--cases is for the test split, but this fuses two",
+    ),
+    "cases of the demo": (
+        lambda on: ["--demo", "--out", on.out, "--cases", "2"],
+        "this fuses the demo",
+    ),
+}
+if not torch.cuda.is_available():
+    BROKEN["cuda"] = (lambda on: on.split("--DEVICE", "cuda"), "no such device")
+if Path("/proc/self").is_dir():
+    BROKEN["unwritable folder"] = (
+        lambda on: on.split("--out", "/proc/self"),
+        "cannot write into this folder",
+    )
 
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_bad_input_is_one_line_and_writes_nothing(call, weights, tmp_path, kind):
-    argv, message = broken(tmp_path, weights, kind)
+    spoil, message = BROKEN[kind]
+    argv = spoil(Inputs(tmp_path, weights))
     before = files(tmp_path)
     code, _, err = call(*argv)
     assert code == 2

@@ -28,9 +28,8 @@ def test_from_another_folder_in_a_process_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("task", ALL_TASKS)
-def test_each_task_has_its_weights(task):
+def test_each_task_has_its_weights(task, shipped):
     model = torch.hub.load(ROOT, "asfe_fusion", task=task, source="local")
-    shipped, _ = load_weights(ROOT / "model_pre" / "compact_all.safetensors")
     kind = "CT-MRI" if task == "all" else task
     pair = [image if image.ndim == 2 else image[..., 1] for image in phantom_pair(kind, 64)]
     assert np.allclose(model.fuse(*pair), shipped.fuse(*pair), atol=1e-5)

@@ -90,6 +90,42 @@ def test_exchanging_the_luma_keeps_cb_and_cr(tmp_path):
     assert np.abs(after[1:] - before[1:]).max() <= 1
 
 
+def hue(rgb: np.ndarray) -> np.ndarray:
+    """The angle of Cb and Cr of RGB in [0, 1] as a complex number of their length."""
+    luma = rgb @ [0.299, 0.587, 0.114]
+    return 0.564 * (rgb[..., 2] - luma) + 0.713j * (rgb[..., 0] - luma)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_any_luma_keeps_its_value_and_the_hue(dtype):
+    rng = np.random.default_rng(0)
+    rgb = rng.random((40, 50, 3)).astype(dtype)
+    chroma = rgb - (rgb @ images.BT601.astype(dtype))[..., None]
+    luma = rng.uniform(-0.2, 1.2, (40, 50)).astype(dtype)
+    done = images.coloured(luma, chroma)
+    assert done.min() > -1e-6 and done.max() < 1 + 1e-6
+    assert done @ [0.299, 0.587, 0.114] == pytest.approx(luma.clip(0, 1), abs=1e-6)
+    turned = hue(done) * hue(rgb).conj()
+    clear = np.abs(hue(done)) > 1e-3
+    assert clear.mean() > 0.6
+    assert np.abs(np.angle(turned[clear])).max() < 1e-3
+    full = np.abs(hue(rgb)) - np.abs(hue(done)) < 1e-6  # the whole chroma fits, or one channel is
+    at_end = np.minimum(done.min(-1), 1 - done.max(-1)) < 1e-6  # black or white
+    assert (full | at_end).all() and full.any() and not full.all()
+
+
+def test_the_stored_colour_has_the_luma_and_hue_to_rounding():
+    rgb = random_image(60, 60, 3) / np.float32(255)
+    chroma = rgb - (rgb @ images.BT601)[..., None]
+    luma = np.linspace(0, 1, 3600, dtype=np.float32).reshape(60, 60)
+    stored = to_uint8(luma, chroma)
+    assert np.abs(stored @ [0.299, 0.587, 0.114] - 255 * luma).max() <= 0.501
+    clear = np.abs(hue(stored / 255)) > 0.1
+    turned = np.angle(hue(stored / 255) * hue(rgb).conj(), deg=True)
+    assert clear.mean() > 0.2 and np.abs(turned[clear]).max() < 3
+    assert np.abs(turned[clear]).mean() < 0.6
+
+
 def test_rounding_and_clipping():
     luma = np.array([[-0.1, 0.0, 0.4999 / 255, 0.5001 / 255, 254.6 / 255, 1.2]])
     assert to_uint8(luma).tolist() == [[0, 0, 0, 1, 255, 255]]
@@ -191,9 +227,9 @@ def test_a_full_disk_is_named_with_the_file(tmp_path, count):
     write_bytes(path, b"old")
     for write in (torch.save, lambda values, file: file.write(values.numpy().tobytes())):
         (tmp_path / "a.pt.part").symlink_to("/dev/full")
-        with pytest.raises(OSError, match=r"No space left on device: .*a\.pt'"):
-            with whole_file(path) as file:
-                write(torch.zeros(count), file)
+        full = pytest.raises(OSError, match=r"No space left on device: .*a\.pt'")
+        with full, whole_file(path) as file:
+            write(torch.zeros(count), file)
         assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 

@@ -15,8 +15,9 @@ from task_files import files, write_task
 from args_setting import ROOT, MetricArgs, TrainArgs
 from cli import UserError
 from dataset import TrainPairs, split_pairs
-from evaluation.compare import named_pairs, read_samples
+from evaluation.compare import read_samples
 from images import Doubts, Reading, decode, parse_levels, read_image, read_luma8, write_png
+from metrics import named_pairs
 from phantom import phantom_pair
 
 RAMP = np.arange(0, 4096, 8, dtype=np.uint16).reshape(16, 32)  # 12 bits, to 4088
@@ -119,13 +120,12 @@ def test_other_levels_are_refused(text):
 
 
 @pytest.mark.parametrize(("most", "white"), [(100, 255), (1176, 4095), (4095, 4095), (9000, 16383)])
-def test_a_dark_file_of_16_bits_is_questioned(tmp_path, most, white, capsys):
+def test_a_dark_file_of_16_bits_is_questioned(tmp_path, most, white):
     cv2.imwrite(str(tmp_path / "a.png"), np.minimum(RAMP * 3, most))
     told = Doubts("CT-MRI")
     for _ in range(3):
         told.add(tmp_path / "a.png", decode(tmp_path / "a.png"), 2)
-    told.tell()
-    [line] = capsys.readouterr().out.splitlines()
+    [line] = told.notes()
     assert f"no value above {most}" in line and f"--levels auto 0,{white}" in line
     assert "a.png" in line and "(and 2 other files)" in line
 
@@ -316,7 +316,7 @@ def test_levels_reach_training_and_metrics(tmp_path):
     path = data / "CT-MRI" / "train" / "CT" / "1001.png"
     cv2.imwrite(str(path), np.full((32, 32), 1176, np.uint16))
     for levels, expected, doubts in (((), 5, 1), (("0,4095", "auto"), 73, 0)):
-        pairs, _ = split_pairs(TrainArgs(data_dir=data, val=0, levels=levels))
+        pairs, *_ = split_pairs(TrainArgs(data_dir=data, val=0, levels=levels))
         train = TrainPairs(pairs, 32)
         assert (train.images[0][0] == expected).all() and len(train.doubts.lines) == doubts
         given = {"dir1": path.parent, "dir2": path.parents[1] / "MRI", "levels": levels}

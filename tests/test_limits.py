@@ -118,7 +118,7 @@ def test_a_deflated_slice_is_the_plain_one(tmp_path):
     (tmp_path / "b.dcm").write_bytes(bad.deflated(plain))
     a, b = (read_volume(tmp_path / name) for name in ("a.dcm", "b.dcm"))
     assert np.array_equal(a.data, b.data) and np.array_equal(a.affine, b.affine)
-    assert a.frame == b.frame and a.modality == b.modality == "MR"
+    assert a.frame_of_reference == b.frame_of_reference and a.modality == b.modality == "MR"
 
 
 def test_frames_of_a_packed_file_are_those_of_the_plain_one(tmp_path):
@@ -130,7 +130,7 @@ def test_frames_of_a_packed_file_are_those_of_the_plain_one(tmp_path):
     for name in ("a.nii", "a.nii.gz"):
         nib.Nifti1Image(data, np.eye(4)).to_filename(tmp_path / name)
         for frame in ("2", "mean", "sum"):
-            found = read_volume(tmp_path / name, choice=Choice(frame=frame)).data
+            found = read_volume(tmp_path / name, choice=Choice(time=frame)).data
             want = {"2": data[..., 1], "mean": data.mean(3), "sum": data.sum(3)}[frame]
             assert np.allclose(found, want)
 

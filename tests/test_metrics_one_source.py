@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 from drawn_images import textured
+from stated import DRAWN, stated_metrics
 
 from evaluation.one_source import (
     OneSource,
@@ -17,7 +18,6 @@ from evaluation.one_source import (
     one_source_maps,
 )
 
-DRAWN = Path(__file__).parent / "data" / "metrics" / "drawn"
 STATED = "kept1", "conspicuous1", "kept2", "conspicuous2", "foreign"
 
 
@@ -31,15 +31,7 @@ def measured(folder: Path, case: str) -> OneSource:
     return one_source(*(luma(folder / f"{case}_{k}.png") for k in "ABF"))
 
 
-def drawn_cases() -> dict[str, dict[str, float]]:
-    cases: dict[str, dict[str, float]] = {}
-    with (DRAWN / "expected.csv").open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            cases.setdefault(row["case"], {})[row["metric"]] = float(row["value"])
-    return cases
-
-
-@pytest.mark.parametrize(("case", "stated"), drawn_cases().items())
+@pytest.mark.parametrize(("case", "stated"), stated_metrics(DRAWN / "expected.csv").items())
 def test_drawn_cases_have_the_stated_values(case, stated):
     found = measured(DRAWN, case)._asdict()
     assert {n: found[n] for n in STATED} == pytest.approx({n: stated[n] for n in STATED}, rel=1e-6)

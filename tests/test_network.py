@@ -1,13 +1,13 @@
 """The network is the published one in every stage, one path in every mode, and takes any size."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from direct import direct
 from networks import NARROW, relative_error, settled
+from stated import GOLDEN, golden_arrays
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -28,18 +28,23 @@ PUBLISHED_STAGES = {  # module of ours -> name in the golden file
 
 # --- the published function ------------------------------------------------------------------
 
-CASES = ["ct_mri_16009", "noise_2x128x256"]
+
+@pytest.fixture(params=["noise_2x128x256", "ct_mri_16009"])
+def golden(request) -> dict[str, np.ndarray]:
+    """Two images, what the published code makes of them, and a sample of each of its stages."""
+    if request.param == "noise_2x128x256":
+        return golden_arrays(GOLDEN / "expected.npz", request.param)
+    shared = request.getfixturevalue("shared")  # a slice of a person
+    return golden_arrays(shared / "golden" / "expected.npz", request.param)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_golden_vectors(published_model, shared, case):
-    compare_golden(published_model, shared, case)
+def test_golden_vectors(published_model, golden):
+    compare_golden(published_model, golden)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_golden_vectors_of_the_optimised_network(published_model, shared, case):
+def test_golden_vectors_of_the_optimised_network(published_model, golden):
     gone = ("AFFusion",)  # of which it makes the sum
-    compare_golden(optimise(published_model), shared, case, gone)
+    compare_golden(optimise(published_model), golden, gone)
 
 
 @pytest.fixture
@@ -53,20 +58,20 @@ def published_on_cuda(published_model, monkeypatch):
     published_model.to("cpu")
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_golden_vectors_on_cuda(published_on_cuda, shared, case):
-    compare_golden(published_on_cuda, shared, case)
+def test_golden_vectors_on_cuda(published_on_cuda, golden):
+    compare_golden(published_on_cuda, golden)
 
 
-def compare_golden(model: ASFEFusion, shared: Path, case: str, gone: tuple[str, ...] = ()) -> None:
+def compare_golden(
+    model: ASFEFusion, golden: dict[str, np.ndarray], gone: tuple[str, ...] = ()
+) -> None:
     """Every stage of the network but those `gone` against the published ones, to 1e-5."""
-    expected = np.load(shared / "golden" / "expected.npz")
     stages: dict[str, torch.Tensor] = {}
 
     def keep(name):
         def hook(module, inputs, output):
             # the encoder takes both images as one batch, or one after the other as the published
-            both = "encoder" in name and len(output) == 2 * len(expected[f"{case}/img1"])
+            both = "encoder" in name and len(output) == 2 * len(golden["img1"])
             for t in output.chunk(2) if both else [output]:
                 stages[f"{name}#{int(f'{name}#0' in stages)}"] = t.cpu().clone()
 
@@ -77,21 +82,20 @@ def compare_golden(model: ASFEFusion, shared: Path, case: str, gone: tuple[str, 
         for ours, theirs in PUBLISHED_STAGES.items()
     ]
     device = next(model.parameters()).device
-    images = (torch.from_numpy(expected[f"{case}/img{i}"]).to(device) for i in (1, 2))
+    images = (torch.from_numpy(golden[f"img{i}"]).to(device) for i in (1, 2))
     with torch.no_grad():
         fused = model(*images).cpu()
     for handle in handles:
         handle.remove()
 
-    names = {n.removeprefix(f"{case}/") for n in expected.files if n.startswith(f"{case}/")}
-    names -= {"img1", "img2", "fused"}
+    names = golden.keys() - {"img1", "img2", "fused"}
     names = {name for name in names if not any(part in name for part in gone)}
     assert names == stages.keys()
-    assert relative_error(fused, torch.from_numpy(expected[f"{case}/fused"])) < 1e-5
+    assert relative_error(fused, torch.from_numpy(golden["fused"])) < 1e-5
     for name in names:
         c, h, w = stages[name].shape[1:]
         sample = stages[name][:, :: max(1, c // 8), :: max(1, h // 16), :: max(1, w // 16)]
-        assert relative_error(sample, torch.from_numpy(expected[f"{case}/{name}"])) < 1e-5, name
+        assert relative_error(sample, torch.from_numpy(golden[name])) < 1e-5, name
 
 
 @pytest.mark.parametrize("aff", ["full", "published"])
@@ -224,7 +228,9 @@ def test_parameter_counts():
 
 
 @pytest.mark.parametrize(
-    ("size", "aff"), [("compact", "full"), ("compact", "published"), ("paper", "full")]
+    ("size", "aff"),
+    [("compact", "full"), ("compact", "published"), (NARROW, "full")],
+    ids=["compact", "compact, published", "narrow"],
 )
 def test_every_parameter_gets_a_gradient(size, aff):
     """No unused one: DistributedDataParallel would wait for its gradient."""
@@ -328,7 +334,7 @@ def test_the_head_of_earlier_weights_keeps_white_white():
 def test_any_size_goes_through(compact, side):
     fused = compact.fuse(*torch.rand(2, *side))
     assert fused.shape == side
-    assert 0 <= fused.min() and fused.max() <= 1
+    assert fused.min() >= 0 and fused.max() <= 1
     assert torch.isfinite(fused).all()
 
 

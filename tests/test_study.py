@@ -1,22 +1,30 @@
 """study.py: finding cases, fusing each once, and the report; workers die in test_study_workers."""
 
 import json
+import os
 from dataclasses import replace
 
+import nibabel as nib
 import numpy as np
 import pytest
-from study_files import draw_pair, rows_of, write_study, write_table, write_volume, written
+import SimpleITK as sitk  # noqa: N813
+from study_files import AFFINE, draw_pair, rows_of, write_study, write_table, write_volume, written
 from task_files import files, write_task
 
 pytest.importorskip("distributed", reason="needs requirements-study.txt")
 import study
 import test_asfe
+import volumes
 from args_setting import StudyArgs, TestArgs
 from cli import UserError, parse_args
 from images import write_png
+from phantom import phantom_pair
 from studies import run
-from studies.cases import Case, find_cases
+from studies.cases import Case, Runtime
 from studies.report import write_report
+from volumes import request_from
+from volumes.requests import Levels
+from weights import Trained, load_weights, save_weights
 
 
 @pytest.fixture
@@ -40,7 +48,13 @@ def brighter(monkeypatch):
 
 
 def cases_of(out, **given) -> list[Case]:
-    return find_cases(StudyArgs(out=out, **given))[1]
+    return study.cases_of(StudyArgs(out=out, **given))[1]
+
+
+def with_levels(case: Case, **levels) -> Case:
+    """The case with other levels."""
+    levels = replace(case.request.levels, **levels)
+    return replace(case, request=replace(case.request, levels=levels))
 
 
 # --- finding cases ---------------------------------------------------------------------------
@@ -62,7 +76,7 @@ BAD_TABLES = {
     f"img1,img2\n{GOOD}\n\n{GOOD}\n": "two cases are called ct00",
     "img1,img2,name\nct00.nii.gz,mri00.nii.gz,../x\n": "cannot be a file's name",
     "img1,img2,name\nct00.nii.gz,mri00.nii.gz,a\nct00.nii.gz,mri00.nii.gz,A\n": "are called A",
-    "img1,img2\n../out/ct00.nii.gz,mri00.nii.gz\n": "--inside forbids",
+    "img1,img2\n../outside/ct00.nii.gz,mri00.nii.gz\n": "--inside forbids",
     "img1,img2,weights\nct00.nii.gz,mri00.nii.gz,mri00.nii.gz\n": "weights",
 }
 
@@ -71,13 +85,12 @@ BAD_TABLES = {
 def test_a_bad_table_is_one_line_and_nothing_runs(call, table, text, monkeypatch):
     monkeypatch.setattr(study, "workers", lambda *_: pytest.fail("it started"))
     table.write_text(text)
-    outside = table.parent.parent / "out"
-    write_volume(outside / "ct00.nii.gz", draw_pair(0)[0])
-    before = files(outside)
-    code, _, err = call(table, "--out", outside, "--inside")
+    write_volume(table.parent.parent / "outside" / "ct00.nii.gz", draw_pair(0)[0])
+    out = table.parent.parent / "out"
+    code, _, err = call(table, "--out", out, "--inside")
     assert code == 2 and err.startswith("study.py: error: ") and err.count("\n") == 1
     assert BAD_TABLES[text] in err
-    assert files(outside) == before
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -88,7 +101,10 @@ def test_a_bad_table_is_one_line_and_nothing_runs(call, table, text, monkeypatch
         (["gone.csv", "--out", "o"], "gone.csv"),
         (["--dir1", "gone", "--dir2", "gone", "--out", "o"], "gone: no such folder"),
         (["TABLE", "--out", "o", "--mosaic", "m.png"], "writes one for each volume"),
-        (["TABLE", "--out", "o", "--stretch"], "--stretch and --metrics are for images"),
+        (
+            ["TABLE", "--out", "o", "--stretch"],
+            "--stretch is for one pair of images, but this fuses volumes",
+        ),
         (["TABLE", "--out", "o", "--scheduler", "x", "--scheduler-file", "y"], "not both"),
         (["TABLE", "--out", "o", "--scheduler", "x", "--jobs", "2"], "are for this machine"),
         (["TABLE", "--out", "o", "--scheduler-file", "gone.json"], "gone.json: no such file"),
@@ -101,15 +117,36 @@ def test_wrong_flags_are_one_line(call, table, argv, expected, tmp_path, monkeyp
     assert not files(tmp_path) & {"o/report.csv", "o/report.html"}
 
 
+def test_a_flag_counts_for_the_cases_that_have_a_use_for_it(table, tmp_path):
+    pair = "ct00.nii.gz,mri00.nii.gz"
+    table.write_text(f"img1,img2,task,name\n{pair},CT-MRI,a\n{pair},PET-MRI,b\n")
+    one, two = cases_of(tmp_path / "o", table=table, suv=5, window="brain")
+    assert one.request.levels == Levels("brain") and two.request.levels == Levels(suv=5)
+    for given, message in (
+        ({"overlap": 32}, "--overlap is for --tile, which is not given"),
+        ({"stretch": True}, "--stretch is for one pair of images, but this fuses volumes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            cases_of(tmp_path / "o", table=table, **given)
+    with pytest.raises(UserError, match="--suv is for PET-MRI, but the task is SPECT-MRI"):
+        table.write_text(f"img1,img2,task\n{pair},SPECT-MRI\n")
+        cases_of(tmp_path / "o", table=table, suv=5)
+    table.write_text(f"img1,img2,task,suv,name\n{pair},PET-MRI,5,a\n{pair},CT-MRI,5,b\n")
+    with pytest.raises(UserError, match="b: suv is for PET-MRI, but the task is CT-MRI"):
+        cases_of(tmp_path / "o", table=table)
+
+
 def test_a_row_wins_over_the_settings_of_the_study(table, tmp_path):
     text = "\ufeffimg1\timg2\ttask\twindow\tnan_to_zero\nct00.nii.gz\tmri00.nii.gz\t\tbone\tYes\n"
     table.write_text(text, encoding="utf-8")
     png = tmp_path / "slices"
     (case,) = cases_of(tmp_path / "o", table=table, window="brain", axis="sagittal", png=png)
-    settings = case.settings
-    assert (settings.window, settings.axis, settings.nan_to_zero) == ("bone", "sagittal", True)
-    assert settings.img1 == table.parent / "ct00.nii.gz" and settings.task == "CT-MRI"
-    assert settings.out == tmp_path / "o" / "ct00.nii.gz" and settings.png == png / "ct00"
+    request = case.request
+    assert (request.levels.window, request.slicing.axis) == ("bone", "sagittal")
+    assert request.source1.nan_to_zero and request.source2.nan_to_zero
+    assert request.source1.path == table.parent / "ct00.nii.gz" and request.task == "CT-MRI"
+    assert request.writing.out == tmp_path / "o" / "ct00.nii.gz"
+    assert request.writing.png == png / "ct00"
     assert Case.unpacked(case.packed()) == case
 
 
@@ -121,21 +158,21 @@ def test_every_session_of_a_bids_folder(tmp_path):
     names += ("derivatives/x/sub-2/ct/sub-2_ct",)
     for name in names:
         write_volume(bids / f"{name}.nii.gz", draw_pair(0)[0])
-    out, cases = find_cases(StudyArgs(bids=bids))
+    out, cases = study.cases_of(StudyArgs(bids=bids))
     assert out == bids / "derivatives" / "asfe-fusion"
     pet = "sub-1/ses-a/pet/sub-1_ses-a_trc-FDG_desc-fused{}_pet"
-    assert {case.name: case.settings.task for case in cases} == {
+    assert {case.name: case.request.task for case in cases} == {
         pet.format("T1w"): "PET-MRI",
         pet.format("run2T1w"): "PET-MRI",
         "sub-2/ct/sub-2_desc-fusedT2w_ct": "CT-MRI",
     }
-    assert {case.settings.out.parent for case in cases} == {
+    assert {case.request.writing.out.parent for case in cases} == {
         out / "sub-1/ses-a/pet",
         out / "sub-2/ct",
     }
     assert json.loads(study.description(bids))["DatasetType"] == "derivative"
     with pytest.raises(UserError, match="no session of a subject has"):
-        find_cases(StudyArgs(bids=tmp_path))
+        study.cases_of(StudyArgs(bids=tmp_path))
 
 
 def test_two_folders_of_images_or_volumes(tmp_path):
@@ -145,14 +182,14 @@ def test_two_folders_of_images_or_volumes(tmp_path):
             path.parent.mkdir(exist_ok=True)
             path.touch()
     dirs = {"dir1": tmp_path / "1", "dir2": tmp_path / "2"}
-    with pytest.raises(UserError, match="c is not in .*1 .*--skip-unmatched"):
+    with pytest.raises(UserError, match=r"c is in .*2 but not in .*1; --skip-unmatched"):
         cases_of(tmp_path / "o", **dirs)
     cases = cases_of(tmp_path / "o", **dirs, skip_unmatched=True)
-    assert [case.settings.out.name for case in cases] == ["a.nii.gz", "b.png"]
+    assert [case.request.plan().outputs[0].path.name for case in cases] == ["a.nii.gz", "b.png"]
     with pytest.raises(UserError, match="is a source"):
         cases_of(tmp_path / "1", **dirs, skip_unmatched=True)
     (tmp_path / "1" / "a.png").touch()
-    with pytest.raises(UserError, match="both a.nii.gz and a.png"):
+    with pytest.raises(UserError, match=r"both a\.nii\.gz and a\.png"):
         cases_of(tmp_path / "o", **dirs)
 
 
@@ -162,7 +199,7 @@ def test_files_of_two_cases_may_not_meet(table, tmp_path):
         write_png(table.parent / name, np.zeros((32, 32), np.uint8))
     rows.append({"img1": "1.png", "img2": "2.png", "name": "a_mosaic"})
     write_table(table, rows)
-    with pytest.raises(UserError, match="a_mosaic.png would be written by a and by a_mosaic"):
+    with pytest.raises(UserError, match=r"a_mosaic\.png would be written by a and by a_mosaic"):
         cases_of(tmp_path / "o", table=table)
 
 
@@ -173,68 +210,122 @@ def test_a_case_is_what_test_asfe_makes_of_it(table, tmp_path):
     data = write_task(tmp_path / "data", "CT-MRI", "test", {"1001": 32}) / "CT-MRI" / "test"
     volume = cases_of(tmp_path / "a", table=table)[0]
     (image,) = cases_of(tmp_path / "a", dir1=data / "CT", dir2=data / "MRI")
-    run.network.cache_clear()
+    run.NETWORKS.clear()
     for case in (volume, image):
         assert run.run_case(case.packed())["status"] == "done"
-        beside = {
-            key: tmp_path / "b" / path.name
-            for key in ("out", "mosaic")
-            if (path := getattr(case.settings, key))
-        }
-        test_asfe.main(replace(case.settings, **beside))
-    assert run.network.cache_info().misses == 1, "loaded once"
+    assert len(run.NETWORKS) == 1, "loaded once"
+    sources = {"img1": table.parent / "ct00.nii.gz", "img2": table.parent / "mri00.nii.gz"}
+    files = {"out": tmp_path / "b" / "c00.nii.gz", "mosaic": tmp_path / "b" / "c00_mosaic.png"}
+    test_asfe.main(TestArgs(register="off", **sources, **files))
+    sources = {"img1": data / "CT" / "1001.png", "img2": data / "MRI" / "1001.png"}
+    test_asfe.main(TestArgs(out=tmp_path / "b" / "1001.png", **sources))
     names = {"c00.nii.gz", "c00.json", "c00_mosaic.png", "1001.png"}
     assert names <= written(tmp_path / "a").keys()
     assert written(tmp_path / "a") == written(tmp_path / "b")
 
 
+def fused_again(case: Case) -> bool:
+    """Whether a case was not done before; it is done after."""
+    record = run.run_case(case.packed())
+    assert record["status"] == "done", record["message"]
+    return not record["again"]
+
+
 def test_what_is_done_is_not_done_again(table, tmp_path, brighter):
     case = cases_of(tmp_path / "o", table=table, png=tmp_path / "o" / "png")[0]
-
-    def fused_again(case=case) -> bool:
-        record = run.run_case(case.packed())
-        assert record["status"] == "done", record["message"]
-        return not record["again"]
-
-    assert fused_again() and not fused_again()
-    elsewhere = replace(case.settings, threads=1, DEVICE="cpu")
-    assert not fused_again(replace(case, settings=elsewhere))
-    other = replace(case, settings=replace(case.settings, window="bone"))
-    assert fused_again(other) and not fused_again(other) and fused_again()
-    write_volume(case.settings.img2, draw_pair(7)[1])
-    assert fused_again() and not fused_again()
+    assert fused_again(case) and not fused_again(case)
+    assert not fused_again(replace(case, runtime=Runtime("cpu", 1)))
+    other = with_levels(case, window="bone")
+    assert fused_again(other) and not fused_again(other) and fused_again(case)
+    write_volume(case.request.source2.path, draw_pair(7)[1])
+    assert fused_again(case) and not fused_again(case)
     for name in ("c00.nii.gz", "c00_mosaic.png", "c00.json", "png/c00/axial_0001.png"):
         path = tmp_path / "o" / name
         path.write_bytes(path.read_bytes()[:-1])
-        assert fused_again() and not fused_again(), name
+        assert fused_again(case) and not fused_again(case), name
     case.record.write_text("{")
-    assert fused_again() and not fused_again()
+    assert fused_again(case) and not fused_again(case)
 
 
-def test_an_input_counts_with_all_its_files(tmp_path):
-    for name in ("a.mhd", "a.raw", "b.raw", "in/1.dcm"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name)
-    paths = tmp_path / "a.mhd", tmp_path / "in"
-    before = [run.tree_hash(path) for path in paths]
-    (tmp_path / "b.raw").write_text("other")
-    assert [run.tree_hash(path) for path in paths] == before
-    (tmp_path / "a.raw").write_text("other")
-    (tmp_path / "in/1.dcm").rename(tmp_path / "in/2.dcm")
-    after = [run.tree_hash(path) for path in paths]
-    assert after[0] != before[0] and after[1] != before[1]
+def test_a_record_has_what_was_written(table, tmp_path, brighter):
+    """Also the files of a DICOM series, by a flag or a column, and once more after a change."""
+    pytest.importorskip("highdicom", reason="needs requirements-volumes.txt")
+    (case, *_) = cases_of(tmp_path / "o", table=table, dicom=tmp_path / "o" / "dicom")
+    assert fused_again(case) and not fused_again(case)
+    outputs = json.loads(case.record.read_text())["outputs"]
+    assert {f"../dicom/c00/axial_000{n}.dcm" for n in (1, 2)} < outputs.keys()
+    assert fused_again(with_levels(case, window="bone")), "its own files are replaced"
+    rows = [{"img1": "ct00.nii.gz", "img2": "mri00.nii.gz", "name": "c", "dicom": "series"}]
+    (case,) = cases_of(tmp_path / "p", table=write_table(table, rows), register="off")
+    assert fused_again(case) and len(files(table.parent / "series")) == 2
+    rows.append(rows[0] | {"name": "d"})
+    with pytest.raises(UserError, match="series would be written by c and by d"):
+        cases_of(tmp_path / "p", table=write_table(table, rows))
+
+
+def test_a_registered_image_is_recorded_with_its_files(tmp_path, brighter):
+    ct, mri = phantom_pair("CT-MRI")
+    for name, image in (("ct", ct), ("mri", np.roll(mri, 5, 1))):
+        write_png(tmp_path / f"{name}.png", image)
+    rows = [{"img1": "ct.png", "img2": "mri.png", "name": "a", "register": "rigid"}]
+    (case,) = cases_of(tmp_path / "o", table=write_table(tmp_path / "t.csv", rows))
+    assert fused_again(case) and not fused_again(case)
+    record = json.loads(case.record.read_text())
+    ends = (".png", "_img2.png", ".tfm", "_registration.png", ".json")
+    assert record["outputs"].keys() == {f"../a{end}" for end in ends}
+    assert record["found"]["moved_pixels"] == pytest.approx(5, abs=0.5)
+    (tmp_path / "o" / "a.tfm").write_text("")
+    assert fused_again(case)
+    rows.append({"img1": "ct.png", "img2": "mri.png", "name": "a_img2"})
+    with pytest.raises(UserError, match=r"a_img2\.png would be written by a and by a_img2"):
+        cases_of(tmp_path / "o", table=write_table(tmp_path / "t.csv", rows))
+
+
+def test_a_file_that_a_header_names_counts(table, tmp_path, brighter):
+    """The second file of a pair is in no setting, but it was read."""
+    ct, mri = draw_pair(0)
+    nib.Nifti1Pair(ct, AFFINE).to_filename(table.parent / "ct.img")
+    image = sitk.GetImageFromArray(mri.T)
+    image.SetSpacing((4, 4, 5))
+    image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))  # ITK counts in LPS
+    sitk.WriteImage(image, str(table.parent / "mri.mhd"))
+    rows = [{"img1": "ct.hdr", "img2": "mri.mhd", "name": "a", "force": "all", "register": "off"}]
+    (case,) = cases_of(tmp_path / "o", table=write_table(table, rows))
+    assert fused_again(case) and not fused_again(case)
+    for name in ("ct.img", "mri.raw"):
+        path = table.parent / name
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 8
+        path.write_bytes(data)
+        assert fused_again(case) and not fused_again(case), name
+
+
+def test_new_weights_in_an_old_file_are_taken(table, tmp_path):
+    """A worker that lives on has the old ones in memory."""
+    path = tmp_path / "w.safetensors"
+    model, metadata = load_weights(run.weights_path(Trained(), "CT-MRI"))
+    save_weights(model, path, metadata)
+    case = cases_of(tmp_path / "o", table=table, weights=path)[0]
+    assert fused_again(case) and not fused_again(case)
+    before = (tmp_path / "o" / "c00.nii.gz").read_bytes()
+    model.decoder.outlayer.bias.data += 0.5
+    stat = path.stat()
+    save_weights(model, path, metadata)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the clock does not tell
+    assert fused_again(case)
+    assert (tmp_path / "o" / "c00.nii.gz").read_bytes() != before
 
 
 def test_a_case_that_is_stopped_starts_again(table, tmp_path, brighter, monkeypatch):
     case = cases_of(tmp_path / "o", table=table)[0]
     run.run_case(case.packed())
-    changed = replace(case, settings=replace(case.settings, window="bone"))
+    changed = with_levels(case, window="bone")
 
     def stopped(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(test_asfe, "fuse_pair_of_volumes", stopped)
+        patch.setattr(volumes, "fuse_volumes", stopped)
         run.run_case(changed.packed())
     assert not run.run_case(case.packed())["again"], "its outputs may have been half replaced"
 
@@ -246,7 +337,7 @@ def test_a_case_that_fails_is_written_down(table, tmp_path, brighter, monkeypatc
     assert "mri01" in lines[1] and "ct02" in lines[2] and "1 voxels are NaN" in lines[3]
     assert json.loads(cases[1].record.read_text())["status"] == "failed"
     assert set(written(tmp_path / "o")) == {"c00.nii.gz", "c00.json", "c00_mosaic.png"}
-    monkeypatch.setattr(test_asfe, "main", lambda *_: 1 / 0)
+    monkeypatch.setattr(run, "fuse", lambda *_: 1 / 0)
     record = run.run_case(cases[1].packed())
     assert record["message"] == "ZeroDivisionError: division by zero"
     assert "in run_case" in json.loads(cases[1].record.read_text())["traceback"]
@@ -258,28 +349,31 @@ def test_a_case_that_fails_is_written_down(table, tmp_path, brighter, monkeypatc
 def test_report_has_failures_on_top_and_needs_nothing_else(tmp_path):
     out = tmp_path / "o"
     out.mkdir()
-    cases = [
-        Case(name, TestArgs(out=out / f"{name}.nii.gz", mosaic=out / f"{name}_mosaic.png"), out)
-        for name in ("calm", "fine", "bad", "left")
-    ]
+    cases = []
+    for name in ("calm", "fine", "bad", "left"):
+        words = {"task": "CT-MRI", "img1": out / "ct.nii", "img2": out / "mri.nii"}
+        words |= {"out": out / f"{name}.nii.gz", "mosaic": out / f"{name}_mosaic.png"}
+        record = out / ".study" / f"{name}.json"
+        cases.append(Case(name, request_from(words), Trained(), Runtime(), record))
     for end in ("mosaic", "registration"):
         write_png(out / f"fine_{end}.png", np.full((300, 1200, 3), 90, np.uint8))
-    told = {"registration": {"moved_mm": 3.456, "doubts": ["large <turn>"]}}
-    told["report"] = ["img2 was resampled; it covers 87% of it."]
-    (out / "fine.json").write_text(json.dumps(told))
+    told = {"report": ["it covers 12% of the grid"], "registration": {"moved_mm": 99}}
+    (out / "fine.json").write_text(json.dumps(told))  # the fields count, whatever it says
+    found = {"moved_mm": 3.456, "coverage": 0.871, "doubts": ["large <turn>"]}
+    files = {f"../fine_{end}.png": "" for end in ("mosaic", "registration")}
     records = {
         "calm": {"status": "done", "message": "", "seconds": 1.0},
-        "fine": {"status": "done", "message": "", "seconds": 4.2},
+        "fine": {"status": "done", "message": "", "seconds": 4.2, "found": found, "outputs": files},
         "bad": {"status": "failed", "message": "no <volume>", "seconds": 0.1},
     }
     page = write_report(out, cases, records).read_text()
     rows = rows_of(out)
     assert list(rows) == ["bad", "left", "fine", "calm"] and rows["left"]["status"] == "not run"
-    assert (rows["fine"]["moved_mm"], rows["fine"]["overlap_percent"]) == ("3.46", "87")
+    assert (rows["fine"]["moved_mm"], rows["fine"]["coverage_percent"]) == ("3.46", "87")
     assert page.index("no &lt;volume&gt;") < page.index("moved 3.46 mm")
     assert page.index("large &lt;turn&gt;") < page.index('id="fine"') < page.index('id="calm"')
     assert "Not run: left" in page
-    assert "overlap 87 %" in page and "large &lt;turn&gt;" in page and "4.2 s" in page
+    assert "coverage 87 %" in page and "large &lt;turn&gt;" in page and "4.2 s" in page
     assert page.count("data:image/jpeg;base64,") == 2 and "2 done, 1 failed, 1 not run" in page
     assert "http" not in page and "<script" not in page and 'href="fine.nii.gz"' in page
     assert len(page) < 50_000, "two small pictures"
@@ -289,7 +383,7 @@ def test_report_shows_a_pair_of_images_with_its_sources(tmp_path, brighter):
     data = write_task(tmp_path / "data", "CT-MRI", "test", {"1001": 32}) / "CT-MRI" / "test"
     cases = cases_of(tmp_path / "o", dir1=data / "CT", dir2=data / "MRI")
     (tmp_path / "o").mkdir()
-    write_png(cases[0].settings.out, np.zeros((32, 32), np.uint8))
+    write_png(cases[0].request.out, np.zeros((32, 32), np.uint8))
     records = {"1001": {"status": "done", "message": "", "seconds": 1.0}}
     page = write_report(tmp_path / "o", cases, records).read_text()
     assert page.count("data:image/jpeg;base64,") == 1 and rows_of(tmp_path / "o")["1001"]

@@ -19,9 +19,9 @@ from dicom_files import injected, write_series
 from volume_files import SHAPE, Brighter, affine_of
 
 import images
-from args_setting import ROOT, TestArgs
+from args_setting import ROOT
 from cli import UserError
-from volumes import fuse_volumes
+from volumes import fuse_volumes, request_from
 from volumes.grid import Volume, slices
 from volumes.intensity import (
     STORED_ONE,
@@ -31,8 +31,9 @@ from volumes.intensity import (
     mri_scaling,
     scaling_of,
 )
-from volumes.io import stream_nifti
+from volumes.io import Header, stream_nifti
 from volumes.pictures import CELL, GAP, colour_slice, colour_table, colours, mosaic, with_bar
+from volumes.requests import Slicing
 
 
 def test_axis_reaches_the_run(call, brighter, heads, tmp_path):
@@ -53,29 +54,36 @@ def test_the_first_source_is_the_first_of_the_network(heads, tmp_path):
 
     ct = np.clip((nib.load(heads["ct"]).get_fdata() + 100) / 1100, 0, 1)
     for tile in (0, 32):
-        settings = TestArgs(
-            img1=heads["ct"], img2=heads["mri"], out=tmp_path / "f.nii", tile=tile, overlap=16
-        )
-        fuse_volumes(settings, First())
+        sources = {"img1": heads["ct"], "img2": heads["mri"], "out": tmp_path / "f.nii"}
+        how = {"task": "CT-MRI", "tile": tile, "overlap": 16}
+        fuse_volumes(request_from(sources | how), First())
         assert np.allclose(nib.load(tmp_path / "f.nii").get_fdata(), ct, atol=1e-4)
 
 
 def test_the_function_returns_what_it_writes_and_says_what_it_does(heads, tmp_path):
     said = []
     out = tmp_path / "f.nii.gz"
-    settings = TestArgs(img1=heads["ct"], img2=heads["mri"], out=out)
-    fused = fuse_volumes(settings, Brighter(), said.append)
+    words = {"task": "CT-MRI", "img1": heads["ct"], "img2": heads["mri"], "out": out}
+    steps = []
+    fused = fuse_volumes(
+        request_from(words), Brighter(), said.append, lambda *count: steps.append(count)
+    )
     written = nib.load(out)
     assert fused.luma.dtype == np.int16 and fused.luma.shape == written.shape
     assert np.allclose(fused.luma * fused.scale, written.get_fdata(), atol=1e-6)
     assert np.array_equal(fused.affine, written.affine)
     assert fused.code == written.header["sform_code"]
     assert np.array_equal(fused.stack, slices(fused.luma, fused.affine, "axial"))
-    assert fused.outputs.grey == out and fused.outputs.sidecar == tmp_path / "f.json"
-    assert said == [*fused.report, f"grey: {out}", f"sidecar: {tmp_path / 'f.json'}"]
-    assert json.loads((tmp_path / "f.json").read_text())["report"] == fused.report
+    assert fused.files == {"grey": (out,), "sidecar": (tmp_path / "f.json",)}
+    assert said == list(fused.report) and steps[-1] == (written.shape[2],) * 2
+    content = json.loads((tmp_path / "f.json").read_text())
+    assert content["report"] == said and content["files"] == ["f.json", "f.nii.gz"]
+    assert fused.coverage == (1, 1) and list(content["coverage"].values()) == [1, 1]
+    assert 0 <= fused.moved_mm < 3 and not fused.registered.applied and not fused.doubts
+    assert fused.moved_mm == content["registration"]["moved_mm"]
+    assert set(fused.read) == {heads["ct"], heads["mri"]}
     with pytest.raises(UserError, match="need img1, img2 and out"):
-        fuse_volumes(TestArgs(img1=heads["ct"], out=out), Brighter())
+        request_from(words | {"img2": None})
 
 
 def test_windows():
@@ -155,7 +163,7 @@ def test_colour_png_and_mosaic(call, brighter, heads, tmp_path):
     rgb = np.asarray(colour.dataobj)
     rgb = np.stack([rgb[c] for c in "RGB"], -1)
     luma = grey.get_fdata()
-    assert 0 <= luma.min() and luma.max() == pytest.approx(1, abs=1e-4)
+    assert luma.min() >= 0 and luma.max() == pytest.approx(1, abs=1e-4)
     inside = (rgb.min(-1) > 0) & (rgb.max(-1) < 255)  # where nothing was clipped
     assert inside.sum() > 1000
     assert np.abs(rgb[inside] @ [0.299, 0.587, 0.114] / 255 - luma[inside]).max() < 0.01
@@ -262,7 +270,7 @@ def test_a_stopped_write_leaves_the_old_file(tmp_path, monkeypatch):
 
     def write(text):
         with images.whole_file(path) as file:
-            stream_nifti(file, np.ones(SHAPE, np.int16), np.eye(4), 1, text, packed=True)
+            stream_nifti(file, np.ones(SHAPE, np.int16), Header(np.eye(4), 1, text), True)
 
     write("first")
     before = path.read_bytes()
@@ -285,11 +293,11 @@ def test_a_full_disk_leaves_no_volume_without_its_sidecar(
     heads, tmp_path, monkeypatch, name, older
 ):
     """Nor the reverse, nor a part of a file, whichever write is the first to fail."""
-    settings = TestArgs(
-        task="PET-MRI", img1=heads["pet"], img2=heads["mri"], out=tmp_path / name, colour="hot"
-    )
+    words = {"task": "PET-MRI", "img1": heads["pet"], "img2": heads["mri"], "colour": "hot"}
+    words["register"] = "off"
+    request = request_from(words | {"out": tmp_path / name})
     if older:
-        fuse_volumes(replace(settings, axis="sagittal"), Brighter())
+        fuse_volumes(replace(request, slicing=Slicing("sagittal")), Brighter())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     sync = os.fsync
     for good in range(3):  # files that still fit
@@ -303,16 +311,16 @@ def test_a_full_disk_leaves_no_volume_without_its_sidecar(
 
         monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
-            fuse_volumes(settings, Brighter())
+            fuse_volumes(request, Brighter())
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     monkeypatch.setattr(os, "fsync", sync)
-    fuse_volumes(settings, Brighter())
+    fuse_volumes(request, Brighter())
     suffix = name[1:]
     assert {p.name for p in tmp_path.iterdir()} == {name, f"f_colour{suffix}", "f.json"}
 
 
 @pytest.mark.parametrize(
-    ("source", "out", "hit"),
+    "names",  # of source and output, and what the output would hit
     [
         ("ct.nii.gz", "ct.nii", "ct.json is the sidecar of"),
         ("ct.nii", "ct.nii.gz", "ct.json is the sidecar of"),
@@ -324,9 +332,9 @@ def test_a_full_disk_leaves_no_volume_without_its_sidecar(
     ],
 )
 @pytest.mark.parametrize("described", (True, False))
-def test_sources_and_their_sidecars_stay(
-    call, brighter, heads, tmp_path, source, out, hit, described
-):
+@pytest.mark.usefixtures("brighter")
+def test_sources_and_their_sidecars_stay(call, heads, tmp_path, names, described):
+    source, out, hit = names
     for folder in ("link", "other"):
         (tmp_path / folder).mkdir()
     source = tmp_path / source

@@ -293,7 +293,10 @@ SPOILT: dict[str, tuple[str, Callable[[Inputs], list]]] = {
     "tile": ("tile is 40", lambda on: on.args("--tile", "40")),
     "overlap": ("overlap 20", lambda on: on.args("--tile", "32", "--overlap", "20")),
     "mosaic": ("ends in .png", lambda on: on.args("--mosaic", on.path / "m.jpg")),
-    "stretch": ("are for images", lambda on: on.args("--stretch")),
+    "stretch": (
+        "--stretch is for the test split and two folders and one pair of images",
+        lambda on: on.args("--stretch"),
+    ),
     "all": ("need to know what img1 is", lambda on: on.args("--task", "all")),
     "flag of volumes": ("--tile is for volumes", png_sources),
 }
@@ -321,7 +324,8 @@ def test_bad_input_is_one_line_and_writes_nothing(call, brighter, heads, tmp_pat
         ("wrong modality", "modality", "its modality is MR"),
     ],
 )
-def test_force_names_what_it_forces(call, brighter, heads, tmp_path, kind, what, words):
+@pytest.mark.usefixtures("brighter")
+def test_force_names_what_it_forces(call, heads, tmp_path, kind, what, words):
     argv = [*SPOILT[kind][1](Inputs(tmp_path, heads)), "--force"]
     names = {"space", "overlap", "place", "modality", "registration"} - {what}
     code, _, err = call(*argv, ",".join(names))

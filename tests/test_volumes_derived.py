@@ -5,6 +5,7 @@ dciodvfy is of Debian's dicom3tools. Without it that test skips; with ASFE_DICOM
 highdicom's tables of the standard.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -54,11 +55,13 @@ def dciodvfy():
 
 @pytest.mark.parametrize("keep", [(), ("--keep-patient",)])
 @pytest.mark.parametrize("task", ["CT-MRI", "PET-MRI"])
-def test_a_validator_finds_no_error(call, brighter, tmp_path, pair, dciodvfy, task, keep):
+@pytest.mark.usefixtures("brighter")
+def test_a_validator_finds_no_error(call, tmp_path, pair, dciodvfy, task, keep):
     argv = pair()
     if task == "PET-MRI":
         write_series(tmp_path / "pt", numbered(), affine_of("oblique"), "PT")
         argv[1] = tmp_path / "pt"
+        argv = argv[:-2]  # the window is a CT's
     code, _, err = call("--task", task, *argv, *keep)
     assert code == 0, err
     files = sorted((tmp_path / "out").iterdir())
@@ -99,15 +102,19 @@ def test_frame_and_patient_are_those_of_the_grid(call, brighter, tmp_path, pair,
         assert np.allclose(*middles, atol=1e-2)
 
 
+@functools.cache
+def standard(table: str) -> dict:
+    """A table of the DICOM standard, as highdicom has it."""
+    return json.loads((Path(highdicom.__file__).parent / "_standard" / f"{table}.json").read_text())
+
+
 def missing_of_the_iod(ds) -> set[str]:
     """Type 1 and 2 attributes of the secondary capture IOD's mandatory modules, if absent.
 
     Also those of type 1 that are empty.
     """
-    tables = Path(highdicom.__file__).parent / "_standard"
-    iods = json.loads((tables / "sop_class_iod_map.json").read_text())
-    modules = json.loads((tables / "iod_module_map.json").read_text())[iods[ds.SOPClassUID]]
-    attributes = json.loads((tables / "module_attribute_map.json").read_text())
+    modules = standard("iod_module_map")[standard("sop_class_iod_map")[ds.SOPClassUID]]
+    attributes = standard("module_attribute_map")
     missing = set()
     for module in modules:
         for a in attributes[module["key"]] if module["usage"] == "M" else ():
@@ -138,7 +145,7 @@ def test_the_series_lies_where_its_source_does(call, brighter, tmp_path, pair, k
     for index in rng.integers(0, back.data.shape, (20, 3)):  # each voxel at its patient position
         i, j, k = np.rint(to_source[:3] @ [*index, 1]).astype(int)
         expected = min(source.data[i, j, k] / 4000, 1) * 32767
-        assert back.data[tuple(index)] >= expected - 9 and 0 <= min(i, j, k)
+        assert back.data[tuple(index)] >= expected - 9 and min(i, j, k) >= 0
     assert back.data.size == np.prod(SHAPE)
 
 
@@ -152,14 +159,14 @@ def test_the_patient_only_where_asked_for(call, brighter, tmp_path, pair):
     code, _, err = call(*argv)
     assert code == 2 and "is not an empty folder, choose another --dicom" in err
     code, _, err = call(*argv[:-4], "--keep-patient")
-    assert code == 2 and "--keep-patient is for --dicom" in err
+    assert code == 2 and "--keep_patient is for --dicom, which is not given" in err
 
 
 def test_colour_is_written_as_rgb(call, brighter, tmp_path, pair):
     argv = pair()
     write_series(tmp_path / "pt", numbered(), affine_of("oblique"), "PT")
     argv[1] = tmp_path / "pt"
-    code, _, err = call("--task", "PET-MRI", "--axis", "coronal", *argv)
+    code, _, err = call("--task", "PET-MRI", "--axis", "coronal", *argv[:-2])
     assert code == 0, err
     ds = pydicom.dcmread(next((tmp_path / "out").iterdir()))
     assert list(ds.PatientOrientation) == ["L", "F"]

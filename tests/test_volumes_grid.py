@@ -23,13 +23,14 @@ def test_a_coarser_grid_gets_a_low_pass_first():
     fine.data[:] = np.sin(2 * np.pi * x / 4.4)[:, None, None]
     inner = np.s_[4:-4, 2:-2, 2:-2]
     plain = resample(fine, coarse.data.shape, coarse.affine)[inner]
-    data, line = onto_grid(fine, coarse)
-    assert plain.max() > 0.7 and np.abs(data[inner]).max() < 0.1 and "low-pass" in line
+    done = onto_grid(fine, coarse)
+    assert plain.max() > 0.7 and np.abs(done.data[inner]).max() < 0.1
+    assert done.low_passed and "low-pass" in done.line
     slow = replace(fine, data=np.broadcast_to(x[:, None, None], fine.data.shape).astype(np.float32))
-    gained = onto_grid(slow, coarse)[0][inner] - resample(slow, *grid_of(coarse))[inner]
+    gained = onto_grid(slow, coarse).data[inner] - resample(slow, *grid_of(coarse))[inner]
     assert np.abs(gained).max() < 0.01, "what a coarse grid holds stays"
     assert low_passed(fine, fine.affine) is fine
-    assert "low-pass" not in onto_grid(coarse, fine)[1]
+    assert not onto_grid(coarse, fine).low_passed
 
 
 def grid_of(volume: Volume) -> tuple:

@@ -19,8 +19,8 @@ from volumes.varying import Choice
 DATA, AFFINE = numbered(), affine_of("identity")
 
 
-def read(path, where="", frame=""):
-    return read_dicom(path, choice=Choice(where, frame))
+def read(path, where="", time=""):
+    return read_dicom(path, choice=Choice(where, time))
 
 
 def several(folder, changes, data=DATA):
@@ -96,14 +96,14 @@ def test_points_in_time(tmp_path):
     with pytest.raises(UserError, match="3 points in time, by AcquisitionTime; choose by --frame"):
         read(folder)
     for number, n in ((1, 1), (2, 0), (3, 2)):  # in the order of time, not of files
-        volume = read(folder, frame=str(number))
+        volume = read(folder, time=str(number))
         assert np.array_equal(volume.data, DATA + n)
         assert volume.notes == [f"point {number} of 3 in time, by AcquisitionTime"]
-    assert np.allclose(read(folder, frame="mean").data, DATA + 1)
-    assert np.array_equal(read(folder, frame="sum").data, DATA * 3.0 + 3)
+    assert np.allclose(read(folder, time="mean").data, DATA + 1)
+    assert np.array_equal(read(folder, time="sum").data, DATA * 3.0 + 3)
     for frame in ("4", "0", "median"):
         with pytest.raises(UserError, match=f"but --frame is '{frame}'; choose by --frame 1 to 3"):
-            read(folder, frame=frame)
+            read(folder, time=frame)
 
 
 def test_a_sum_over_time_has_no_suv(tmp_path):
@@ -118,8 +118,8 @@ def test_a_sum_over_time_has_no_suv(tmp_path):
     for n, change in enumerate(write):
         for path in write_series(tmp_path, DATA, AFFINE, "PT", change=lambda d, k, c=change: c(d)):
             path.rename(path.with_name(f"{n}{path.name[2:]}"))
-    assert read(tmp_path, frame="mean").suv
-    volume = read(tmp_path, frame="sum")
+    assert read(tmp_path, time="mean").suv
+    volume = read(tmp_path, time="sum")
     assert volume.suv is None and "summed" in volume.no_suv and volume.unit == "Bq/ml"
 
 
@@ -129,8 +129,8 @@ def test_images_that_nothing_tells_apart_are_refused(tmp_path):
         ds = pydicom.dcmread(path)
         del ds.InstanceNumber
         ds.save_as(path)
-    with pytest.raises(UserError, match="20 positions occur twice.*no field of their headers"):
-        read(folder, frame="1")
+    with pytest.raises(UserError, match=r"20 positions occur twice.*no field of their headers"):
+        read(folder, time="1")
 
 
 @pytest.mark.parametrize("form", ("nii.gz", "mgz"))
@@ -142,9 +142,9 @@ def test_frames_of_a_4d_file(tmp_path, form):
     with pytest.raises(UserError, match=r"is 4-D \(3 volumes\); choose by --frame 1 to 3"):
         read_volume(path)
     for frame, expected in (("2", DATA + 2.0), ("mean", DATA + 4.0), ("sum", DATA * 3.0 + 12)):
-        volume = read_volume(path, choice=Choice(frame=frame))
+        volume = read_volume(path, choice=Choice(time=frame))
         assert np.allclose(volume.data, expected) and np.allclose(volume.affine, AFFINE)
-        assert len(volume.notes) == 1 and "3 volumes" in volume.notes[0] or frame == "2"
+        assert (len(volume.notes) == 1 and "3 volumes" in volume.notes[0]) or frame == "2"
 
 
 # --- slices ----------------------------------------------------------------------------------
@@ -174,9 +174,9 @@ def sheared():
 def test_thick_slices_are_no_gap_but_a_missing_one_is(tmp_path):
     depths, thickness = [0, 3, 6, 9, 12, 18, 24], [3, 3, 3, 3, 3, 6, 6]
     assert read(at_depths(tmp_path / "a", depths, thickness=thickness)).data.shape[2] == 9
-    with pytest.raises(UserError, match="2 slices missing in 2 gaps: 6.00 mm from IM0004"):
+    with pytest.raises(UserError, match=r"2 slices missing in 2 gaps: 6\.00 mm from IM0004"):
         read(at_depths(tmp_path / "b", depths, thickness=[3] * 7))
-    with pytest.raises(UserError, match="1 slices missing in 1 gaps: 5.00 mm"):
+    with pytest.raises(UserError, match=r"1 slices missing in 1 gaps: 5\.00 mm"):
         read(at_depths(tmp_path / "c", [0, 2.5, 5, 10, 12.5, 15]))
 
 
@@ -218,7 +218,7 @@ def test_one_uid_for_all_slices_is_no_copy(tmp_path):
 
 @pytest.mark.parametrize("syntax", (None, ImplicitVRLittleEndian))
 def test_files_without_preamble_and_meta_information(tmp_path, syntax):
-    for path in write_series(tmp_path, DATA, AFFINE, "CT", 2, -7):
+    for path in write_series(tmp_path, DATA, AFFINE, "CT", slope=2, intercept=-7):
         ds = pydicom.dcmread(path)
         implicit = syntax is not None
         ds.preamble, ds.file_meta = None, pydicom.dataset.FileMetaDataset()
@@ -252,7 +252,7 @@ def test_a_mosaic_is_refused(tmp_path):
     write_series(tmp_path, DATA[..., :1], AFFINE,
         change=lambda ds, k: setattr(ds, "ImageType", ["ORIGINAL", "PRIMARY", "M", "MOSAIC"])
     )  # fmt: skip
-    with pytest.raises(UserError, match="a Siemens mosaic.*dcm2niix"):
+    with pytest.raises(UserError, match=r"a Siemens mosaic.*dcm2niix"):
         read(tmp_path)
 
 
@@ -348,7 +348,7 @@ def test_sform_or_qform(tmp_path):
     assert np.allclose(volume.affine, wrong) and volume.code == 2
     [note] = volume.notes
     middle = (AFFINE @ np.append((np.array(SHAPE) - 1) / 2, 1))[:3]
-    places = [", ".join(f"{v:.1f}" for v in middle + [0, 0, z]) for z in (40, 0)]
+    places = [", ".join(f"{v:.1f}" for v in middle + np.array([0, 0, z])) for z in (40, 0)]
     assert f"({places[0]}) mm by the sform, ({places[1]}) by the qform" in note
     assert "--affine qform takes the other" in note
     volume = read_volume(tmp_path / "a.nii", choice=Choice(affine="qform"))
@@ -378,7 +378,7 @@ def test_real_series(shared):
         pytest.skip(f"needs {folder}, which is not here")
     volume = read(folder / "ct_tilt_two_slice_distances")
     assert volume.data.shape == (512, 512, 37) and "interpolated to 4.00 mm" in volume.notes[0]
-    with pytest.raises(UserError, match="Siemens mosaic.*dcm2niix"):
+    with pytest.raises(UserError, match=r"Siemens mosaic.*dcm2niix"):
         read(folder / "mr_one_mosaic")
     with pytest.raises(UserError, match="ImageType is FIELD_MAP or M"):
         read(folder / "mr_fieldmap_enhanced")
@@ -387,3 +387,25 @@ def test_real_series(shared):
         read(folder / "mr_uneven")
     for name in ("mr_enhanced_hyperfine", "mr_enhanced_philips", "mr_enhanced_siemens"):
         assert read(folder / name).data.shape[2] == 8
+
+
+def test_a_choice_that_chooses_nothing_is_told(call, brighter, heads, tmp_path):
+    argv = ["--img1", heads["ct"], "--img2", heads["mri"], "--out", tmp_path / "f.nii"]
+    argv += ["--register", "off", "--force", "space"]
+    code, out, err = call(*argv, "--where", "EchoTime=80", "--frame", 2, "--affine", "qform")
+    assert code == 0, err
+    for line in (
+        "--where EchoTime=80 has no effect: neither source has images that it tells apart",
+        "--frame 2 has no effect: neither source has several points in time",
+        "--affine qform has no effect: neither source is a NIfTI file with two places",
+    ):
+        assert line in out
+    assert "has no effect" not in call(*argv)[1]
+    image = nib.load(heads["mri"])
+    several = nib.Nifti1Image(np.stack([image.get_fdata()] * 2, -1), image.affine)
+    several.set_qform(image.affine + np.diag([0, 0, 0.5, 0]), 1)
+    several.set_sform(image.affine, 1)
+    several.to_filename(tmp_path / "two.nii")
+    argv[3] = tmp_path / "two.nii"
+    code, out, err = call(*argv, "--frame", 2, "--affine", "qform")
+    assert code == 0 and "has no effect" not in out, err

@@ -11,9 +11,10 @@ import torch
 from scipy import ndimage
 from volume_files import Brighter
 
-from args_setting import ROOT, TestArgs
+from args_setting import ROOT
 from volumes.grid import slices
 from volumes.intensity import STORED_ONE, ct_scaling
+from volumes.requests import Slicing
 from volumes.tiles import fuse_slices, fuse_tiled, reduction, tile_starts
 from weights import load_weights
 
@@ -138,7 +139,8 @@ def test_batches_are_smaller_for_large_slices(monkeypatch):
     ):
         seen.clear()
         stack, out = np.zeros((6, side, side), np.float32), np.empty((6, side, side), np.int16)
-        args = TestArgs(batch_size=4, tile=tile)
-        fuse_slices(Watched(), (stack, stack), (scale, scale), out, args)
+        how = Slicing(tile=tile, batch_size=4)
+        done = list(fuse_slices(Watched(), (stack, stack), (scale, scale), out, how))
+        assert done == sorted(done) and done[-1] == 6
         assert [shape[0] for shape in seen] == expected
         assert (out == round(STORED_ONE / 2)).all()

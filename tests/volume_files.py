@@ -7,7 +7,6 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813
 import torch
 from dicom_files import write_series
-from nilearn.datasets import load_mni152_gm_template, load_mni152_template
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
@@ -85,12 +84,14 @@ class Brighter:
 
     def fuse(self, img1, img2, stretch=False):
         assert img1.shape == img2.shape and min(img1.shape[-2:]) >= 16
-        assert img1.dtype == np.float32 and 0 <= img1.min() and img2.max() <= 1
+        assert img1.dtype == np.float32 and img1.min() >= 0 and img2.max() <= 1
         return torch.from_numpy(np.maximum(img1, img2))
 
 
 def draw_heads(folder: Path) -> dict[str, Path]:
     """Files of the MNI152 template as MRI, and of a CT and a PET drawn from it, 4 mm voxels."""
+    from nilearn.datasets import load_mni152_gm_template, load_mni152_template  # takes seconds
+
     t1, grey = load_mni152_template(resolution=4), load_mni152_gm_template(resolution=4)
     mri, matter = t1.get_fdata(), grey.get_fdata()
     brain = ndimage.binary_fill_holes(mri > 0.1)

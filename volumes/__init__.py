@@ -2,127 +2,185 @@
 
     python test_asfe.py --task CT-MRI --img1 ct.nii.gz --img2 dicom_folder/ --out fused.nii.gz
 
-Both are registered where they need it, and the fused volume lies on the grid of one of them.
-Files are in io.py and dicom.py (with planes.py and suv.py), geometry in grid.py, registration in
+What a job needs is in requests.py. Both sources are registered where they need it, and the fused
+volume lies on the grid of one of them. Files are in io.py (with claims.py and uploads.py) and
+dicom.py (with series.py, planes.py, varying.py and suv.py), geometry in grid.py, registration in
 pair.py (with register.py, transforms.py and overlay.py; flat.py for images), intensities in
-intensity.py, the network in tiles.py, and what is written in outputs.py and pictures.py. The
-packages for them are an extra, requirements-volumes.txt.
+intensity.py, the network in tiles.py, and what is written in outputs.py, pictures.py and
+derived.py. page.py is the tab of app.py, report.py what a run has to say. The packages for them
+are an extra, requirements-volumes.txt.
 
 Legend: I J K voxels as stored; N slices of (H, W) pixels, see grid.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
-from args_setting import TASKS, TestArgs
+from args_setting import TASKS
 from cli import UserError
+from fusing import check_plans
 from network import MIN_SIDE, ASFEFusion
-from volumes.grid import Volume, forces, pick_axis, slices
-from volumes.intensity import DICOM_MODALITY, STORED_ONE, Scaling, scaling_of
+from volumes.grid import Volume, pick_axis, slices
+from volumes.intensity import DICOM_MODALITY, Scaling, scaling_of
 from volumes.io import read_volume
-from volumes.outputs import FusedVolume, make_folders, plan_outputs, write_outputs
-from volumes.pair import Together, bring_together
+from volumes.outputs import Fused, FusedVolume, check_dicom, write_outputs
+from volumes.pair import Registered, Sources, Together, bring_together, picture_of, register
+from volumes.report import Report
+from volumes.requests import Levels, Source, VolumeRequest, request_from
 from volumes.series import check_patients
 from volumes.tiles import check_tiles, fuse_slices
 from volumes.varying import Choice
 
-__all__ = ["FusedVolume", "fuse_volumes"]
+__all__ = ["FusedVolume", "VolumeRequest", "fuse_volumes", "request_from", "use_threads"]
 
 
 def fuse_volumes(
-    settings: TestArgs, model: ASFEFusion, say: Callable[[str], None] = print
+    request: VolumeRequest,
+    model: ASFEFusion,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] = lambda done, count: None,
 ) -> FusedVolume:
-    """Fuse the volumes `img1` and `img2` into `out` and what else the settings ask for.
+    """Fuse two volumes, and write what the request asks for.
 
     Args:
-        say: gets each line of the report as soon as it is known, and at the end the files.
+        model: a network, as of `weights.load_weights`.
+        say: gets each line of the report as soon as it is known.
+        progress: gets how many slices are fused, and how many there are.
 
     Raises:
-        UserError: input or settings that cannot be trusted; nothing is written then.
+        UserError: input or a request that cannot be trusted; nothing is written then.
         OSError: a file that cannot be read or written.
     """
-    if not (settings.img1 and settings.img2 and settings.out):
-        raise UserError("volumes need img1, img2 and out")
-    report: list[str] = []
-
-    def tell(*lines: str) -> None:
-        for line in lines:
-            report.append(line)
-            say(line)
-
-    outputs = plan_outputs(settings)
-    check_tiles(settings.tile, settings.overlap, model.multiple)
-    if settings.threads:
-        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(settings.threads)
-    together = read_pair(settings, tell)
-    fixed, moved = together.fixed, together.moving
-    if settings.keep_patient and together.giver.origin is None:
+    report, plan = Report(say), request.plan()
+    check_plans([plan])
+    check_dicom(request.writing)
+    check_tiles(request.slicing, model.multiple)
+    ready = prepare(request, report)
+    together = ready.together
+    if request.writing.keep_patient and together.giver.origin is None:
         raise UserError("--keep-patient needs a DICOM source that has the grid; leave it out")
-    outputs = outputs.without(together.matrix is None, together.picture is None)
-    scalings = scale_pair(fixed, moved, settings, tell)
-    axis = pick_axis(fixed.affine, settings.axis)
-    luma = np.empty(fixed.data.shape, np.int16, order="F")  # as NIfTI stores it
-    scale = 1 / STORED_ONE
-    fused = FusedVolume(
-        luma, scale, fixed.affine, fixed.code, axis, scalings, report, outputs, together
-    )
-    check_sides(fused.stack, axis)
+    if not ready.registered.applied:
+        plan = plan.without("transform")
+    if ready.picture is None:
+        plan = plan.without("overlay")
+    scalings = scale_pair(together, request.modality, request.levels, report)
+    luma, axis = empty(together, request.slicing.axis)
+    fused = Fused(request, luma, axis, scalings, together, ready.registered)
     count, height, width = fused.stack.shape
-    tell(f"{count} {axis} slices of {height}x{width}")
-    make_folders(outputs)
-    stacks = tuple(slices(data, fixed.affine, axis) for data in (fixed.data, moved.data))
-    fuse_slices(model, stacks, scalings, fused.stack, settings)
-    write_outputs(settings, fused, fixed.data)
-    for what, path in outputs._asdict().items():
-        if path:
-            say(f"{what}: {path}")
-    return fused
+    report.tell(f"{count} {fused.axis} slices of {height}x{width}")
+    plan.make_folders()
+    sources = (together.source1, together.source2)
+    stacks = tuple(slices(volume.data, fused.affine, fused.axis) for volume in sources)
+    for done in fuse_slices(model, stacks, scalings, fused.stack, request.slicing):
+        progress(done, count)
+    files = write_outputs(plan, fused, ready.picture, report.lines)
+    return FusedVolume(
+        **vars(fused),
+        report=tuple(report.lines),
+        doubts=tuple(report.doubts),
+        files=files,
+        read=ready.files,
+    )
 
 
-def read_pair(settings: TestArgs, tell: Callable[..., None]) -> Together:
-    """Source 1 and source 2, registered and on one grid; `tell` gets what was done to them."""
-    forces(settings.force, "all")  # before anything is read, whether it can be
-    fixed = read_source(settings, 1, tell)
-    moving = read_source(settings, 2, tell)
-    check_patients(fixed.patient, moving.patient)
+def use_threads(count: int) -> None:
+    """Have SimpleITK use so many threads in the whole process; 0 leaves the choice to it."""
+    if count:
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(count)
+
+
+class Ready(NamedTuple):
+    """Two sources that can be fused."""
+
+    together: Together
+    registered: Registered
+    picture: np.ndarray | None  # of the registration, uint8 RGB
+    files: tuple[Path, ...]  # that were opened
+
+
+def prepare(request: VolumeRequest, report: Report) -> Ready:
+    """Source 1 and source 2, registered and on one grid."""
+    sources = read_sources(request, report)
+    registered = register(sources, request.registering, request.forced, report)
+    picture = picture_of(sources, registered)
+    unmoved = request.registering.keep_unmoved and registered.applied
+    together = bring_together(sources, registered.matrix, request.grid, report, unmoved)
+    volumes = (sources.source1, sources.source2, sources.via)
+    files = [file for volume in volumes if volume is not None for file in volume.files]
+    if request.registering.transform:
+        files.append(request.registering.transform)
+    return Ready(together, registered, picture, tuple(files))
+
+
+def read_sources(request: VolumeRequest, report: Report) -> Sources:
+    """Both sources and the companion CT, if there is one; UserError for two patients."""
+    source1, source2 = (
+        read_source(source, number, request.task, request.forced, report)
+        for number, source in enumerate((request.source1, request.source2), 1)
+    )
+    check_patients(source1.patient, source2.patient)
+    report.tell(*unused_choices(request.source1, source1.chosen_by | source2.chosen_by))
     via = None
-    if settings.via:
-        if settings.task == "CT-MRI":
-            raise UserError("--via is for PET and SPECT, a CT is registered itself")
-        via = read_volume(settings.via, None, "--via")
-        check_patients(fixed.patient, via.patient)
-        make_finite(via, settings.via, settings.nan_to_zero)
-    return bring_together(fixed, moving, via, settings, tell)
+    if companion := request.registering.via:
+        via = read_volume(companion.path, None, "--via")
+        check_patients(source1.patient, via.patient)
+        make_finite(via, companion)
+    return Sources(source1, source2, via, request.modality)
 
 
-def read_source(settings: TestArgs, i: int, tell: Callable[..., None]) -> Volume:
-    """Source `i`, 1 or 2, with finite values.
+UNUSED = {  # a field of Source -> its flag, and why it had no effect on two sources
+    "where": ("where", "neither source has images that it tells apart"),
+    "time": ("frame", "neither source has several points in time"),
+    "affine": ("affine", "neither source is a NIfTI file with two places"),
+}
 
-    Raises UserError for a modality that the task does not expect, unless it is forced.
+
+def unused_choices(source: Source, chosen_by: Collection[str]) -> list[str]:
+    """A line for each flag that was given and had no effect on either source."""
+    plain = Source(source.path)
+    return [
+        f"--{flag} {getattr(source, name)} has no effect: {why}"
+        for name, (flag, why) in UNUSED.items()
+        if getattr(source, name) != getattr(plain, name) and flag not in chosen_by
+    ]
+
+
+def read_source(
+    source: Source, number: int, task: str, forced: Collection[str], report: Report
+) -> Volume:
+    """Source 1 or 2, by its number, with finite values.
+
+    Raises UserError for another modality than the task expects, unless it is forced.
     """
-    kind = TASKS[settings.task] if i == 1 else "MRI"
-    path, series = (getattr(settings, f"{name}{i}") for name in ("img", "series"))
-    choice = Choice(settings.where, settings.frame, settings.affine)
-    volume = read_volume(path, series, f"--series{i}", choice)
-    make_finite(volume, path, settings.nan_to_zero)
+    name, kind = f"img{number}", TASKS[task] if number == 1 else "MRI"
+    choice = Choice(source.where, source.time, source.affine)
+    volume = read_volume(source.path, source.series, f"--series{number}", choice)
+    make_finite(volume, source)
     if volume.data.min() == volume.data.max():
-        raise UserError(f"{path}: all voxels are {volume.data.flat[0]:g}, there is nothing to fuse")
-    expected = DICOM_MODALITY[kind]
+        value = volume.data.flat[0]
+        raise UserError(f"{source.path}: all voxels are {value:g}, there is nothing to fuse")
+    expected, doubt = DICOM_MODALITY[kind], ""
     if volume.modality not in (None, expected):
-        doubt = f"its modality is {volume.modality}, {settings.task} expects {expected}"
-        if not forces(settings.force, "modality"):
-            raise UserError(f"{path}: {doubt} as img{i}; --force modality fuses all the same")
-        volume.notes.append(f"forced (modality): {doubt}")
+        doubt = f"its modality is {volume.modality}, {task} expects {expected}"
+        if "modality" not in forced:
+            raise UserError(
+                f"{source.path}: {doubt} as {name}; --force modality fuses all the same"
+            )
+    report.tell(f"{name}: {kind}, {volume.describe()}")
+    report.tell(*(f"{name}: {note}" for note in volume.notes))
+    if doubt:
+        report.doubt(f"{name}: forced (modality): {doubt}")
     if kind == "CT" and volume.data.min() >= 0:
-        volume.notes.append("no value below 0: is it in HU? --window can take another scale")
-    tell(f"img{i}: {kind}, {volume.describe()}", *(f"img{i}: {note}" for note in volume.notes))
+        line = "no value below 0: is it in HU? --window can take another scale"
+        report.tell(f"{name}: {line}")
     return volume
 
 
-def make_finite(volume: Volume, path: Path, nan_to_zero: bool) -> None:
+def make_finite(volume: Volume, source: Source) -> None:
     """Name voxels that are not finite in a UserError, or make them 0 where that was asked for."""
     wrong = ~np.isfinite(volume.data)
     count = int(wrong.sum())
@@ -131,30 +189,39 @@ def make_finite(volume: Volume, path: Path, nan_to_zero: bool) -> None:
     first = np.unravel_index(int(wrong.argmax()), wrong.shape)
     where = ", ".join(str(int(i)) for i in first)
     line = f"{count} voxels are NaN or infinite, the first at ({where})"
-    if not nan_to_zero:
-        raise UserError(f"{path}: {line}; --nan-to-zero takes them as 0")
+    if not source.nan_to_zero:
+        raise UserError(f"{source.path}: {line}; --nan-to-zero takes them as 0")
     volume.data[wrong] = 0
     volume.notes.append(f"{line}: taken as 0")
 
 
 def scale_pair(
-    fixed: Volume, moved: Volume, settings: TestArgs, tell: Callable[..., None]
+    together: Together, kind: str, levels: Levels, report: Report
 ) -> tuple[Scaling, Scaling]:
-    """The scalings of source 1 and source 2; `tell` gets them and, for PET, why SUV is missing."""
-    kind = TASKS[settings.task]
-    scaling1 = scaling_of(fixed, kind, settings.window, settings.suv)
-    scaling2 = scaling_of(moved, "MRI", settings.window, settings.suv)
-    tell(scaling1.text, scaling2.text)
+    """The scalings of source 1, of `kind`, and source 2; for PET also why SUV is missing."""
+    scaling1 = scaling_of(together.source1, kind, levels.window, levels.suv)
+    scaling2 = scaling_of(together.source2, "MRI", levels.window, levels.suv)
+    report.tell(scaling1.text, scaling2.text)
     if reason := scaling1.method.get("no_suv"):
-        tell(f"no SUV ({reason}): {kind} scaled to its maximum")
+        report.tell(f"no SUV ({reason}): {kind} scaled to its maximum")
     return scaling1, scaling2
 
 
-def check_sides(stack: np.ndarray, axis: str) -> None:
-    """UserError if (N, H, W) slices are smaller than the network takes."""
-    height, width = stack.shape[1:]
+def empty(together: Together, axis: str) -> tuple[np.ndarray, str]:
+    """A fused volume without values yet, (I, J, K) int16, and the axis of its slices.
+
+    Raises UserError if the slices are too small for the network.
+
+    Args:
+        axis: axial, coronal, sagittal, or auto.
+    """
+    grid = together.source1
+    axis = pick_axis(grid.affine, axis)
+    luma = np.empty(grid.data.shape, np.int16, order="F")  # as NIfTI stores it
+    height, width = slices(luma, grid.affine, axis).shape[1:]
     if min(height, width) < MIN_SIDE:
         raise UserError(
             f"{axis} slices are {height}x{width} pixels, expected at least {MIN_SIDE}x{MIN_SIDE}; "
             "--axis chooses others"
         )
+    return luma, axis

@@ -8,13 +8,14 @@ Legend: N slices of (H, W) pixels as a reader looks at them, see volumes/grid.py
 """
 
 import io
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from highdicom.sc import SCImage
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
-from images import write_bytes
 from volumes.dicom import read_dataset_of
 from volumes.grid import RAS_LPS, slices
 
@@ -35,38 +36,40 @@ PATIENT = {  # highdicom's name of an argument -> the field that is copied
 }
 
 
-def write_series(
-    folder: Path,
+def series(
     pictures: np.ndarray,
     affine: np.ndarray,
     shape: tuple[int, ...],
     axis: str,
-    frame: str | None,
+    frame_of_reference: str | None,
     patient: Path | None,
-) -> None:
-    """Write slices as DICOM files, each whole or not at all.
+) -> dict[str, Callable[[], bytes]]:
+    """Slices as DICOM files: by the name of each, what makes its content.
 
     Args:
-        folder: where to; it exists.
         pictures: (N, H, W) stored luma, or (N, H, W, 3) uint8 RGB.
         affine: of the volume (I, J, K) of `shape`, RAS mm.
         axis: of the slices.
-        frame: UID of the frame of reference; None makes a new one.
+        frame_of_reference: its UID; None makes a new one.
         patient: a DICOM file whose patient and study are copied; None names nobody.
     """
     who = patient_fields(patient)
-    series, frame = generate_uid(prefix=None), frame or generate_uid(prefix=None)
+    uid, space = (generate_uid(prefix=None), frame_of_reference or generate_uid(prefix=None))
     starts, directions, sides = places(affine, shape, axis)
-    for n, (picture, start) in enumerate(zip(pictures, starts, strict=True), 1):
-        ds = image(picture, axis, n, series, who)
-        ds.FrameOfReferenceUID, ds.PositionReferenceIndicator = frame, ""
+
+    def content(picture: np.ndarray, start: np.ndarray, number: int) -> bytes:
+        ds = image(picture, axis, number, uid, who)
+        ds.FrameOfReferenceUID, ds.PositionReferenceIndicator = space, ""
         ds.ImagePositionPatient = [f"{v:.9g}" for v in start]
         ds.ImageOrientationPatient = [f"{v:.9g}" for v in directions.ravel()]
         ds.PixelSpacing = [f"{v:.9g}" for v in sides[:2]]
         ds.SpacingBetweenSlices = f"{sides[2]:.9g}"
         file = io.BytesIO()
         ds.save_as(file, enforce_file_format=True)
-        write_bytes(folder / f"{axis}_{n:04d}.dcm", file.getvalue())
+        return file.getvalue()
+
+    slices_of = enumerate(zip(pictures, starts, strict=True), 1)
+    return {f"{axis}_{n:04d}.dcm": partial(content, *one, n) for n, one in slices_of}
 
 
 def patient_fields(patient: Path | None) -> dict:

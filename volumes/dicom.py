@@ -46,12 +46,12 @@ from volumes.varying import (
     ALL,
     B_VALUE,
     CONTRASTS,
-    TIMES,
+    TIME_FIELDS,
     Choice,
+    by_time,
     chosen,
     fields_of,
     frame_fields,
-    frames,
     largest,
 )
 
@@ -68,7 +68,7 @@ TAGS = """
     RadiopharmaceuticalInformationSequence SeriesDate SeriesTime AcquisitionDate
     AcquisitionTime SUVType ContrastBolusAgent
 """.split()
-TAGS += [*CONTRASTS, *TIMES, 0x00190010, B_VALUE, *PHILIPS]
+TAGS += [*CONTRASTS, *TIME_FIELDS, 0x00190010, B_VALUE, *PHILIPS]
 SIZE = ["Rows", "Columns", "NumberOfFrames", "BitsAllocated"]
 PIXELS = (0x7FE00008, 0x7FE00009, 0x7FE00010)  # tags of pixel data
 BARE = (b"\2\0", b"\x08\0", b"\0\x08")  # how DICOM without a preamble begins
@@ -122,23 +122,25 @@ def read_dicom(
         planes = [plane for file, ds in headers for plane in _planes(file, ds)]
         planes, *notes = chosen(path, planes, choice.where)
         planes, note = largest(path, planes)
-        times, when = frames(path, planes, choice.frame)
+        times, when = by_time(path, planes, choice.time)
         thickness = first.get("SliceThickness") or first.get("SpacingBetweenSlices") or 1
         try:
             stacks = [stack(path, planes, float(thickness)) for planes in times]
         except UserError as error:
             raise UserError(f"{error} ({note})" if note else error) from None
         _check_series(path, stacks)
-        volume = Volume(_values(stacks, choice.frame), stacks[0].affine)
+        volume = Volume(_values(stacks, choice.time), stacks[0].affine)
         volume.notes = [line for line in (*notes, note, when, stacks[0].note) if line]
+        volume.chosen_by = {flag for flag, line in (("where", notes[0]), ("frame", when)) if line}
         volume.patient, volume.origin = patient, planes[0].path
-        volume.frame = str(first.get("FrameOfReferenceUID") or "") or None
+        volume.files = _files_below(path)
+        volume.frame_of_reference = str(first.get("FrameOfReferenceUID") or "") or None
         volume.modality = str(first.get("Modality") or "") or None
         try:
             volume.suv, volume.no_suv = suv_factor([ds for _, ds in headers])
         except UNREADABLE:
             volume.no_suv = "its fields for SUV cannot be read"
-        if len(stacks) > 1 and choice.frame == "sum":
+        if len(stacks) > 1 and choice.time == "sum":
             volume.suv, volume.no_suv = None, "points in time were summed"
         volume.unit = UNITS.get(str(first.get("Units") or first.get("Modality")), "")
     if copies:
@@ -156,8 +158,7 @@ def read_dicom(
 
 def _read_headers(path: Path) -> tuple[Headers, int]:
     """Every image below `path` with the header fields of TAGS, and the count of other files."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    files = [p for p in files if not p.name.startswith(".") and p.name != "DICOMDIR"]
+    files = [p for p in _files_below(path) if not p.name.startswith(".") and p.name != "DICOMDIR"]
     elements = limits.Elements(path, sum(file.stat().st_size for file in files))
     headers = [(file, ds) for file in files if (ds := _image_header(file, elements)) is not None]
     strays = len(files) - len(headers)
@@ -165,6 +166,11 @@ def _read_headers(path: Path) -> tuple[Headers, int]:
         what = f"no DICOM image among its {strays} files" if path.is_dir() else "not a DICOM image"
         raise UserError(f"{path}: {what}, expected DICOM, NIfTI, MetaImage or NRRD")
     return headers, strays
+
+
+def _files_below(path: Path) -> list[Path]:
+    """The files of a folder and its subfolders, or the file itself."""
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
 def _image_header(file: Path, elements: limits.Elements) -> pydicom.Dataset | None:

@@ -6,6 +6,7 @@ taken to have pixels of one size, unless a scale is asked for.
 Legend: images as in images.py; points are (n, 2), x and y in pixels, y down.
 """
 
+from collections.abc import Collection
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +15,11 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
 from cli import UserError
-from volumes.grid import forces
 from volumes.overlay import compared
 from volumes.register import (
     AGREE,
     LEAST,
-    OVERLAP,
+    LEAST_SHARED,
     ROUNDS,
     SHARP,
     Level,
@@ -27,13 +27,12 @@ from volumes.register import (
     disagreement,
     information,
     moved_by,
+    optima,
     ranked,
     shrunk,
-    spread,
 )
 from volumes.transforms import matrix_of, read_transform, text_of
 
-WAYS = ("auto", "off", "check", "rigid", "similarity")
 SIDE = 256.0  # mm that the longest side is taken to have in the search
 TURNS = (0, -15, 15, -30, 30)  # degrees
 SCALES = (0.5, 2.0)
@@ -42,56 +41,58 @@ SCALES = (0.5, 2.0)
 class Moved(NamedTuple):
     """What became of image 2."""
 
-    luma: np.ndarray  # (H, W) of image 1, float32
-    chroma: np.ndarray | None
-    text: bytes | None  # ITK's file of the transform
-    picture: np.ndarray | None  # uint8 RGB
-    line: str  # for the user
+    moved_pixels: float  # of image 1: the mean distance, over the image, by which image 2 moves
+    doubts: list[str]  # why that cannot be trusted, if it cannot
+    luma: np.ndarray | None = None  # (H, W) of image 1, float32; None: it was only measured
+    chroma: np.ndarray | None = None
+    text: bytes | None = None  # ITK's file of the transform
+    picture: np.ndarray | None = None  # uint8 RGB
 
 
 def register_image(
-    luma1: np.ndarray, luma2: np.ndarray, chroma2: np.ndarray | None, way: str, force: str
+    luma1: np.ndarray,
+    luma2: np.ndarray,
+    chroma2: np.ndarray | None,
+    way: str,
+    transform: Path | None,
+    forced: Collection[str],
 ) -> Moved:
     """Image 2 moved onto image 1, or only measured by "check".
 
     Args:
         luma1, luma2: (H, W) in [0, 1], of any two sizes; `chroma2` (H, W, 3) or None.
-        way: check, rigid, similarity, or the path of a transform of ITK.
-        force: what `--force` names.
+        way: check, rigid, similarity, or file.
+        transform: for "file": of ITK, in pixels.
+        forced: what is taken although it is in doubt.
 
     Raises:
         UserError: a registration that cannot be trusted, or a file that is none.
     """
     doubts, pixel = [], SIDE / max(luma1.shape)
     images = [flat_image(luma, pixel) for luma in (luma1, luma2)]
-    if way in WAYS:
-        transform, doubts = search(*images, way == "similarity")
-    elif Path(way).is_file():
-        matrix = read_transform(Path(way), 2)
+    if way == "file":
+        matrix = read_transform(transform, 2)
         shift = (matrix[:2, 2] * pixel).tolist()
-        transform = sitk.AffineTransform(matrix[:2, :2].ravel().tolist(), shift)
+        found = sitk.AffineTransform(matrix[:2, :2].ravel().tolist(), shift)
     else:
-        raise UserError(f"--register is {way}, expected {', '.join(WAYS)}, or a transform's file")
+        found, doubts = search(*images, way == "similarity")
     points = grid_points(images[0])
-    far = apart(transform, identity(False), points) / pixel
-    line = f"img2 lies {far:.1f} pixels off"
+    far = apart(found, identity(False), points) / pixel
     if way == "check":
-        doubt = f"; not to be trusted: {'; '.join(doubts)}" if doubts else ""
-        return Moved(luma2, chroma2, None, None, f"{line}, nothing was moved{doubt}")
-    if doubts and not forces(force, "registration"):
+        return Moved(far, doubts)
+    if doubts and "registration" not in forced:
         raise UserError(
             f"the registration cannot be trusted: {'; '.join(doubts)}; register the two by hand "
             "and give --register off, or --force registration takes this one"
         )
     before = resampled(images[0], luma2, identity(False), pixel)
-    luma = resampled(images[0], luma2, transform, pixel)
+    luma = resampled(images[0], luma2, found, pixel)
     chroma = None
     if chroma2 is not None:
         channels = np.moveaxis(chroma2, 2, 0)
-        chroma = np.stack([resampled(images[0], c, transform, pixel, 0.0) for c in channels], 2)
-    forced = "".join(f"; forced (registration): {doubt}" for doubt in doubts)
+        chroma = np.stack([resampled(images[0], c, found, pixel, 0.0) for c in channels], 2)
     picture = compared([("before", [(luma1, before)]), ("after", [(luma1, luma)])])
-    return Moved(luma, chroma, in_pixels(transform, pixel), picture, f"{line}: moved{forced}")
+    return Moved(far, doubts, luma, chroma, in_pixels(found, pixel), picture)
 
 
 def flat_image(luma: np.ndarray, pixel: float) -> sitk.Image:
@@ -118,18 +119,18 @@ def search(image1: sitk.Image, image2: sitk.Image, scaled: bool) -> tuple[sitk.T
         mask = sitk.Cast(pair[0] * 0 + 1, sitk.sitkUInt8)
         levels.append(Level(*pair, mask, mm))
     points = grid_points(image1)
-    found = spread(levels[0], starts(levels[0], scaled))
+    found = optima(levels[0], starts(levels[0], scaled))
     found = [c for c in found if inside(c.transform, image1, image2) >= 0.3]
     if not found:
         return identity(scaled), ["no start brought one image over the other"]
     best, *rest = ranked(found)
     others = [c for c in rest if apart(c.transform, best.transform, points) > AGREE]
-    finer = spread(levels[1], [c.transform for c in (best, *others[:2])])
+    finer = optima(levels[1], [c.transform for c in (best, *others[:2])])
     if not finer:
         return identity(scaled), ["the finer search failed"]
     best = ranked(finer)[0]
     doubts = disagreement(best, finer, points)
-    last = spread(levels[2], [best.transform])
+    last = optima(levels[2], [best.transform])
     best = last[0] if last else best
     if best.rounds >= ROUNDS:
         doubts.append("the optimiser did not come to rest")
@@ -143,7 +144,7 @@ def identity(scaled: bool) -> sitk.Transform:
 def starts(level: Level, scaled: bool) -> list[sitk.Transform]:
     """From the corner, the middles and the centres of mass, each also turned."""
     middles, centres = [], []
-    for image in (level.fixed, level.moving):
+    for image in (level.sampled, level.interpolated):
         array = sitk.GetArrayViewFromImage(image)
         middles.append((np.array(image.GetSize()) - 1) / 2 * image.GetSpacing())
         y, x = np.indices(array.shape).reshape(2, -1) @ array.ravel() / max(array.sum(), 1e-6)
@@ -175,7 +176,7 @@ def judgement(
     doubts = []
     areas = [np.prod(i.GetSize()) for i in (image1, image2)]
     share = inside(transform, image1, image2) * max(1, areas[0] / areas[1])
-    if share < OVERLAP:
+    if share < LEAST_SHARED:
         doubts.append(f"only {share:.0%} of the smaller image would be in both, expected half")
     after, off = information(level, transform), []
     for shift in ((15, 0), (-15, 0), (0, 15), (0, -15)):

@@ -11,8 +11,10 @@ N slices of (H, W) pixels are as a reader looks at them: the patient's left is o
 anterior or superior on top.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
@@ -30,7 +32,6 @@ REGISTER = "--register rigid moves img2 onto img1"
 NEAR = 0.01  # of a voxel: positions closer than this are the same
 SHEAR = 0.1  # of a voxel: how far a voxel may lie from where orthogonal axes would put it
 AXES = ("sagittal", "coronal", "axial")  # the axes L, P, S of a patient
-FORCED = ("modality", "space", "place", "overlap", "registration")  # what --force can name
 GRIDS = ("auto", "1", "2")  # what --grid takes beside a side in mm
 FWHM = 2 * np.sqrt(2 * np.log(2))  # width at half height of a Gaussian, in its sigma
 
@@ -43,14 +44,16 @@ class Volume:
     affine: np.ndarray  # (4, 4), RAS mm
     code: int = SCANNER  # NIfTI code of its space
     placed: bool = True  # False: the file does not say where it is
-    frame: str | None = None  # DICOM's frame of reference
+    frame_of_reference: str | None = None  # DICOM's UID of it
     modality: str | None = None  # DICOM's: CT, MR, PT or NM
     suv: float | None = None  # body-weight SUV of a value of 1
     no_suv: str = "the file has no DICOM fields"  # why `suv` is None
     unit: str = ""  # of the values, where DICOM tells it: SUV, Bq/ml or counts
     patient: tuple[str, str] | None = field(default=None, repr=False)  # to be compared only
     origin: Path | None = None  # a DICOM file of it
+    files: list[Path] = field(default_factory=list, repr=False)  # that its reader opened
     notes: list[str] = field(default_factory=list)
+    chosen_by: set[str] = field(default_factory=set)  # flags that had an effect on what was read
 
     @property
     def spacing(self) -> np.ndarray:
@@ -94,15 +97,15 @@ def same_voxels(a: Volume, b: Volume) -> bool:
     return same_grid(a, reordered(b, a.affine))
 
 
-def coverage(fixed: Volume, moving: Volume) -> float:
-    """The share of `fixed`'s field that `moving`'s field covers, on about 40 points an axis."""
-    shape = np.array(fixed.data.shape)
+def coverage(grid: Volume, volume: Volume) -> float:
+    """The share of `grid`'s field that `volume`'s field covers, on about 40 points an axis."""
+    shape = np.array(grid.data.shape)
     counts = np.minimum(shape, 40)
     points = [(np.arange(n) + 0.5) * m / n - 0.5 for n, m in zip(counts, shape, strict=True)]
-    grid = np.stack([*np.meshgrid(*points, indexing="ij"), np.ones(counts)])
-    to_moving = np.linalg.inv(moving.affine) @ fixed.affine
-    index = np.tensordot(to_moving[:3], grid, 1)  # (3, …) in moving's voxels
-    last = np.array(moving.data.shape)[:, None, None, None] - 0.5
+    places = np.stack([*np.meshgrid(*points, indexing="ij"), np.ones(counts)])
+    to_volume = np.linalg.inv(volume.affine) @ grid.affine
+    index = np.tensordot(to_volume[:3], places, 1)  # (3, …) in the volume's voxels
+    last = np.array(volume.data.shape)[:, None, None, None] - 0.5
     return float(((index >= -0.5 - NEAR) & (index <= last + NEAR)).all(0).mean())
 
 
@@ -187,64 +190,46 @@ def _orthogonal(volume: Volume) -> np.ndarray:
     return affine
 
 
-def forces(force: str, what: str) -> bool:
-    """Whether `--force` names `what`, one of FORCED; UserError if it names anything else."""
-    names = [name.strip() for name in force.split(",") if name.strip()]
-    if wrong := [name for name in names if name not in (*FORCED, "all")]:
-        raise UserError(f"--force names {wrong[0]!r}, expected all, or of {', '.join(FORCED)}")
-    return what in names or "all" in names
-
-
-def passed_over(doubts: list[tuple[str, str]], force: str) -> list[str]:
+def passed_over(doubts: list[tuple[str, str]], forced: Collection[str]) -> list[str]:
     """Doubts, as what to force and a line, as lines; UserError for those that are not forced."""
-    left = dict.fromkeys(what for what, _ in doubts if not forces(force, what))
+    left = dict.fromkeys(what for what, _ in doubts if what not in forced)
     if left:
         lines = "; ".join(line for what, line in doubts if what in left)
         raise UserError(f"{lines}; --force {','.join(left)} fuses all the same")
     return [f"forced ({what}): {line}" for what, line in doubts]
 
 
-def check_place(fixed: Volume, moving: Volume, force: str) -> list[str]:
-    """Lines on volumes that do not say where they are; UserError without `force`.
+def place_doubts(source1: Volume, source2: Volume) -> list[tuple[str, str]]:
+    """What is in doubt about volumes that do not say where they are, for `passed_over`.
 
     A registration does not help: left and right would be in doubt.
     """
     line = "does not say where it is in the patient (no sform, qform, space)"
-    pairs = (("img1", fixed), ("img2", moving))
-    return passed_over([("place", f"{n} {line}") for n, v in pairs if not v.placed], force)
+    pairs = (("img1", source1), ("img2", source2))
+    return [("place", f"{name} {line}") for name, volume in pairs if not volume.placed]
 
 
-def check_space(fixed: Volume, moving: Volume, force: str, registered: bool = False) -> list[str]:
-    """Lines on what is in doubt about two volumes being in one patient space.
+def space_doubts(source1: Volume, source2: Volume) -> list[tuple[str, str]]:
+    """What is in doubt about two volumes being in one patient space, for `passed_over`."""
+    doubts = []
+    spaces = {v.code for v in (source1, source2)}
+    if len(spaces) == 2 and spaces & set(STANDARD):
+        first, second = (SPACES.get(v.code, "unknown") for v in (source1, source2))
+        doubts.append(("space", f"img1 is in {first} space, img2 in {second} space, {REGISTER}"))
+    frames = source1.frame_of_reference, source2.frame_of_reference
+    if all(frames) and frames[0] != frames[1]:
+        line = f"img1 and img2 have different DICOM frames of reference, {REGISTER}"
+        doubts.append(("space", line))
+    return doubts
 
-    Args:
-        force: which of FORCED may be passed over.
-        registered: one was moved onto the other, so that frames and spaces no longer count.
 
-    Raises:
-        UserError: what must not be passed over without `force`.
-    """
-    doubts, notes = [], []  # doubts as what to force and a line
-    spaces = {v.code for v in (fixed, moving)}
-    frames = fixed.frame, moving.frame
-    if not registered:
-        if len(spaces) == 2 and spaces & set(STANDARD):
-            first, second = (SPACES.get(v.code, "unknown") for v in (fixed, moving))
-            line = f"img1 is in {first} space, img2 in {second} space, {REGISTER}"
-            doubts.append(("space", line))
-        if all(frames) and frames[0] != frames[1]:
-            line = f"img1 and img2 have different DICOM frames of reference, {REGISTER}"
-            doubts.append(("space", line))
-        elif not all(frames):
-            notes.append(
-                "not both files name a DICOM frame of reference: taken as one patient space, "
-                "unchecked"
-            )
-    share = common(fixed, moving)
-    if share < 0.5:
-        line = f"img1 and img2 share only {share:.0%} of the smaller field, expected half"
-        doubts.append(("overlap", line if registered else f"{line}, {REGISTER}"))
-    return [*passed_over(doubts, force), *notes]
+def field_doubts(source1: Volume, source2: Volume, registered: bool) -> list[tuple[str, str]]:
+    """What is in doubt about two volumes showing one part of the body, for `passed_over`."""
+    share = common(source1, source2)
+    if share >= 0.5:
+        return []
+    line = f"img1 and img2 share only {share:.0%} of the smaller field, expected half"
+    return [("overlap", line if registered else f"{line}, {REGISTER}")]
 
 
 # --- the grid of the output ------------------------------------------------------------------
@@ -255,7 +240,7 @@ def in_plane(volume: Volume) -> float:
     return float(np.sqrt(np.prod(np.sort(volume.spacing)[:2])))
 
 
-def pick_grid(fixed: Volume, moving: Volume, kind: str, grid: str) -> tuple[int, Volume]:
+def pick_grid(source1: Volume, source2: Volume, kind: str, grid: str) -> tuple[int, Volume]:
     """Which source has the grid of the output, 1 or 2, and that grid; its values do not count.
 
     Args:
@@ -269,9 +254,9 @@ def pick_grid(fixed: Volume, moving: Volume, kind: str, grid: str) -> tuple[int,
     if grid in ("1", "2"):
         number = int(grid)
     else:
-        finer = in_plane(moving) < 0.99 * in_plane(fixed)
+        finer = in_plane(source2) < 0.99 * in_plane(source1)
         number = 2 if kind != "CT" or finer else 1
-    chosen = straightened((fixed, moving)[number - 1])
+    chosen = straightened((source1, source2)[number - 1])
     if grid in GRIDS:
         return number, chosen
     try:
@@ -302,17 +287,34 @@ def cubic(volume: Volume, mm: float) -> Volume:
     return replace(volume, data=data, affine=affine, notes=[])
 
 
-def onto_grid(moving: Volume, target: Volume) -> tuple[np.ndarray, str]:
-    """`moving` on `target`'s voxels, (I, J, K) float32, and what was done to it in a few words."""
-    if same_grid(target, moving):
-        return moving.data, "not resampled"
-    turned = reordered(moving, target.affine)
-    if same_grid(target, turned):
-        return turned.data, "reordered, not resampled"
-    smooth = low_passed(moving, target.affine)
-    how = "linear" if smooth is moving else "linear, after a low-pass, as it is coarser"
-    data = resample(smooth, target.data.shape, target.affine)
-    return data, f"resampled ({how}); it covers {coverage(target, moving):.0%} of the grid"
+class Gridded(NamedTuple):
+    """A volume on the voxels of a grid, and what was done to it."""
+
+    data: np.ndarray  # (I, J, K) float32
+    resampled: bool  # False: its voxels lay there already
+    reordered: bool  # its axes were permuted or flipped, its values stayed
+    low_passed: bool  # before it was resampled, since the grid is coarser
+    coverage: float  # 0 to 1: the share of the grid's field that the volume's field covers
+
+    @property
+    def line(self) -> str:
+        """The same in a few words."""
+        if not self.resampled:
+            return "reordered, not resampled" if self.reordered else "not resampled"
+        how = "linear, after a low-pass, as it is coarser" if self.low_passed else "linear"
+        return f"resampled ({how}); it covers {self.coverage:.0%} of the grid"
+
+
+def onto_grid(moving: Volume, grid: Volume) -> Gridded:
+    """`moving` on the voxels of another volume, whose values do not count."""
+    if same_grid(grid, moving):
+        return Gridded(moving.data, False, False, False, 1.0)
+    turned = reordered(moving, grid.affine)
+    if same_grid(grid, turned):
+        return Gridded(turned.data, False, True, False, 1.0)
+    smooth = low_passed(moving, grid.affine)
+    data = resample(smooth, grid.data.shape, grid.affine)
+    return Gridded(data, True, False, smooth is not moving, coverage(grid, moving))
 
 
 # --- slices ----------------------------------------------------------------------------------

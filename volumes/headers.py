@@ -9,6 +9,7 @@ Sources: MetaImage's reference (itk.org/Wiki/MetaIO/Documentation), the definiti
 """
 
 import math
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -57,7 +58,7 @@ class Claim(NamedTuple):
     shape: list[int]
     itemsize: float  # bytes of a voxel in the file, at least
     packed: bool
-    file: str  # where they are; empty: in the file itself
+    detached: bool  # in other files
 
 
 def itk_without_warnings(undo: ExitStack) -> None:
@@ -76,16 +77,16 @@ def check_header(path: Path) -> None:
     is_meta = path.suffix.lower() in META
     try:
         claim = (meta_claim if is_meta else nrrd_claim)(path)
+        files = data_files(path) if claim.detached else []
     except ValueError as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: damaged or not {path.suffix} ({error})") from None
     length = path.stat().st_size
-    if claim.file:
-        voxels = path.parent / claim.file
-        if not voxels.is_file():
-            raise UserError(f"{path}: its voxels should be in {voxels}, but there is no such file")
-        length = voxels.stat().st_size
+    if claim.detached:
+        if not files:
+            raise UserError(f"{path}: the file that should have its voxels is not there")
+        length = sum(file.stat().st_size for file in files)
     limits.check_claim(path, claim.shape, claim.itemsize, claim.packed, length)
 
 
@@ -138,11 +139,48 @@ def integers_of(text: str, count: int, name: str, low: int = 1) -> list[int]:
     return found
 
 
-def one_file(name: str) -> str:
-    """The name of a file of voxels; ValueError for a list, or a pattern, of many."""
-    if name.upper().startswith("LIST") or "%" in name or not name:
-        raise ValueError("its voxels are in many files; save them as one")
-    return name
+PATTERN = re.compile(r"[^%]*%0?\d{0,2}d[^%]*")  # of many names: nothing else that printf knows
+
+
+def data_files(path: Path) -> list[Path]:
+    """The files that a header of MetaImage or NRRD names as the place of its voxels.
+
+    Either names one file, or lists several in the lines after it, or has a pattern with a number,
+    its first and last value and its step. ValueError for a pattern or a list of another kind.
+    """
+    lines, left = [], limits.HEADER_BYTES
+    with path.open("rb") as file:
+        for line in iter(partial(file.readline, limits.FIELD_BYTES), b""):
+            left -= len(line)
+            if left <= 0 or (not line.strip() and path.suffix.lower() in (".nrrd", ".nhdr")):
+                break  # the voxels follow
+            lines.append(line.decode("utf-8", "replace").strip())
+            if line.startswith(b"ElementDataFile") and not line.rstrip().endswith(b"LIST"):
+                break
+    names = []
+    for number, line in enumerate(lines):
+        key, sign, value = line.partition("=" if line.startswith("Element") else ":")
+        if sign and key.strip().lower() in ("elementdatafile", "data file", "datafile"):
+            names += names_of(value, lines[number + 1 :])
+    return [file for name in names if name and (file := path.parent / name).is_file()]
+
+
+def names_of(value: str, following: list[str]) -> list[str]:
+    """The names of the files of voxels, by a field and the lines that follow it."""
+    words = value.split()
+    if words[:1] == ["LIST"]:
+        names = following
+    elif "%" in value:
+        if len(words) < 3 or not PATTERN.fullmatch(words[0]):
+            raise ValueError("a pattern of names that is none")
+        first, last, step = integers_of(" ".join([*words[1:4], "1"][:3]), 3, "a pattern", low=0)
+        numbers = range(first, last + 1, max(step, 1))[: limits.ENTRIES + 1]
+        names = [words[0] % n for n in numbers]
+    else:
+        names = [value.strip()]
+    if len(names) > limits.ENTRIES:
+        raise ValueError(f"its voxels are in over {limits.ENTRIES} files")
+    return names
 
 
 # --- MetaImage -------------------------------------------------------------------------------
@@ -167,10 +205,10 @@ def meta_claim(path: Path) -> Claim:
     kind = fields["ElementType"].removeprefix("MET_")
     if kind not in META_TYPES:
         raise ValueError("its ElementType is none of one grey value")
-    place = one_file(fields["ElementDataFile"])
+    detached = fields["ElementDataFile"].upper() != "LOCAL"
     shape = integers_of(fields["DimSize"], dimensions, "DimSize")
     packed = fields.get("CompressedData", "").lower() in ("true", "1")
-    return Claim(shape, META_TYPES[kind], packed, "" if place.upper() == "LOCAL" else place)
+    return Claim(shape, META_TYPES[kind], packed, detached)
 
 
 def check_skips(path: Path, fields: dict[str, str], names: tuple[str, ...]) -> None:
@@ -210,5 +248,4 @@ def nrrd_claim(path: Path) -> Claim:
     if encoding not in (*RAW, *TEXT, *HEX, *PACKED):
         raise ValueError("its encoding is none of NRRD's")
     size = 1 if encoding in TEXT else 2 * size if encoding in HEX else size
-    place = one_file(fields["data file"]) if "data file" in fields else ""
-    return Claim(shape, size, encoding in PACKED, place)
+    return Claim(shape, size, encoding in PACKED, "data file" in fields)

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -22,7 +22,7 @@ import limits
 from cli import UserError
 from volumes.dicom import read_dicom
 from volumes.grid import RAS_LPS, SCANNER, SHEAR, Volume, displacement
-from volumes.headers import check_header, quiet_itk
+from volumes.headers import check_header, data_files, quiet_itk
 from volumes.varying import ALL, Choice, number_of
 
 NIFTI = (".nii", ".nii.gz")
@@ -54,12 +54,6 @@ DAMAGED = (  # what nibabel raises for a file that it cannot read
 )
 
 
-def stem_of(path: Path) -> str:
-    """A file's name without the ending of its format: "ct" of "ct.nii.gz"."""
-    ends = [suffix for suffix in (*NIFTI, *PAIRS, *MGH, *ITK) if path.name.lower().endswith(suffix)]
-    return path.name[: -len(max(ends, key=len))] if ends else path.stem
-
-
 def read_volume(
     path: Path, series: str | None = None, flag: str = "--series1", choice: Choice = ALL
 ) -> Volume:
@@ -89,21 +83,24 @@ def read_nifti(path: Path, choice: Choice = ALL) -> Volume:
     """A grey volume of a NIfTI-1 or -2 file, or another that nibabel reads: Analyze, MGH.
 
     Args:
-        choice: its `frame` of a 4-D file; its `affine` where sform and qform differ.
+        choice: its `time` of a 4-D file; its `affine` where sform and qform differ.
 
     Raises:
-        UserError: damaged, not 3-D and no frame chosen, colour or complex voxels, not in
+        UserError: damaged, not 3-D and no time chosen, colour or complex voxels, not in
             millimetres.
     """
     try:
         with opened_nifti(path) as image:
-            data, note = _nifti_values(path, image, choice.frame)
+            data, note = _nifti_values(path, image, choice.time)
         if isinstance(image.header, nib.Nifti1Header):
             volume = _nifti_volume(path, image, data, choice.affine)
         else:
             volume = Volume(data, _checked(image.affine, path))
             volume.placed = isinstance(image, nib.MGHImage) and image.header["goodRASFlag"] == 1
         volume.notes += [note] if note else []
+        volume.chosen_by |= {"frame"} if note else set()
+        named = (Path(part.filename) for part in image.file_map.values())
+        volume.files = [file for file in named if file.is_file()]  # of a .hdr, the .img beside it
         return volume
     except UserError:
         raise
@@ -182,8 +179,8 @@ def _check_values(
         holder.fileobj.most = offset + limits.product(image.shape) * dtype.itemsize
 
 
-def _nifti_values(path: Path, image: nib.Nifti1Image, frame: str) -> tuple[np.ndarray, str]:
-    """The values of nibabel's image, (I, J, K) float32, and a note on the frame taken of it."""
+def _nifti_values(path: Path, image: nib.Nifti1Image, time: str) -> tuple[np.ndarray, str]:
+    """The values of nibabel's image, (I, J, K) float32, and a note on the time taken of it."""
     shape = image.shape
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -191,19 +188,19 @@ def _nifti_values(path: Path, image: nib.Nifti1Image, frame: str) -> tuple[np.nd
     if dtype.fields or dtype.kind not in "iuf":
         raise UserError(f"{path}: voxels are RGB or complex, expected one grey value each")
     if len(shape) == 4:
-        return _nifti_frame(path, image.dataobj, shape, frame)
+        return _nifti_time(path, image.dataobj, shape, time)
     if len(shape) != 3:
         raise UserError(f"{path}: is {len(shape)}-D, expected one 3-D volume")
     data = np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"))
     return data.reshape(shape, order="A"), ""
 
 
-def _nifti_frame(
-    path: Path, stored: nib.arrayproxy.ArrayProxy, shape: tuple[int, ...], frame: str
+def _nifti_time(
+    path: Path, stored: nib.arrayproxy.ArrayProxy, shape: tuple[int, ...], time: str
 ) -> tuple[np.ndarray, str]:
-    """A frame (I, J, K) float32 of 4-D values, or the mean or sum of all, read one by one."""
+    """A point in time (I, J, K) float32 of 4-D values, or the mean or sum of all, one by one."""
     count = shape[3]
-    number = number_of(frame, count, f"{path}: is 4-D ({count} volumes)")
+    number = number_of(time, count, f"{path}: is 4-D ({count} volumes)")
     one = [slice(None)] * 3 + [number] + [0] * (len(stored.shape) - 4)
     if number is not None:
         data = np.asarray(stored[tuple(one)], np.float32)
@@ -211,9 +208,9 @@ def _nifti_frame(
     data = np.zeros(shape[:3], np.float32, order="F")
     for one[3] in range(count):
         data += stored[tuple(one)]
-    if frame == "mean":
+    if time == "mean":
         data /= count
-    return data, f"{frame} of {count} volumes"
+    return data, f"{time} of {count} volumes"
 
 
 def _nifti_volume(path: Path, image: nib.Nifti1Image, data: np.ndarray, place: str) -> Volume:
@@ -238,6 +235,7 @@ def _nifti_volume(path: Path, image: nib.Nifti1Image, data: np.ndarray, place: s
             middle = [(a @ np.append((np.array(data.shape) - 1) / 2, 1))[:3] for a in both]
             at = [f"({', '.join(f'{v:.1f}' for v in xyz)})" for xyz in middle]
             other = "qform" if place == "sform" else "sform"
+            volume.chosen_by.add("affine")
             volume.notes.append(
                 f"sform and qform differ by up to {apart:.3g} mm: the middle is at {at[0]} mm by "
                 f"the sform, {at[1]} by the qform; the {place} counts, --affine {other} takes the "
@@ -272,7 +270,8 @@ def read_itk(path: Path) -> Volume:
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
     placed = path.suffix.lower() in (".mha", ".mhd") or "NRRD_space" in image.GetMetaDataKeys()
-    return Volume(data, _checked(RAS_LPS @ affine, path), placed=placed)
+    files = [path, *data_files(path)]
+    return Volume(data, _checked(RAS_LPS @ affine, path), placed=placed, files=files)
 
 
 def values_of_itk(image: sitk.Image) -> np.ndarray:
@@ -280,34 +279,31 @@ def values_of_itk(image: sitk.Image) -> np.ndarray:
     return np.array(sitk.GetArrayViewFromImage(image), np.float32).T
 
 
-def stream_nifti(
-    file: BinaryIO,
-    data: np.ndarray,
-    affine: np.ndarray,
-    code: int,
-    text: str,
-    slope: float = 1.0,
-    packed: bool = False,
-) -> None:
-    """Write a NIfTI-1 volume, sform and qform the same, to an open file.
+class Header(NamedTuple):
+    """What the header of a NIfTI file says of its voxels."""
+
+    affine: np.ndarray  # (4, 4), RAS mm; sform and qform are the same
+    code: int  # NIfTI's of the space
+    text: str  # description; at most 79 characters of it are kept
+    slope: float = 1.0  # what a reader multiplies the stored values with
+
+
+def stream_nifti(file: BinaryIO, data: np.ndarray, header: Header, packed: bool = False) -> None:
+    """Write a NIfTI-1 volume to an open file.
 
     Args:
         data: (I, J, K), or (I, J, K, 3) uint8 RGB.
-        affine: RAS, mm.
-        code: NIfTI's of the space.
-        text: the header's description, at most 79 characters of it.
-        slope: what a reader multiplies the stored values with.
         packed: compressed by gzip. The same volume gives the same bytes.
     """
     if data.ndim == 4:
         data = data.view([(c, "u1") for c in "RGB"])[..., 0]
-    image = nib.Nifti1Image(data, affine)
-    image.set_sform(affine, code)
-    image.set_qform(affine, code)
+    image = nib.Nifti1Image(data, header.affine)
+    image.set_sform(header.affine, header.code)
+    image.set_qform(header.affine, header.code)
     image.header.set_xyzt_units("mm")
-    image.header["descrip"] = text.encode("ascii", "replace")[:79]
-    if slope != 1:
-        image.header.set_slope_inter(slope, 0)
+    image.header["descrip"] = header.text.encode("ascii", "replace")[:79]
+    if header.slope != 1:
+        image.header.set_slope_inter(header.slope, 0)
     if packed:
         with gzip.GzipFile("", "wb", 6, file, mtime=0) as gz:  # neither name nor time in it
             image.to_stream(gz)

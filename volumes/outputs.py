@@ -1,230 +1,187 @@
-"""The files of a run on volumes: planning them, keeping sources safe, and writing.
+"""The files of a run on volumes: written together or not at all.
 
-A fused volume has a sidecar, a JSON file of the same folder and stem that says what was done. The
-two, and the colour volume, are written together or not at all.
+A fused volume has a sidecar, a JSON file of the same folder and stem that says what was done and
+lists what was written. Which files a run may write is planned in requests.py.
 
 Legend: I J K voxels as stored; N slices of (H, W) pixels, see volumes/grid.py.
 """
 
 import json
-import os
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 
-from args_setting import TASKS, TestArgs
 from cli import UserError
-from images import whole_file, writable_folder, write_png
+from fusing import SOFTWARE, Plan, listed_as
+from images import png_bytes, write_together
 from volumes.grid import pixel_sides, slice_positions, slices
 from volumes.intensity import STORED_ONE, Scaling
-from volumes.io import NIFTI, stem_of, stream_nifti
-from volumes.pair import WAYS, Together
+from volumes.io import Header, stream_nifti
+from volumes.pair import Registered, Together
 from volumes.pictures import colour_slice, colour_table, eight_bit, mosaic, with_bar
+from volumes.requests import VolumeRequest, Writing
 from volumes.transforms import transform_text
 
-
-class Outputs(NamedTuple):
-    """The files of a run; None where not asked for."""
-
-    grey: Path
-    sidecar: Path
-    colour: Path | None
-    png: Path | None  # a folder
-    mosaic: Path | None
-    transform: Path | None = None
-    overlay: Path | None = None  # a picture of the registration
-    dicom: Path | None = None  # a folder
-
-    def without(self, transform: bool, overlay: bool) -> "Outputs":
-        """These but for the files of a registration that there is no use for."""
-        return self._replace(
-            transform=None if transform else self.transform,
-            overlay=None if overlay else self.overlay,
-        )
+Writers = dict[Path, Callable[[BinaryIO], None]]
 
 
-# what names each
-FLAGS = Outputs("--out", "--out", "--out", "--png", "--mosaic", "--out", "--out", "--dicom")
+@dataclass(frozen=True)
+class Fused:
+    """A fused volume, and how it came about."""
 
-
-class FusedVolume(NamedTuple):
-    """A fused volume on the grid of source 1, what was done, and the files it was written to."""
-
+    request: VolumeRequest
     luma: np.ndarray  # (I, J, K) int16, as stored: times `scale` it is the luma, 0 to 1
-    scale: float
-    affine: np.ndarray  # (4, 4), RAS mm
-    code: int  # NIfTI code of its space
     axis: str  # of the slices that went through the network
     scalings: tuple[Scaling, Scaling]  # of source 1 and source 2
-    report: list[str]  # lines for the user, without paths and without anything of the patient
-    outputs: Outputs
-    together: Together | None = None  # how the sources came onto one grid
+    together: Together  # the sources on its grid
+    registered: Registered
+
+    scale = 1 / STORED_ONE
+
+    @property
+    def affine(self) -> np.ndarray:
+        """(4, 4), from a voxel's index to RAS in mm."""
+        return self.together.source1.affine
 
     @property
     def stack(self) -> np.ndarray:
         """The luma as (N, H, W) slices, a view."""
         return slices(self.luma, self.affine, self.axis)
 
-
-# --- before a run ----------------------------------------------------------------------------
-
-
-def plan_outputs(settings: TestArgs) -> Outputs:
-    """Every file that the settings ask for; UserError if one may not be written."""
-    out = settings.out
-    suffix = next((s for s in reversed(NIFTI) if out.name.lower().endswith(s)), None)
-    if suffix is None or out.is_dir():
-        raise UserError(
-            f"--out is {out}, expected a file name that ends in .nii.gz or .nii for volumes"
-        )
-    if settings.task == "all":
-        raise UserError(f"task is all, but volumes need to know what img1 is: {', '.join(TASKS)}")
-    colour = colour_of(settings)
-    if colour and settings.task == "CT-MRI":
-        raise UserError("--colour is for PET and SPECT, CT and MRI are grey")
-    if settings.mosaic and settings.mosaic.suffix.lower() != ".png":
-        raise UserError(f"--mosaic is {settings.mosaic}, expected a file name that ends in .png")
-    if settings.stretch or settings.metrics:
-        raise UserError("--stretch and --metrics are for images, not for volumes")
-    stem = stem_of(out)
-    outputs = Outputs(
-        out,
-        out.with_name(f"{stem}.json"),
-        out.with_name(f"{stem}_colour{suffix}") if colour else None,
-        settings.png,
-        settings.mosaic,
-        dicom=check_dicom(settings),
-    )
-    sources = [settings.img1, settings.img2, *([settings.via] if settings.via else [])]
-    if settings.register != "off":
-        pair = (out.with_name(f"{stem}{end}") for end in (".tfm", "_registration.png"))
-        outputs = outputs._replace(**dict(zip(("transform", "overlay"), pair, strict=True)))
-        if settings.register not in WAYS:
-            sources.append(Path(settings.register))
-    for flag, path in zip(FLAGS, outputs, strict=True):
-        if path and path not in (settings.png, settings.dicom) and path.is_dir():
-            raise UserError(f"{path} is a folder, choose another {flag}")
-        if path:
-            check_no_source(path, flag, sources)
-    return outputs
+    @property
+    def code(self) -> int:
+        """NIfTI's code of its space."""
+        return self.together.source1.code
 
 
-def check_dicom(settings: TestArgs) -> Path | None:
-    """The folder of `--dicom`; UserError if it has files, or highdicom is not installed."""
-    if settings.dicom is None:
-        if settings.keep_patient:
-            raise UserError("--keep-patient is for --dicom, no other output names a patient")
-        return None
-    if find_spec("highdicom") is None:
+@dataclass(frozen=True)
+class FusedVolume(Fused):
+    """The result of a run, with what it found and what it wrote."""
+
+    report: tuple[str, ...]  # lines for the user, without paths and without anything of the patient
+    doubts: tuple[str, ...]  # those lines that are doubts
+    files: dict[str, tuple[Path, ...]]  # what was written, by what it is
+    read: tuple[Path, ...]  # files that the readers opened
+
+    @property
+    def coverage(self) -> tuple[float, float]:
+        """The share, 0 to 1, of the grid's field that each source covers."""
+        return self.together.coverage
+
+    @property
+    def moved_mm(self) -> float | None:
+        """The mean way, over the head, by which source 2 moves onto source 1; None: not measured.
+
+        It was only measured, and nothing moved, unless `registered.applied`.
+        """
+        return None if self.registered.found is None else self.registered.found.moved_mm
+
+
+def check_dicom(writing: Writing) -> None:
+    """UserError if `--dicom` needs a package that is not installed."""
+    if writing.dicom and find_spec("highdicom") is None:
         raise UserError("--dicom needs highdicom: pip install -r requirements-volumes.txt")
-    if settings.dicom.exists() and not (
-        settings.dicom.is_dir() and not any(settings.dicom.iterdir())
-    ):
-        raise UserError(f"{settings.dicom} is not an empty folder, choose another --dicom")
-    return settings.dicom
 
 
-def colour_of(settings: TestArgs) -> str | None:
-    """The colour table of a run; None for a grey one."""
-    default = None if settings.task == "CT-MRI" else "warm"
-    return {"auto": default, "none": None}.get(settings.colour, settings.colour)
+def write_outputs(
+    plan: Plan, fused: Fused, picture: np.ndarray | None, report: list[str]
+) -> dict[str, tuple[Path, ...]]:
+    """Write what a plan names; returns the files by what they are.
 
+    All of them are complete on the disk before the first gets its name, and the sidecar gets its
+    name last. What an earlier run listed and this one lacks is removed.
 
-def check_no_source(path: Path, flag: str, sources: Sequence[Path]) -> None:
-    """UserError if writing `path`, which `flag` named, would hit a source or a source's sidecar."""
-    target = path.resolve()
-    for source in sources:
-        original = source.resolve()
-        if _same(target, original) or (source.is_dir() and original in target.parents):
-            raise UserError(f"{target} is a source or inside of one, choose another {flag}")
-        if any(_same(target, sidecar) for sidecar in sidecars_of(source)):
-            raise UserError(f"{target} is the sidecar of {source}, choose another {flag}")
-
-
-def sidecars_of(source: Path) -> list[Path]:
-    """The JSON files of a source's folder and stem, where BIDS and dcm2niix describe it.
-
-    Whether they exist makes no difference: one of ours would seem to describe the source. A link
-    has one beside it, and its target another. A folder has none.
+    Args:
+        plan: without outputs that have no content.
+        picture: of the registration, uint8 RGB, where the plan has one.
+        report: lines for the sidecar.
     """
-    if source.is_dir():
-        return []
-    files = source.absolute(), source.resolve()
-    return [file.with_name(f"{stem_of(file)}.json").resolve() for file in files]
+    parts = contents(plan, fused)
+    if plan.path("overlay"):
+        parts["overlay"] = {plan.path("overlay"): partial(_bytes, lambda: png_bytes(picture))}
+    files = {what: tuple(writers) for what, writers in parts.items()}
+    aside = plan.path("sidecar")
+    files["sidecar"] = (aside,)
+    paths = [path for group in files.values() for path in group]
+    names = sorted(listed_as(path, plan.sidecar) for path in paths)
+    content = sidecar(fused, report, names).encode()
+    writers = {path: write for group in parts.values() for path, write in group.items()}
+    writers[aside] = partial(_bytes, lambda: content)
+    write_together(writers, plan.stale(paths))
+    return {output.what: files[output.what] for output in plan.outputs}
 
 
-def _same(path1: Path, path2: Path) -> bool:
-    """Whether two resolved paths are one file, also in spellings that the file system equates."""
-    return path1 == path2 or (path1.exists() and path2.exists() and path1.samefile(path2))
+def _bytes(content: Callable[[], bytes], file: BinaryIO) -> None:
+    """Write bytes that are made only now."""
+    file.write(content())
 
 
-def make_folders(outputs: Outputs) -> None:
-    """Make the folders of all outputs; OSError if one cannot be written to."""
-    folders = {path.resolve().parent for path in outputs if path}
-    for folder in folders | {outputs.png, outputs.dicom} - {None}:
-        writable_folder(folder)
+def contents(plan: Plan, fused: Fused) -> dict[str, Writers]:
+    """How to write each file of a plan but the sidecar and the overlay, by what it is.
 
-
-# --- after a run -----------------------------------------------------------------------------
-
-
-def write_outputs(settings: TestArgs, fused: FusedVolume, source1: np.ndarray) -> None:
-    """Write what `fused.outputs` names; `source1` (I, J, K) has the uptake for colour.
-
-    The volumes and the sidecar come last, so that with them everything is there.
+    Nothing is made before it is written, so that only one picture is in memory.
     """
-    outputs = fused.outputs
-    colour = colour_of(settings)
-    rgb = colour_volume(fused, source1, colour) if colour else None
+    colour = fused.request.writing.colour
+    rgb = colour_volume(fused, colour) if colour else None
     pictures = fused.stack if rgb is None else slices(rgb, fused.affine, fused.axis)
-    if outputs.png:
-        for n, image in enumerate(pictures):
-            picture = with_bar(eight_bit(image), colour, fused.scalings[0])
-            write_png(outputs.png / f"{fused.axis}_{n:04d}.png", picture)
-    if outputs.dicom:
-        from volumes.derived import write_series  # only --dicom needs highdicom
-
-        place = fused.affine, fused.luma.shape, fused.axis
-        giver = fused.together.giver
-        patient = giver.origin if settings.keep_patient else None
-        write_series(outputs.dicom, pictures, *place, giver.frame, patient)
-    if outputs.mosaic:
-        labels = slice_positions(fused.luma.shape, fused.affine, fused.axis)
-        pixel = pixel_sides(fused.affine, fused.axis)
-        sheet = mosaic(pictures, labels, fused.axis, pixel)
-        write_png(outputs.mosaic, with_bar(sheet, colour, fused.scalings[0]))
-    text = f"ASFE {settings.task}; {'; '.join(scaling.text for scaling in fused.scalings)}"
-    volume = partial(
-        stream_nifti,
-        affine=fused.affine,
-        code=fused.code,
-        text=text,
-        packed=outputs.grey.name.lower().endswith(".gz"),
-    )
-    content = sidecar(settings, fused).encode()
-    writers = {
-        outputs.grey: partial(volume, data=fused.luma, slope=fused.scale),
-        outputs.sidecar: lambda file: file.write(content),
-    }
-    if outputs.colour:
-        writers[outputs.colour] = partial(volume, data=rgb)
-    if outputs.transform:
-        text = transform_text(fused.together.matrix, fused.together.centre)
-        writers[outputs.transform] = lambda file: file.write(text)
-    if outputs.overlay:
-        write_png(outputs.overlay, fused.together.picture)
-    write_together(writers)
+    grey = plan.path("grey")
+    text = "; ".join([f"ASFE {fused.request.task}", *(s.text for s in fused.scalings)])
+    header = Header(fused.affine, fused.code, text)
+    volume = partial(stream_nifti, packed=grey.name.lower().endswith(".gz"))
+    found: dict[str, Writers] = {}
+    if path := plan.path("colour"):
+        found["colour"] = {path: partial(volume, data=rgb, header=header)}
+    if folder := plan.path("png"):
+        found["png"] = {
+            folder / f"{fused.axis}_{n:04d}.png": partial(
+                _bytes, partial(_slice_png, image, colour, fused.scalings[0])
+            )
+            for n, image in enumerate(pictures)
+        }
+    if path := plan.path("mosaic"):
+        found["mosaic"] = {path: partial(_bytes, partial(_mosaic_png, fused, pictures, colour))}
+    if path := plan.path("transform"):
+        registration = fused.registered.found
+        text = transform_text(registration.matrix, registration.centre)
+        found["transform"] = {path: partial(_bytes, lambda: text)}
+    if folder := plan.path("dicom"):
+        found["dicom"] = _dicom_writers(folder, fused, pictures)
+    scaled = header._replace(slope=fused.scale)
+    found["grey"] = {grey: partial(volume, data=fused.luma, header=scaled)}
+    return found
 
 
-def colour_volume(fused: FusedVolume, source1: np.ndarray, colour: str) -> np.ndarray:
+def _slice_png(image: np.ndarray, colour: str | None, uptake: Scaling) -> bytes:
+    return png_bytes(with_bar(eight_bit(image), colour, uptake))
+
+
+def _mosaic_png(fused: Fused, pictures: np.ndarray, colour: str | None) -> bytes:
+    labels = slice_positions(fused.luma.shape, fused.affine, fused.axis)
+    sheet = mosaic(pictures, labels, fused.axis, pixel_sides(fused.affine, fused.axis))
+    return png_bytes(with_bar(sheet, colour, fused.scalings[0]))
+
+
+def _dicom_writers(folder: Path, fused: Fused, pictures: np.ndarray) -> Writers:
+    """How to write the slices as a DICOM series."""
+    from volumes.derived import series  # only --dicom needs highdicom
+
+    giver = fused.together.giver
+    place = fused.affine, fused.luma.shape, fused.axis
+    patient = giver.origin if fused.request.writing.keep_patient else None
+    made = series(pictures, *place, giver.frame_of_reference, patient)
+    return {folder / name: partial(_bytes, content) for name, content in made.items()}
+
+
+def colour_volume(fused: Fused, colour: str) -> np.ndarray:
     """(I, J, K, 3) uint8 RGB: the fused luma in the colours that a table has for the uptake."""
     rgb = np.empty((*fused.luma.shape[::-1], 3), np.uint8).transpose(2, 1, 0, 3)  # as NIfTI stores
-    uptake, table = slices(source1, fused.affine, fused.axis), colour_table(colour)
+    uptake = slices(fused.together.source1.data, fused.affine, fused.axis)
+    table = colour_table(colour)
     stacks = slices(rgb, fused.affine, fused.axis), fused.stack, uptake
     for picture, luma, values in zip(*stacks, strict=True):
         luma = luma / np.float32(STORED_ONE)
@@ -232,37 +189,41 @@ def colour_volume(fused: FusedVolume, source1: np.ndarray, colour: str) -> np.nd
     return rgb
 
 
-def write_together(writers: dict[Path, Callable[[BinaryIO], None]]) -> None:
-    """Write files that belong together: all of them or, after an error, none.
-
-    Each is complete on the disk before the first gets its name. The names come in the reverse of
-    the dictionary's order, one right after the other.
-    """
-    with ExitStack() as files:
-        for path, write in writers.items():
-            file = files.enter_context(whole_file(path))
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def sidecar(settings: TestArgs, fused: FusedVolume) -> str:
-    """What was done, as JSON: settings and geometry; no paths, no UIDs, nothing of a patient."""
+def sidecar(fused: Fused, report: list[str], files: list[str]) -> str:
+    """What was done, as JSON: no UIDs, nothing of a patient, and no paths but those of `files`."""
+    request, slicing = fused.request, fused.request.slicing
     content = {
-        "software": "ASFE-Fusion",
-        "task": settings.task,
-        "network": settings.size,
+        "software": SOFTWARE,
+        "task": request.task,
+        "network": request.network,
         "values": "fused luma, 0 to 1",
         "levels": {f"source{i}": s.method for i, s in enumerate(fused.scalings, 1)},
-        "grid": {
-            "of": fused.together.grid if fused.together else "source 1",
-            "affine_ras_mm": fused.affine.tolist(),
-        },
-        "registration": fused.together.method if fused.together else None,
+        "grid": {"of": fused.together.grid, "affine_ras_mm": fused.affine.tolist()},
+        "coverage": dict(zip(("source1", "source2"), fused.together.coverage, strict=True)),
+        "registration": described(fused.registered),
         "slices": fused.axis,
-        "tile": settings.tile or None,
-        "overlap": settings.overlap if settings.tile else None,
-        "colour": colour_of(settings),
-        "report": fused.report,
+        "tile": slicing.tile or None,
+        "overlap": slicing.overlap if slicing.tile else None,
+        "colour": request.writing.colour,
+        "report": report,
+        "files": files,
     }
     return json.dumps(content, indent=1) + "\n"
+
+
+def described(registered: Registered) -> dict | None:
+    """A registration for the sidecar."""
+    found = registered.found
+    if found is None:
+        return None
+    return {
+        "how": registered.how,
+        "applied": registered.applied,
+        "matrix_ras_mm": found.matrix.tolist(),
+        "maps": "points of source 1 to points of source 2",
+        "centre_ras_mm": found.centre.tolist(),
+        "moved_mm": found.moved_mm,
+        "mutual_information": {"before": found.before, "after": found.after},
+        "seconds": round(found.seconds, 2),
+        "doubts": found.doubts,
+    }

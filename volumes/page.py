@@ -14,22 +14,25 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
-from args_setting import TASKS, AppArgs, TestArgs, VolumeArgs
+from args_setting import TASKS
 from cli import UserError
+from fusing import FORCED
 from images import to_uint8, write_png
 from network import ASFEFusion
-from volumes import FusedVolume, fuse_volumes, read_source
-from volumes.grid import AXES, FORCED, Volume, onto_grid, pixel_sides, slice_positions, slices
-from volumes.outputs import colour_of, colour_volume
+from volumes import FusedVolume, fuse_volumes, request_from
+from volumes.grid import AXES, pixel_sides, slice_positions, slices
+from volumes.outputs import colour_volume
 from volumes.overlay import checkerboard, edges, fitted
-from volumes.pair import WAYS
 from volumes.pictures import write_directions, write_text
+from volumes.requests import WAYS_OF_VOLUMES, Levels
 from volumes.uploads import check_upload, source_of
 
 PLANES = AXES[::-1]  # axial first
@@ -37,6 +40,7 @@ SIDE = 360  # pixels of a plane on the page
 QUICK, FULL = "quick look: voxels of 2 mm", "full: the voxels of the finer scan"
 GRID = {QUICK: "2mm", FULL: "auto"}
 SHOWN = ("fused", "scan 1", "scan 2")
+SAVED = ("grey", "colour", "transform")  # files that a visitor may save
 BOTH = {"edges": edges, "checkerboard": checkerboard}  # of the registration, before and after
 INTRODUCTION = """Two whole scans of **one patient**: CT, PET or SPECT, and an MRI. They need not
 lie on each other, as they are registered first. A file is NIfTI (.nii, .nii.gz), .mgz, or a zip of
@@ -51,19 +55,27 @@ def sides(task: str) -> tuple[str, str]:
     return f"Scan 1 (img1): {TASKS[task]}", "Scan 2 (img2): MRI"
 
 
+class Limits(NamedTuple):
+    """What a visitor may send, and how long it is kept."""
+
+    megabytes: float  # of 2^20 bytes: the largest upload
+    voxels: float  # the most of a volume or series
+    minutes: float  # the age at which files are removed
+
+
 class VolumePage:
-    """What happens on the tab. It holds networks and settings, never a volume."""
+    """What happens on the tab. It holds networks and limits, never a volume."""
 
     def __init__(
         self,
         gr,
-        args: AppArgs,
+        limits: Limits,
         models: dict[str, ASFEFusion],
         folder: Path,
         sentence: Callable[..., str],
     ):
         """`models` by task; `folder` is that of results; `sentence` words an error for the page."""
-        self.gr, self.args, self.models, self.folder = gr, args, models, folder
+        self.gr, self.limits, self.models, self.folder = gr, limits, models, folder
         self.sentence = sentence
 
     def error(self, error: Exception, *files: str | None) -> Exception:
@@ -75,18 +87,17 @@ class VolumePage:
         """Say at once what is wrong with an upload, as far as its name and length tell."""
         try:
             if file:
-                check_upload(Path(file), self.args.volume_mb)
+                check_upload(Path(file), self.limits.megabytes)
         except (UserError, OSError) as error:
             self.gr.Warning(self.sentence(error, file), duration=None)
 
-    def fuse(self, file1: str | None, file2: str | None, settings: TestArgs, progress: Callable):
-        """What `settings` make of the uploads.
+    def fuse(self, file1: str | None, file2: str | None, words: dict, progress: Callable):
+        """What `words` of a request make of the uploads, see `words_of`.
 
         Returns: a folder for `look`, a line, a report, files to save, and a picture of the
         registration or None.
 
         Args:
-            settings: `img1`, `img2` and `out` do not count.
             progress: gets a share of the work, or None, and `desc`, a line.
 
         Raises:
@@ -100,9 +111,12 @@ class VolumePage:
                 for number, file in enumerate((file1, file2), 1):
                     sources[f"img{number}"] = self.source(file, Path(work, str(number)))
                 out = Path(work, "result")
-                settings = TestArgs(**vars(settings) | sources | {"out": out / "fused.nii.gz"})
-                done = fuse_volumes(settings, self.models[settings.task], partial(tell, progress))
-                views = write_views(done, settings, out / "views")
+                request = request_from(words | sources | {"out": out / "fused.nii.gz"})
+                how = replace(request.registering, keep_unmoved=True)
+                request = replace(request, registering=how)
+                model, count = self.models[request.task], partial(fusing, progress)
+                done = fuse_volumes(request, model, partial(tell, progress), count)
+                views = write_views(done, out / "views")
             except MemoryError:
                 few = UserError("the scans are too large for this machine; take the quick look")
                 raise self.error(few) from None
@@ -110,9 +124,8 @@ class VolumePage:
                 raise self.error(worded(error, work), file1, file2) from None
             kept = Path(tempfile.mkdtemp(dir=self.folder), "result")
             shutil.move(out, kept)
-        outputs = done.outputs
-        files = [kept / f.name for f in (outputs.grey, outputs.colour, outputs.transform) if f]
-        picture = kept / outputs.overlay.name if outputs.overlay else None
+        files = [kept / path.name for what in SAVED for path in done.files.get(what, ())]
+        picture = next((kept / path.name for path in done.files.get("overlay", ())), None)
         names = " with ".join(html.escape(Path(f).name, quote=False) for f in (file1, file2))
         status = f"**{names}**, {time.perf_counter() - began:.0f} s"
         report = "\n".join(f"* {html.escape(line, quote=False)}" for line in done.report)
@@ -123,13 +136,12 @@ class VolumePage:
         if not file:
             raise UserError("two scans are needed: drop one into each box")
         if not Path(file).is_file():
-            kept = f"{self.args.keep_minutes:g} minutes"
+            kept = f"{self.limits.minutes:g} minutes"
             raise UserError(f"{file} is gone, as files are kept for {kept}; choose it again")
         folder.mkdir()
-        check_upload(Path(file), self.args.volume_mb)
+        check_upload(Path(file), self.limits.megabytes)
         copy = Path(shutil.copyfile(file, folder / Path(file).name))
-        limits = self.args.volume_mb, 1e6 * self.args.volume_voxels
-        return source_of(copy, folder / "unpacked", *limits)
+        return source_of(copy, folder / "unpacked", self.limits.megabytes, self.limits.voxels)
 
     def look(self, made: Path | None, shown: str, axis: str, number: float) -> str | None:
         """A slice of a result as a PNG: `number`, from 1, along an axis; None if there is none."""
@@ -138,7 +150,7 @@ class VolumePage:
         try:
             image = view(made, shown, axis, int(number) - 1)
         except OSError:
-            kept = f"{self.args.keep_minutes:g} minutes"
+            kept = f"{self.limits.minutes:g} minutes"
             self.gr.Warning(f"the result is gone, as files are kept for {kept}; fuse again")
             return None
         path = Path(tempfile.mkdtemp(dir=self.folder), f"{axis}.png")
@@ -155,30 +167,34 @@ def worded(error: Exception, work: str) -> UserError:
 
 
 def tell(progress: Callable, line: str) -> None:
-    """A line of the report as progress; those on files, which come last, are not shown."""
+    """A line of the report as progress."""
     if line.startswith("img2: MRI"):
         line = "registering, up to a minute"
-    if "result/" not in line:
-        progress(None, desc=line)
+    progress(None, desc=line)
+
+
+def fusing(progress: Callable, done: int, count: int) -> None:
+    """How many slices of how many are done, as progress."""
+    progress((done, count), desc="fusing slices")
 
 
 # --- views -----------------------------------------------------------------------------------
 
 
-def write_views(done: FusedVolume, settings: TestArgs, folder: Path) -> Path:
+def write_views(done: FusedVolume, folder: Path) -> Path:
     """What `view` shows of a run, as files (I, J, K) uint8, or RGB, and their affine."""
     folder.mkdir()
-    fixed, moving = done.together.fixed, done.together.moving
-    colour = colour_of(settings)
-    fused = colour_volume(done, fixed.data, colour) if colour else to_uint8(done.luma * done.scale)
+    together, colour = done.together, done.request.writing.colour
+    if colour:
+        fused = colour_volume(done, colour)
+    else:
+        fused = to_uint8(done.luma * done.scale)
     volumes = {"fused": fused}
-    for number, volume in enumerate((fixed, moving), 1):
+    for number, volume in enumerate((together.source1, together.source2), 1):
         volumes[f"scan {number}"] = to_uint8(done.scalings[number - 1].apply(volume.data))
-    if done.together.matrix is not None:  # the one that was moved, where it was
-        number = 2 if done.together.giver is fixed else 1
-        before = read_source(settings, number, lambda *_: None)
-        there = onto_grid(before, Volume(done.luma, done.affine))[0]
-        volumes[f"before {number}"] = to_uint8(done.scalings[number - 1].apply(there))
+    if together.unmoved is not None:
+        scaling = done.scalings[together.mover - 1]
+        volumes[f"before {together.mover}"] = to_uint8(scaling.apply(together.unmoved.data))
     for name, data in volumes.items():
         np.save(folder / f"{name}.npy", data)
     np.save(folder / "affine.npy", done.affine)
@@ -227,7 +243,7 @@ def more_fields(gr) -> dict:
         with gr.Row():
             fields = {n: gr.Textbox(label=f"--{n}", placeholder=p) for n, p in text.items()}
         with gr.Row():
-            window = VolumeArgs.window
+            window = Levels.window
             fields["window"] = gr.Textbox(window, label="--window of CT: wide, brain, LEVEL,WIDTH")
             choices = ("sform", "qform")
             fields["affine"] = gr.Radio(choices, value="sform", label="--affine of NIfTI")
@@ -237,13 +253,13 @@ def more_fields(gr) -> dict:
     return fields
 
 
-def settings_of(task: str, size: str, register: str, more: dict) -> TestArgs:
-    """The settings of a run but for its files; UserError if one is none of the page."""
-    if task not in TASKS or register not in WAYS or size not in GRID:
+def words_of(task: str, size: str, register: str, more: dict) -> dict:
+    """The words of a request but for its files; UserError if one is none of the page."""
+    if task not in TASKS or register not in WAYS_OF_VOLUMES or size not in GRID:
         raise UserError("a setting is none of those on the page; load it again")
     more = more | {"force": ",".join(more["force"] or ())}
     given = {name: value for name, value in more.items() if value}  # what is folded away is None
-    return TestArgs(task=task, grid=GRID[size], register=register, **given)
+    return {"task": task, "grid": GRID[size], "register": register, **given}
 
 
 def volume_tab(page: VolumePage) -> None:
@@ -257,7 +273,7 @@ def volume_tab(page: VolumePage) -> None:
             task = gr.Radio(list(TASKS), value=first, label="What are the two scans?")
             size = gr.Radio(list(GRID), value=QUICK, label="Size", elem_id="size")
             register = gr.Radio(
-                list(WAYS),
+                list(WAYS_OF_VOLUMES),
                 value="auto",
                 label="Registration (--register); auto: where they are not known to lie together",
             )
@@ -283,11 +299,24 @@ def volume_tab(page: VolumePage) -> None:
     saved = gr.File(label="To save: the fused volume", interactive=False, elem_id="saved")
     report = gr.Markdown(elem_id="report")
     overview = gr.Image(label="Registration, before and after", elem_id="overview", **picture)
-    connect(page, files, [task, size, register], more, go, shown, sliders, planes,
-            [status, report, saved, overview])  # fmt: skip
+    results = [status, report, saved, overview]
+    connect(page, Parts(files, [task, size, register], more, go, shown, sliders, planes, results))
 
 
-def connect(page, files, choices, more, go, shown, sliders, planes, results) -> None:
+class Parts(NamedTuple):
+    """The components of the tab; all but `more` are gradio's."""
+
+    files: list  # the two uploads
+    choices: list  # task, size, registration
+    more: dict  # the fields under More, by their names
+    go: Any  # the button
+    shown: Any  # what the planes show
+    sliders: list  # a plane's slice, each
+    planes: list
+    results: list  # status, report, files to save, picture of the registration
+
+
+def connect(page: VolumePage, parts: Parts) -> None:
     """Which change or click of the components does what."""
     gr, made = page.gr, page.gr.State()
     # A volume at a time. Images have a turn of their own: a click there need not wait for minutes.
@@ -296,17 +325,18 @@ def connect(page, files, choices, more, go, shown, sliders, planes, results) -> 
     quick = {"concurrency_id": "look", "concurrency_limit": 4, "api_visibility": "private"}
     quick |= {"show_progress": "hidden"}
     blank = (None, "", "", None, None, *[gr.update(value=1, maximum=2)] * 3, *[None] * 3)
-    outputs = [made, *results, *sliders, *planes]
+    outputs = [made, *parts.results, *parts.sliders, *parts.planes]
 
-    progress = gr.Progress(track_tqdm=True)
+    progress = gr.Progress()
 
-    def fuse(file1, file2, task, size, register, kind, progress=progress, *values):
+    def fuse(progress=progress, *values):
+        file1, file2, task, size, register, kind, *values = values
         try:
-            fields = dict(zip(more, values, strict=True))
-            settings = settings_of(task, size, register, fields)
+            fields = dict(zip(parts.more, values, strict=True))
+            words = words_of(task, size, register, fields)
         except UserError as error:
             raise page.error(error) from None
-        folder, *rest = page.fuse(file1, file2, settings, progress)
+        folder, *rest = page.fuse(file1, file2, words, progress)
         affine = np.load(folder / "affine.npy")
         shape = np.load(folder / "scan 1.npy", mmap_mode="r").shape
         counts = [len(slice_positions(shape, affine, axis)) for axis in PLANES]
@@ -318,21 +348,21 @@ def connect(page, files, choices, more, go, shown, sliders, planes, results) -> 
     def look(folder, kind, *numbers):
         return [page.look(folder, kind, *at) for at in zip(PLANES, numbers, strict=True)]
 
-    for file in files:
+    for file in parts.files:
         file.change(page.check, file, None, **quick)
         file.change(lambda: blank, None, outputs, **quick)
-    task = choices[0]
-    task.change(lambda task: gr.update(label=sides(task)[0]), task, files[0], **quick)
-    go.click(
+    task = parts.choices[0]
+    task.change(lambda task: gr.update(label=sides(task)[0]), task, parts.files[0], **quick)
+    parts.go.click(
         fuse,
-        [*files, *choices, shown, *more.values()],
+        [*parts.files, *parts.choices, parts.shown, *parts.more.values()],
         outputs,
-        show_progress_on=results[0],
+        show_progress_on=parts.results[0],
         **turn,
     )
-    shown.input(look, [made, shown, *sliders], planes, **quick)
-    for axis, slider, plane in zip(PLANES, sliders, planes, strict=True):
-        at = [made, shown, slider]
+    parts.shown.input(look, [made, parts.shown, *parts.sliders], parts.planes, **quick)
+    for axis, slider, plane in zip(PLANES, parts.sliders, parts.planes, strict=True):
+        at = [made, parts.shown, slider]
         slider.input(
             lambda m, s, n, axis=axis: page.look(m, s, axis, n), at, plane,
             trigger_mode="always_last", **quick,

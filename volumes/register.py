@@ -38,7 +38,7 @@ AGREE = 3.0  # mm between what two starts arrive at
 EQUAL = 0.97  # of the best mutual information: a start that reaches it is as good
 SHARP = 1.15  # how many times the mutual information of 15 mm off
 LEAST = 0.05  # nats: less is what noise has
-OVERLAP = 0.5  # of the smaller head
+LEAST_SHARED = 0.5  # of the smaller head, in both fields
 FARTHEST = 45.0  # degrees
 
 
@@ -47,7 +47,7 @@ class Registration(NamedTuple):
 
     matrix: np.ndarray  # (4, 4), RAS mm, from points of source 1 to those of source 2
     centre: np.ndarray  # (3,), RAS mm: of its turn, in source 1
-    moved: float  # mm, the mean over the head, by which source 2 moves
+    moved_mm: float  # the mean distance, over the head, by which source 2 moves
     before: float  # mutual information in nats
     after: float
     seconds: float
@@ -61,11 +61,15 @@ class Candidate(NamedTuple):
 
 
 class Level(NamedTuple):
-    """The two images at one resolution, and the head of source 2 on its voxels."""
+    """The two images of a search at one resolution.
 
-    fixed: sitk.Image
-    moving: sitk.Image
-    mask: sitk.Image
+    ITK calls the first one fixed and the second one moving. Here source 2 is the first, although in
+    the result it is the one that moves.
+    """
+
+    sampled: sitk.Image  # its voxels are compared
+    interpolated: sitk.Image  # its values are looked up where the transform leads
+    mask: sitk.Image  # the voxels of the first that count
     mm: float
 
 
@@ -83,8 +87,8 @@ def rigid(source1: Volume, source2: Volume, kind: str) -> Registration:
     points, others = heads(levels[1])
     if not (len(points) and len(others)):
         return nothing(began, "one of them shows no head")
-    found = spread(levels[0], starts(levels[0], points, others))
-    found = [c for c in found if overlap(c.transform, levels[1], points, others) >= 0.3]
+    found = optima(levels[0], starts(levels[0], points, others))
+    found = [c for c in found if shared_head(c.transform, levels[1], points, others) >= 0.3]
     if not found:
         return nothing(began, "no start brought one head over the other")
     best, *rest = ranked(found)
@@ -92,12 +96,12 @@ def rigid(source1: Volume, source2: Volume, kind: str) -> Registration:
     nudged = best.transform if second is None else second.transform
     if second is None:
         nudged = shifted(best.transform, (5.0, -5.0, 5.0), (5.0, 5.0, -5.0))
-    finer = spread(levels[1], [best.transform, nudged])
+    finer = optima(levels[1], [best.transform, nudged])
     if not finer:
         return nothing(began, "the finer search failed")
     best = ranked(finer)[0]
     doubts = disagreement(best, finer, points)
-    last = spread(levels[2], [best.transform])
+    last = optima(levels[2], [best.transform])
     best = last[0] if last else best
     return judged(best, levels[1], points, others, doubts, began)
 
@@ -111,14 +115,14 @@ def check(source1: Volume, source2: Volume, kind: str) -> Registration:
         return nothing(began, "one of them shows no head")
     transform = turned(points.mean(0))
     for level in levels:
-        found = spread(level, [transform])
+        found = optima(level, [transform])
         if not found:
             return nothing(began, "they do not overlap")
         transform = found[0].transform
     return judged(found[0], levels[1], points, others, [], began)
 
 
-def measured(source1: Volume, source2: Volume, kind: str, matrix: np.ndarray) -> Registration:
+def assess(source1: Volume, source2: Volume, kind: str, matrix: np.ndarray) -> Registration:
     """A matrix that came from elsewhere, measured like one of ours; it is never in doubt."""
     began = time.perf_counter()
     level = pyramid(source1, source2, kind, LEVELS[1:2])[0]
@@ -147,16 +151,17 @@ def image_of(data: np.ndarray, affine: np.ndarray) -> sitk.Image:
 def pyramid(source1: Volume, source2: Volume, kind: str, levels: Iterable[float]) -> list[Level]:
     """Both volumes at each resolution; what is shrunk is averaged, so nothing aliases."""
     finest = [shrunk(image_of(v.data, v.affine), LEVELS[-1]) for v in (source1, source2)]
-    moving, fixed = (clipped(i, k) for i, k in zip(finest, (kind, "MRI"), strict=True))
-    pairs = [(shrunk(fixed, mm), shrunk(moving, mm), mm) for mm in levels]
-    rough = shrunk(fixed, 4.0)
+    image1, image2 = (clipped(i, k) for i, k in zip(finest, (kind, "MRI"), strict=True))
+    pairs = [(shrunk(image2, mm), shrunk(image1, mm), mm) for mm in levels]
+    rough = shrunk(image2, 4.0)
     inside = head(sitk.GetArrayViewFromImage(rough))
     away = ndimage.distance_transform_edt(~inside, rough.GetSpacing()[::-1])
     mask = sitk.GetImageFromArray((inside.any() & (away <= MARGIN)).astype(np.uint8))
     mask.CopyInformation(rough)
     nearest = sitk.sitkNearestNeighbor
     return [
-        Level(f, m, sitk.Resample(mask, f, sitk.Transform(), nearest), mm) for f, m, mm in pairs
+        Level(two, one, sitk.Resample(mask, two, sitk.Transform(), nearest), mm)
+        for two, one, mm in pairs
     ]
 
 
@@ -176,10 +181,13 @@ def clipped(image: sitk.Image, kind: str) -> sitk.Image:
 
 def heads(level: Level) -> tuple[np.ndarray, np.ndarray]:
     """Points (n, 3), LPS mm, all over the head of source 2, and over that of source 1."""
-    masks = sitk.GetArrayViewFromImage(level.mask), head(sitk.GetArrayViewFromImage(level.moving))
+    masks = (
+        sitk.GetArrayViewFromImage(level.mask),
+        head(sitk.GetArrayViewFromImage(level.interpolated)),
+    )
     return tuple(
         physical(image, np.argwhere(mask)[:, ::-1])
-        for image, mask in zip((level.fixed, level.moving), masks, strict=True)
+        for image, mask in zip((level.sampled, level.interpolated), masks, strict=True)
     )
 
 
@@ -218,14 +226,14 @@ def apart(a: sitk.Transform, b: sitk.Transform, points: np.ndarray) -> float:
     return float(np.linalg.norm(np.subtract(*ends), axis=1).mean())
 
 
-def overlap(transform: sitk.Transform, level: Level, points, others) -> float:
+def shared_head(transform: sitk.Transform, level: Level, points, others) -> float:
     """The share of the smaller of both heads that lies in both fields."""
-    image = level.moving
+    image = level.interpolated
     axes = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     there = moved_by(points, matrix_of(transform)) - image.GetOrigin()
     index = there @ np.linalg.inv(axes).T
     inside = ((index >= -0.5) & (index <= np.array(image.GetSize()) - 0.5)).all(1).sum()
-    ratio = np.prod(level.moving.GetSpacing()) / np.prod(level.fixed.GetSpacing())
+    ratio = np.prod(level.interpolated.GetSpacing()) / np.prod(level.sampled.GetSpacing())
     return float(min(1, inside / min(len(points), len(others) * ratio)))
 
 
@@ -234,7 +242,9 @@ def overlap(transform: sitk.Transform, level: Level, points, others) -> float:
 
 def starts(level: Level, points: np.ndarray, others: np.ndarray) -> list[sitk.Euler3DTransform]:
     """Where the search begins, see the head of this file."""
-    middles = [physical(i, (np.array(i.GetSize()) - 1) / 2) for i in (level.fixed, level.moving)]
+    middles = [
+        physical(i, (np.array(i.GetSize()) - 1) / 2) for i in (level.sampled, level.interpolated)
+    ]
     centre = points.mean(0)
     shifts = [others.mean(0) - centre, top(others) - top(points)]
     turns = [np.zeros(3), *(sign * TURN * axis for axis in np.eye(3) for sign in (1, -1))]
@@ -268,20 +278,20 @@ def optimised(level: Level, start: sitk.Transform) -> Candidate | None:
         search.SetMetricSamplingPercentage(SHARE[level.mm], SEED)
     step = STEPS[level.mm]
     search.SetOptimizerAsRegularStepGradientDescent(step, step / 1000, ROUNDS, 0.6, 1e-6)
-    n = level.fixed.GetDimension()
+    n = level.sampled.GetDimension()
     scales = {2: [ARM**2, 1, 1], 3: [ARM**2] * 3 + [1] * 3}[n]
     if start.GetNumberOfParameters() > len(scales):  # a similarity: its scale comes first
         scales = [ARM**2, *scales]
     search.SetOptimizerScales(scales)
     search.SetInitialTransform(transform, True)
     try:
-        search.Execute(level.fixed, level.moving)
+        search.Execute(level.sampled, level.interpolated)
     except RuntimeError:  # no samples in common
         return None
     return Candidate(-search.GetMetricValue(), transform, search.GetOptimizerIteration())
 
 
-def spread(level: Level, begin: list[sitk.Transform]) -> list[Candidate]:
+def optima(level: Level, begin: list[sitk.Transform]) -> list[Candidate]:
     """The optimum from each start, in their order, without those that failed; two at a time."""
     with ThreadPoolExecutor(2) as pool:
         return [c for c in pool.map(lambda start: optimised(level, start), begin) if c]
@@ -297,7 +307,7 @@ def information(level: Level, transform: sitk.Transform) -> float:
     search = method(level)
     search.SetInitialTransform(transform)
     try:
-        return max(0.0, -search.MetricEvaluate(level.fixed, level.moving))
+        return max(0.0, -search.MetricEvaluate(level.sampled, level.interpolated))
     except RuntimeError:
         return 0.0
 
@@ -323,8 +333,8 @@ def judged(best: Candidate, level: Level, points, others, doubts: list[str], beg
         doubts.append(f"it turns by {angle:.0f} degrees, expected at most {FARTHEST:g}")
     if best.rounds >= ROUNDS:
         doubts.append("the optimiser did not come to rest")
-    share = overlap(transform, level, points, others)
-    if share < OVERLAP:
+    share = shared_head(transform, level, points, others)
+    if share < LEAST_SHARED:
         doubts.append(f"only {share:.0%} of the smaller head would be in both, expected half")
     after = information(level, transform)
     off = [information(level, shifted(transform, (0, 0, 0), s)) for s in away(15.0)]
@@ -340,7 +350,7 @@ def result(level: Level, transform: sitk.Transform, points, doubts: list[str], b
     return Registration(
         matrix=np.linalg.inv(RAS_LPS @ found @ RAS_LPS),
         centre=RAS_LPS[:3, :3] @ ends.mean(0),
-        moved=float(np.linalg.norm(ends - points, axis=1).mean()),
+        moved_mm=float(np.linalg.norm(ends - points, axis=1).mean()),
         before=information(level, sitk.Transform(3, sitk.sitkIdentity)),
         after=information(level, transform),
         seconds=time.perf_counter() - began,

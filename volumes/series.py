@@ -15,7 +15,7 @@ from cli import UserError
 
 Headers = list[tuple[Path, pydicom.Dataset]]  # files, each with its header
 CODE = re.compile(r"[A-Z0-9_ ]{1,16}")  # what a DICOM code string may hold
-TIMES = {"EchoTime": "TE", "RepetitionTime": "TR", "InversionTime": "TI"}  # ms
+SHORT = {"EchoTime": "TE", "RepetitionTime": "TR", "InversionTime": "TI"}  # times in ms
 
 
 def frame_count(ds: pydicom.Dataset) -> int:
@@ -59,7 +59,7 @@ def describe(group: Headers) -> str:
         thickness = _field(ds, "SliceThickness")
         sides = [*spacing, *([float(thickness)] if thickness else [])]
         parts += ["x".join(f"{v:.3g}" for v in sides) + " mm"] if spacing else []
-        times = {name: _field(ds, keyword) for keyword, name in TIMES.items()}
+        times = {name: _field(ds, keyword) for keyword, name in SHORT.items()}
         parts += [" ".join(f"{name} {float(v):g}" for name, v in times.items() if v)]
     except (TypeError, ValueError):
         parts += ["sizes or times that make no sense"]

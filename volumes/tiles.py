@@ -9,26 +9,27 @@ difference of the two, and added to the tile.
 Legend: N slices of (H, W) pixels, B of them in a batch.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from args_setting import TestArgs
 from cli import UserError
 from network import MIN_SIDE, ASFEFusion, pad_to_multiple
 from volumes.intensity import STORED_ONE, Scaling
+from volumes.requests import Slicing
 
 BATCH_PIXELS = 256**2  # batch_size counts pairs of this size, so that large slices fit, too
 
 
-def check_tiles(tile: int, overlap: int, multiple: int) -> None:
-    """UserError if `fuse_tiled` cannot take the settings for a network of this `multiple`."""
-    if tile and (tile % multiple or overlap > tile - multiple):
+def check_tiles(how: Slicing, multiple: int) -> None:
+    """UserError if `fuse_tiled` cannot take the tiles for a network of this `multiple`."""
+    if how.tile and (how.tile % multiple or how.overlap > how.tile - multiple):
         raise UserError(
-            f"tile is {tile} and overlap {overlap}, expected a tile that is a multiple of "
-            f"{multiple}, and an overlap of at most {max(tile - multiple, 0)}"
+            f"tile is {how.tile} and overlap {how.overlap}, expected a tile that is a multiple of "
+            f"{multiple}, and an overlap of at most {max(how.tile - multiple, 0)}"
         )
 
 
@@ -37,23 +38,22 @@ def fuse_slices(
     stacks: tuple[np.ndarray, np.ndarray],
     scalings: tuple[Scaling, Scaling],
     out: np.ndarray,
-    settings: TestArgs,
-) -> None:
+    how: Slicing,
+) -> Iterator[int]:
     """Fuse the slices of two (N, H, W) stacks into `out`, (N, H, W) int16: luma times STORED_ONE.
 
-    Of `settings` it reads the batch size, the tiles and the names for the progress bar.
+    Yields how many slices are done, batch by batch.
     """
     count, height, width = out.shape
-    tile = settings.tile or max(height, width)
+    tile = how.tile or max(height, width)
     pixels = min(tile, height) * min(tile, width)
-    batch = max(1, min(settings.batch_size, settings.batch_size * BATCH_PIXELS // pixels))
-    with tqdm(total=count, unit="slice", desc=f"{settings.size} {settings.task}") as progress:
-        for start in range(0, count, batch):
-            part = slice(start, start + batch)
-            pair = [s.apply(v[part])[:, None] for s, v in zip(scalings, stacks, strict=True)]
-            luma = fuse_tiled(model, *pair, settings.tile, settings.overlap)
-            out[part] = np.rint(luma[:, 0] * STORED_ONE)
-            progress.update(len(luma))
+    batch = max(1, min(how.batch_size, how.batch_size * BATCH_PIXELS // pixels))
+    for start in range(0, count, batch):
+        part = slice(start, start + batch)
+        pair = [s.apply(v[part])[:, None] for s, v in zip(scalings, stacks, strict=True)]
+        luma = fuse_tiled(model, *pair, how.tile, how.overlap)
+        out[part] = np.rint(luma[:, 0] * STORED_ONE)
+        yield min(start + batch, count)
 
 
 def fuse_tiled(

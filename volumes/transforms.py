@@ -19,7 +19,7 @@ import pydicom
 import SimpleITK as sitk  # noqa: N813
 
 import limits
-from cli import UserError
+from cli import UserError, has_dicom_mark
 from volumes.dicom import read_dataset_of
 from volumes.grid import RAS_LPS, Volume
 from volumes.headers import quiet_itk
@@ -160,13 +160,10 @@ def matrix_from(path: Path, source1: Volume, source2: Volume) -> np.ndarray:
         raise UserError(
             f"--register is {path}, expected auto, off, check, rigid, or a file with a transform"
         )
-    lps = read_registration(path, source1, source2) if is_dicom(path) else read_transform(path)
+    lps = (
+        read_registration(path, source1, source2) if has_dicom_mark(path) else read_transform(path)
+    )
     return RAS_LPS @ lps @ RAS_LPS
-
-
-def is_dicom(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
 
 
 def read_registration(path: Path, source1: Volume, source2: Volume) -> np.ndarray:
@@ -184,12 +181,12 @@ def read_registration(path: Path, source1: Volume, source2: Volume) -> np.ndarra
     if not ds.get("RegistrationSequence"):
         raise UserError(f"{path}: DICOM, but no spatial registration (REG), give one that is")
     for i, volume in enumerate((source1, source2), 1):
-        if volume.frame not in known:
+        if volume.frame_of_reference not in known:
             raise UserError(
                 f"{path}: does not register the frame of reference of img{i}, --register rigid "
                 "registers these two"
             )
-    there, back = (regular(known[v.frame], path) for v in (source1, source2))
+    there, back = (regular(known[v.frame_of_reference], path) for v in (source1, source2))
     return np.linalg.inv(back) @ there
 
 

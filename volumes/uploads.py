@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import limits
-from cli import UserError
+from cli import UserError, has_dicom_mark
 from images import EXTENSIONS
 from volumes.dicom import SIZE, read_dataset_of
 from volumes.io import DAMAGED, MGH, NIFTI, opened_nifti
@@ -43,9 +43,8 @@ def check_upload(file: Path, megabytes: float) -> None:
         raise UserError(f"{file} is an image, {EXPECTED}; the tab Images takes it")
     if name.endswith((*NIFTI, *MGH, ".zip")):
         return
-    with file.open("rb") as content:
-        if content.read(132)[128:] != b"DICM":
-            raise UserError(f"{file}: {EXPECTED}")
+    if not has_dicom_mark(file):
+        raise UserError(f"{file}: {EXPECTED}")
 
 
 def source_of(file: Path, folder: Path, megabytes: float, voxels: float) -> Path:

@@ -20,7 +20,7 @@ CONTRASTS = (
     "ConvolutionKernel StackID"
 ).split()
 # What tells points in time apart, the surest first; numbers of a file come last.
-TIMES = (
+TIME_FIELDS = (
     "TemporalPositionIdentifier FrameReferenceTime AcquisitionDateTime AcquisitionTime "
     "TriggerTime ContentTime AcquisitionNumber InstanceNumber"
 ).split()
@@ -41,7 +41,7 @@ class Choice(NamedTuple):
     """What the user chose of a source that holds more than one volume."""
 
     where: str = ""  # as EchoTime=80,ImageType=M
-    frame: str = ""  # a number from 1, "mean" or "sum"
+    time: str = ""  # --frame: a number from 1, "mean" or "sum"
     affine: str = "sform"  # of NIfTI, or "qform"
 
 
@@ -49,8 +49,8 @@ ALL = Choice()
 
 
 def fields_of(ds: pydicom.Dataset) -> dict[str, str]:
-    """The fields of CONTRASTS and TIMES that a header has, as text."""
-    found = {name: ds.get(name) for name in (*CONTRASTS, *TIMES)}
+    """The fields of CONTRASTS and TIME_FIELDS that a header has, as text."""
+    found = {name: ds.get(name) for name in (*CONTRASTS, *TIME_FIELDS)}
     if found["DiffusionBValue"] is None and B_VALUE in ds:
         if "SIEMENS MR HEADER" in str(ds.get(0x00190010, "")):
             found["DiffusionBValue"] = ds[B_VALUE].value
@@ -61,7 +61,7 @@ def frame_fields(groups: list[pydicom.Dataset]) -> dict[str, str]:
     """The same of a frame of an enhanced file, from its functional groups."""
     items = [e.value[0] for group in groups for e in group if e.VR == "SQ" and e.value]
     found = {}
-    for name in (*CONTRASTS, *TIMES):
+    for name in (*CONTRASTS, *TIME_FIELDS):
         keyword = ENHANCED.get(name, name)
         value = next((item.get(keyword) for item in items if keyword in item), None)
         if value not in (None, ""):
@@ -160,13 +160,13 @@ def _alike(a: Plane, b: Plane) -> bool:
 # --- images at one place ---------------------------------------------------------------------
 
 
-def frames(path: Path, planes: list[Plane], frame: str) -> tuple[list[list[Plane]], str]:
-    """The planes of each point in time that `frame` chooses, and a note.
+def by_time(path: Path, planes: list[Plane], time: str) -> tuple[list[list[Plane]], str]:
+    """The planes of each point in time that `time` chooses, and a note.
 
     Args:
         path: the file or folder that messages name.
         planes: of one orientation, size and spacing.
-        frame: "" if there is one point only; else its number from 1, or mean or sum for all.
+        time: "" if there is one point only; else its number from 1, or mean or sum for all.
 
     Raises:
         UserError: several images at one place, and no choice among them.
@@ -180,7 +180,7 @@ def frames(path: Path, planes: list[Plane], frame: str) -> tuple[list[list[Plane
         if any(len(_distinct(place, name)) > 1 for place in several):
             raise UserError(f"{head}: {_contrasts(several)}")
     count = len(places[0])
-    key = next((n for n in TIMES if all(_tells_apart(place, n) for place in several)), None)
+    key = next((n for n in TIME_FIELDS if all(_tells_apart(place, n) for place in several)), None)
     if key is None or any(len(place) != count for place in places):
         a, b = several[0][:2]
         depth = a.position @ np.cross(*a.directions)
@@ -188,21 +188,21 @@ def frames(path: Path, planes: list[Plane], frame: str) -> tuple[list[list[Plane
             f"{head}: {a.name} and {b.name} lie both at {depth:.2f} mm, and no field of their "
             "headers tells which to take; remove one of them"
         )
-    number = number_of(frame, count, f"{head}: {count} points in time, by {key}")
+    number = number_of(time, count, f"{head}: {count} points in time, by {key}")
     times = [sorted(place, key=lambda p: _order(p.fields[key])) for place in places]
     stacks = [[place[t] for place in times] for t in range(count)]
     if number is None:
-        return stacks, f"{frame} of {count} points in time, by {key}"
+        return stacks, f"{time} of {count} points in time, by {key}"
     return [stacks[number]], f"point {number + 1} of {count} in time, by {key}"
 
 
-def number_of(frame: str, count: int, what: str) -> int | None:
+def number_of(time: str, count: int, what: str) -> int | None:
     """The index from 0 of `--frame`, None for mean and sum; UserError if it is none of `count`."""
-    if frame in ("mean", "sum"):
+    if time in ("mean", "sum"):
         return None
-    if frame.isdecimal() and 1 <= int(frame) <= count:
-        return int(frame) - 1
-    wrong = f", but --frame is {frame!r}" if frame else ""
+    if time.isdecimal() and 1 <= int(time) <= count:
+        return int(time) - 1
+    wrong = f", but --frame is {time!r}" if time else ""
     raise UserError(f"{what}{wrong}; choose by --frame 1 to {count}, or --frame mean or sum")
 
 

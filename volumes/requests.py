@@ -1,0 +1,206 @@
+"""What a job on two volumes needs, in small parts, and how words on a command line become it.
+
+Source 1 is CT, PET or SPECT, source 2 is an MRI. Each part goes to the one function that reads it.
+The words are those of the flags of test_asfe.py, which docs/volumes.md explains.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from args_setting import TASKS
+from cli import UserError, stem_of
+from fusing import Output, Plan, forced_by
+from volumes.io import NIFTI
+
+WAYS_OF_VOLUMES = ("auto", "off", "check", "rigid")  # of --register, beside a file
+SLICES = r"(axial|coronal|sagittal)_\d{4,}\.png"  # the names of the files of --png
+
+
+@dataclass(frozen=True)
+class Source:
+    """A volume to read, and which of several in the file or folder."""
+
+    path: Path
+    series: str | None = None  # of a DICOM folder: its number in the list, or its UID
+    where: str = ""  # which images of a series, as EchoTime=80,ImageType=M
+    time: str = ""  # which point in time, from 1; or mean, or sum
+    affine: str = "sform"  # which place of a NIfTI file with two, or qform
+    nan_to_zero: bool = False  # take voxels that are not finite as 0
+
+
+@dataclass(frozen=True)
+class Registering:
+    """How source 2 is registered with source 1."""
+
+    how: str = "auto"  # auto, off, check, rigid, or file
+    transform: Path | None = None  # for "file": of ITK, or a DICOM spatial registration
+    via: Source | None = None  # a CT that is registered in the place of source 1
+    keep_unmoved: bool = False  # the result also has the source that moves as it was
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Which values of source 1 become black and white."""
+
+    window: str = "wide"  # of a CT, in HU: LEVEL,WIDTH or a name
+    suv: float = 15.0  # of a PET: the SUV (g/ml, body weight) that becomes 1; 0: the maximum does
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """How slices go through the network."""
+
+    axis: str = "auto"  # axial, coronal, sagittal; auto: those with the finest pixels
+    tile: int = 0  # side of the tiles of a slice, in pixels; 0: none
+    overlap: int = 64  # pixels over which tiles blend
+    batch_size: int = 4  # slices of 256 x 256 pixels that go through the network together
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What is written."""
+
+    out: Path  # the fused volume, .nii or .nii.gz
+    colour: str | None = None  # table of the RGB volume and the pictures; None: grey
+    png: Path | None = None  # folder for the slices
+    mosaic: Path | None = None  # PNG with a choice of slices
+    dicom: Path | None = None  # folder for the slices as a DICOM series
+    keep_patient: bool = False  # in it: copy patient and study of the source that has the grid
+
+
+@dataclass(frozen=True)
+class VolumeRequest:
+    """Two volumes of one patient to fuse."""
+
+    task: str  # CT-MRI, PET-MRI or SPECT-MRI
+    source1: Source
+    source2: Source
+    writing: Writing
+    registering: Registering = Registering()
+    grid: str = "auto"  # of the result: 1 or 2, of a source, or the side of cubes in mm
+    levels: Levels = Levels()
+    slicing: Slicing = Slicing()
+    forced: frozenset[str] = frozenset()  # of FORCED: what is fused although it is in doubt
+    network: str = field(default="", compare=False)  # its name, for the sidecar
+
+    @property
+    def modality(self) -> str:
+        """CT, PET or SPECT: of source 1."""
+        return TASKS[self.task]
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """All files and folders that are named to be read."""
+        how = self.registering
+        named = [self.source1.path, self.source2.path, how.via and how.via.path, how.transform]
+        return tuple(path for path in named if path)
+
+    def plan(self) -> Plan:
+        """Every file that the request may write, see `plan_of`."""
+        return plan_of(self.writing, self.sources, self.registering.how != "off")
+
+
+def plan_of(writing: Writing, sources: tuple[Path, ...], registered: bool) -> Plan:
+    """Every file that may be written; UserError for a name that is none for its kind.
+
+    Args:
+        sources: all files and folders that are read.
+        registered: a transform and a picture of it may be among them.
+    """
+    out = writing.out
+    suffix = next((s for s in reversed(NIFTI) if out.name.lower().endswith(s)), None)
+    if suffix is None or out.is_dir():
+        raise UserError(
+            f"--out is {out}, expected a file name that ends in .nii.gz or .nii for volumes"
+        )
+    if writing.mosaic and writing.mosaic.suffix.lower() != ".png":
+        raise UserError(f"--mosaic is {writing.mosaic}, expected a file name that ends in .png")
+    stem = stem_of(out)
+    sidecar = out.with_name(f"{stem}.json")
+    outputs = [Output("grey", out), Output("sidecar", sidecar)]
+    if writing.colour:
+        outputs.append(Output("colour", out.with_name(f"{stem}_colour{suffix}")))
+    if writing.png:
+        outputs.append(Output("png", writing.png, "--png", SLICES))
+    if writing.mosaic:
+        outputs.append(Output("mosaic", writing.mosaic, "--mosaic"))
+    if registered:
+        outputs.append(Output("transform", out.with_name(f"{stem}.tfm")))
+        outputs.append(Output("overlay", out.with_name(f"{stem}_registration.png")))
+    if writing.dicom:
+        outputs.append(Output("dicom", writing.dicom, "--dicom", r".*"))
+    return Plan(tuple(outputs), sources, sidecar)
+
+
+# --- from words ------------------------------------------------------------------------------
+
+
+def request_from(words: Mapping[str, Any]) -> VolumeRequest:
+    """The request that words on a command line ask for, by the names of the flags.
+
+    What is absent has its default. Raises UserError for words that make no request.
+    """
+    task = words["task"]
+    if task not in TASKS:
+        raise UserError(
+            f"task is {task}, but volumes need to know what img1 is: {', '.join(TASKS)}"
+        )
+    if not (words.get("img1") and words.get("img2") and words.get("out")):
+        raise UserError("volumes need img1, img2 and out")
+    if words.get("stretch") or words.get("metrics"):
+        raise UserError("--stretch and --metrics are for images, not for volumes")
+    return VolumeRequest(
+        task,
+        source_from(words, 1),
+        source_from(words, 2),
+        writing_from(words),
+        registering_from(words),
+        levels=Levels(**given(words, window="window", suv="suv")),
+        slicing=Slicing(
+            **given(words, axis="axis", tile="tile", overlap="overlap", batch_size="batch_size")
+        ),
+        forced=forced_by(words.get("force", "")),
+        **given(words, grid="grid", network="size"),
+    )
+
+
+def given(words: Mapping[str, Any], **fields: str) -> dict[str, Any]:
+    """Fields and what is given for them, by the flag of each; absent ones are left out."""
+    return {name: words[flag] for name, flag in fields.items() if flag in words}
+
+
+def source_from(words: Mapping[str, Any], number: int) -> Source:
+    """Source 1 or 2."""
+    own = given(words, series=f"series{number}", where="where", time="frame", affine="affine")
+    own |= given(words, nan_to_zero="nan_to_zero")
+    return Source(words[f"img{number}"], **own)
+
+
+def registering_from(words: Mapping[str, Any]) -> Registering:
+    """How to register; UserError for a companion CT that is of no use."""
+    how, via, transform = words.get("register", "auto"), words.get("via"), None
+    if how not in WAYS_OF_VOLUMES:
+        how, transform = "file", Path(how)
+    if via is None:
+        return Registering(how, transform)
+    if words["task"] == "CT-MRI":
+        raise UserError("--via is for PET and SPECT, a CT is registered itself")
+    if how in ("off", "file"):
+        raise UserError(f"--via is for a registration, but --register is {words['register']}")
+    source = Source(via, nan_to_zero=words.get("nan_to_zero", False))
+    return Registering(how, transform, source)
+
+
+def writing_from(words: Mapping[str, Any]) -> Writing:
+    """What to write; UserError for flags that do not go together."""
+    table = words.get("colour", "auto")
+    if table not in ("auto", "none") and words["task"] == "CT-MRI":
+        raise UserError("--colour is for PET and SPECT, CT and MRI are grey")
+    default = None if words["task"] == "CT-MRI" else "warm"
+    colour = {"auto": default, "none": None}.get(table, table)
+    if words.get("keep_patient") and not words.get("dicom"):
+        raise UserError("--keep-patient is for --dicom, no other output names a patient")
+    own = given(words, png="png", mosaic="mosaic", dicom="dicom", keep_patient="keep_patient")
+    return Writing(words["out"], colour, **own)
