@@ -263,7 +263,7 @@ SPOILT: dict[str, tuple[str, Callable[[Inputs], list]]] = {
     "no affine": ("singular", rows_of_zeros),
     "truncated nii.gz": ("damaged or not NIfTI", lambda on: on.cut(on.mri, 20000)),
     "truncated nii": ("damaged", lambda on: on.cut(on.good(), 5000)),
-    "truncated mha": ("damaged or not", lambda on: on.cut(on.good("mha"), 5000)),
+    "truncated mha": ("truncated or damaged", lambda on: on.cut(on.good("mha"), 5000)),
     "text nrrd": ("damaged or not .nrrd", lambda on: on.args(img2=on.text("a.nrrd"))),
     "empty nii": ("damaged or not NIfTI", lambda on: on.cut(on.mri, 0)),
     # headers that claim what their file cannot hold

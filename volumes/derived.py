@@ -18,6 +18,7 @@ from highdicom.sc import SCImage
 from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
 from pydicom.valuerep import DA, TM, PersonName
 
+from volumes.dicom import read_dataset_of
 from volumes.grid import RAS_LPS, slices
 from volumes.quiet import quiet
 
@@ -100,7 +101,7 @@ def patient_fields(patient: Path | None) -> dict:
     """
     if patient is None:
         return {"study_instance_uid": generate_uid(prefix=None)}
-    ds = pydicom.dcmread(patient, stop_before_pixels=True, specific_tags=[*PATIENT.values()])
+    ds = read_dataset_of(patient, [*PATIENT.values()])
     found = {}
     for argument, field in PATIENT.items():
         text = str(ds.get(field) or "").strip()

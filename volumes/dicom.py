@@ -13,15 +13,22 @@ Legend: P planes, each a (rows, columns) image; I J K voxels of a volume, see vo
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pydicom
+from pydicom.encaps import generate_frames
 from pydicom.errors import InvalidDicomError
-from pydicom.pixels import get_decoder, pixel_array
-from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.filereader import read_dataset, read_file_meta_info
+from pydicom.pixels import get_decoder, iter_pixels
+from pydicom.uid import (
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
 
+import limits
 from cli import UserError
-from volumes.claims import check_claim
 from volumes.decay import PRIVATE_TIMES
 from volumes.durations import mean_weights, sum_words
 from volumes.grid import Volume
@@ -71,6 +78,9 @@ TAGS = """
 """.split()
 TAGS += [*CONTRASTS, *TIME_FIELDS, 0x00190010, B_VALUE, *PHILIPS]
 TAGS += [tag for pair in PRIVATE_TIMES.values() for tag in pair]
+SIZE = ["Rows", "Columns", "NumberOfFrames", "BitsAllocated"]
+PIXELS = (0x7FE00008, 0x7FE00009, 0x7FE00010)  # tags of pixel data
+BARE = (b"\2\0", b"\x08\0", b"\0\x08")  # how DICOM without a preamble begins
 NUMBERS = ("SeriesNumber", "SliceThickness", "SpacingBetweenSlices")  # a file may lack them
 UNREADABLE = (  # what pydicom and numpy raise for fields that are missing or make no sense
     AttributeError,
@@ -144,6 +154,7 @@ def _volume_of(path: Path, headers: Headers, choice: Choice) -> Volume:
         stacks = [stack(path, planes, told or 1.0) for planes in times]
     except UserError as error:
         raise UserError(f"{error} ({note})" if note else error) from None
+    _check_series(path, stacks)
     if len(times[0]) == 1 and not told:
         notes.append("the thickness of its slice is not told, taken as 1 mm")
     unit = planes[0].kind[2] or str(kept[0].get("Modality"))
@@ -192,7 +203,8 @@ def _tell_suv(volume: Volume, headers: list[pydicom.Dataset]) -> None:
 def _read_headers(path: Path) -> tuple[Headers, int]:
     """Every image below `path` with the header fields of TAGS, and the count of other files."""
     files = [p for p in _files_below(path) if not p.name.startswith(".") and p.name != "DICOMDIR"]
-    headers = [(file, ds) for file in files if (ds := _image_header(file)) is not None]
+    elements = limits.Elements(path, sum(file.stat().st_size for file in files))
+    headers = [(file, ds) for file in files if (ds := _image_header(file, elements)) is not None]
     strays = len(files) - len(headers)
     if not headers:
         what = f"no DICOM image among its {strays} files" if path.is_dir() else "not a DICOM image"
@@ -205,10 +217,10 @@ def _files_below(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
-def _image_header(file: Path) -> pydicom.Dataset | None:
+def _image_header(file: Path, elements: limits.Elements) -> pydicom.Dataset | None:
     """The header of a DICOM image; None for any other file, UserError for a damaged one."""
     try:
-        ds = _dataset(file, stop_before_pixels=True, specific_tags=TAGS)
+        ds = read_dataset_of(file, TAGS, elements)
         is_image = "Rows" in ds and "Columns" in ds
         kind = ds.file_meta.get("MediaStorageSOPClassUID")
         if not is_image and kind is not None and kind.name.endswith("Image Storage"):
@@ -217,30 +229,71 @@ def _image_header(file: Path) -> pydicom.Dataset | None:
             _check_fields(ds)
     except InvalidDicomError:
         return None
-    except OSError:
+    except (OSError, UserError):
         raise
     except Exception:  # a parser of strange bytes may stumble in any way
         raise UserError(f"{file}: damaged, its DICOM header cannot be read") from None
     return ds if is_image else None
 
 
-def _dataset(file: Path, **how) -> pydicom.Dataset:
+def read_dataset_of(
+    file: Path, tags: list[str | int] | None = None, elements: limits.Elements | None = None
+) -> pydicom.FileDataset:
     """A file's data set, also of DICOM without its preamble and meta information.
 
     Such a file begins with a field of the first groups. It is not compressed.
+
+    Args:
+        tags: only these fields, and no pixels; None for all.
+        elements: how many may still be read in all of a folder; None: a file by itself.
+
+    Raises UserError for more than limits.py allows, InvalidDicomError for no DICOM, and anything
+    for a damaged file.
     """
-    try:
-        return pydicom.dcmread(file, **how)
-    except InvalidDicomError:
-        with open(file, "rb") as content:
-            start = content.read(4)
-        if start[:2] not in (b"\2\0", b"\x08\0", b"\0\x08") or len(start) < 4:
-            raise
-    ds = pydicom.dcmread(file, force=True, **how)
-    implicit, little = ds.original_encoding
-    syntax = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
-    if "TransferSyntaxUID" not in ds.file_meta:
+    elements = elements or limits.Elements(file, file.stat().st_size)
+    how = {"stop_before_pixels": tags is not None, "specific_tags": tags}
+    with file.open("rb") as content:
+        start = content.read(132)
+        bare = start[128:] != b"DICM"
+        if bare and (start[:2] not in BARE or len(start) < 4):
+            raise InvalidDicomError
+        content.seek(0)
+        try:
+            ds = pydicom.dcmread(elements.counted(content), force=bare, **how)
+        except limits.WholeError:  # what is left is one piece, compressed
+            return _inflated(file, content, tags, elements)
+    ds.filename = str(file)
+    if bare and "TransferSyntaxUID" not in ds.file_meta:
+        implicit, little = ds.original_encoding
+        syntax = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
         ds.file_meta.TransferSyntaxUID = syntax if little else ExplicitVRBigEndian
+    return ds
+
+
+def _inflated(
+    file: Path, content: BinaryIO, tags: list[str | int] | None, elements: limits.Elements
+) -> pydicom.FileDataset:
+    """The data set of an open file that is compressed as a whole, but for its meta information.
+
+    It is unpacked as far as it is read: up to its pixels where `tags` are named, else as far as
+    its pixels may reach.
+    """
+    start, most = content.tell(), 4 * limits.HEADER_BYTES
+    if tags is None:
+        head = _inflated(file, content, SIZE, elements)
+        shape = frame_count(head), int(head.Rows), int(head.Columns)
+        pixels = limits.product(shape) * max(int(head.get("BitsAllocated") or 8) // 8, 1)
+        most += min(pixels, limits.PACKED * file.stat().st_size)
+        content.seek(start)
+    unpacked = limits.Inflated(content, file, most)
+    before_pixels = None if tags is None else lambda tag, *_: tag in PIXELS
+    named = tags and [pydicom.tag.Tag(tag) for tag in tags]
+    fields = read_dataset(
+        elements.counted(unpacked), False, True, stop_when=before_pixels, specific_tags=named
+    )
+    meta = read_file_meta_info(file)
+    ds = pydicom.FileDataset(str(file), fields, b"\0" * 128, meta, False, True)
+    ds.set_original_encoding(False, True, fields.original_character_set)
     return ds
 
 
@@ -268,11 +321,20 @@ def _check_size(file: Path, ds: pydicom.Dataset) -> None:
     if syntax is not None and not syntax.is_transfer_syntax:
         raise UserError(f"{file}: its transfer syntax {syntax!r} is none of DICOM; damaged")
     if syntax is not None and syntax.is_compressed:
-        check_claim(file, shape[:1], 8, packed=False)
-        check_claim(file, shape, 1 / 2**14, packed=False)
+        limits.check_claim(file, shape[:1], 8, packed=False)
+        limits.check_claim(file, shape, 1 / 2**14, packed=False)
     else:
         size = int(ds.get("BitsAllocated") or 8) / 8
-        check_claim(file, shape, size, packed=syntax is not None and syntax.is_deflated)
+        limits.check_claim(file, shape, size, packed=syntax is not None and syntax.is_deflated)
+
+
+def _check_series(path: Path, stacks: list[Stack]) -> None:
+    """UserError for planes that are too many together, or that lie implausibly far apart."""
+    planes, affine, at, _ = stacks[0]
+    length = sum(file.stat().st_size for file in {p.path for s in stacks for p in s.planes})
+    shape = len(planes) if at is None else len(at), *planes[0].size
+    limits.check_claim(path, shape, 0, packed=True, length=length)
+    limits.check_spacing(path, np.linalg.norm(affine[:3, :3], axis=0))
 
 
 # --- planes ----------------------------------------------------------------------------------
@@ -400,9 +462,11 @@ def _pixels(times: list[list[Plane]], weights: np.ndarray) -> np.ndarray:
 def _decoded(path: Path) -> Iterator[np.ndarray]:
     """The stored values of a file's frames, one (rows, columns) after the other."""
     try:
-        ds = _dataset(path)
+        ds = read_dataset_of(path)
         syntax = ds.file_meta.get("TransferSyntaxUID")
         compressed = syntax is not None and syntax.is_compressed
+    except UserError:
+        raise
     except Exception:  # as in a header
         raise UserError(f"{path}: damaged, its DICOM fields cannot be read") from None
     if syntax is None:
@@ -410,14 +474,28 @@ def _decoded(path: Path) -> Iterator[np.ndarray]:
     if compressed:
         _check_decoder(path, syntax)
     try:
-        for i in range(frame_count(ds)):
-            yield pixel_array(ds, index=i)
+        if compressed:
+            _check_frames(path, ds)
+        yield from iter_pixels(ds)
+    except UserError:
+        raise
     except Exception as error:  # decoders of strange bytes may stumble in any way
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{path}: truncated, damaged, or compressed in a way that needs another plugin "
             f"({syntax.name}; {reason})"
         ) from None
+
+
+def _check_frames(path: Path, ds: pydicom.Dataset) -> None:
+    """UserError for compressed frames that are of another size than the header's, or cost more.
+
+    A decoder takes the memory that a frame asks for, whatever the header says.
+    """
+    size = int(ds.Rows), int(ds.Columns)
+    for frame in generate_frames(ds.PixelData, number_of_frames=frame_count(ds)):
+        limits.check_jpeg(path, frame, size)
+        limits.check_jpeg2000(path, frame, size)
 
 
 def _check_decoder(path: Path, syntax: pydicom.uid.UID) -> None:
