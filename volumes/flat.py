@@ -31,11 +31,10 @@ from volumes.register import (
     ranked,
     shrunk,
 )
-from volumes.transforms import matrix_of, read_transform, text_of
+from volumes.transforms import SCALES, matrix_of, read_transform, text_of
 
 SIDE = 256.0  # mm that the longest side is taken to have in the search
 TURNS = (0, -15, 15, -30, 30)  # degrees
-SCALES = (0.5, 2.0)
 
 
 class Moved(NamedTuple):
@@ -129,7 +128,7 @@ def search(image1: sitk.Image, image2: sitk.Image, scaled: bool) -> tuple[sitk.T
     if not finer:
         return identity(scaled), ["the finer search failed"]
     best = ranked(finer)[0]
-    doubts = disagreement(best, finer, points)
+    doubts = disagreement(best, finer, points, (image1.GetSpacing()[0], "pixels"))
     last = optima(levels[2], [best.transform])
     best = last[0] if last else best
     if best.rounds >= ROUNDS:
