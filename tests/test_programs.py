@@ -134,7 +134,7 @@ RULES = dict(zip(ENDS, (by_itk, by_itk, by_fsl, by_freesurfer, by_afni), strict=
 def test_landmarks_agree_in_every_program(tmp_path, pair, end, kinds):
     volumes = pair(*kinds)
     path = tmp_path / f"t{end}"
-    path.write_bytes(exported(path, move(), *volumes))
+    path.write_bytes(exported(path, move(), *volumes, "PET"))
     expected = nib.affines.apply_affine(move(), LANDMARKS)
     assert np.abs(RULES[end](path, volumes, LANDMARKS) - expected).max() < 0.1
     found = matrix_from(path, *volumes, "PET")
@@ -161,12 +161,17 @@ def test_an_lta_the_other_way_round_is_turned(tmp_path, pair):
 @pytest.mark.parametrize("end", (".txt", ".mat", ".aff12.1D"))
 def test_a_name_of_bids_says_which_source_moves(tmp_path, pair, end):
     volumes = pair("mirrored", "flipped")
-    there, back = np.linalg.inv(move()), move()
-    for name, matrix in (("from-pet_to-T1w", there), ("from-T1w_to-pet", back)):
+    for name, (fixed, moving) in (
+        ("from-pet_to-T1w", volumes[::-1]),
+        ("from-T1w_to-pet", volumes),
+    ):
         path = tmp_path / f"sub-1_{name}_mode-image_xfm{end}"
-        given = volumes if matrix is back else volumes[::-1]
-        path.write_bytes(exported(path, matrix, *given))
+        path.write_bytes(exported(path, move(), *volumes, "PET"))
         assert np.allclose(matrix_from(path, *volumes, "PET").matrix, move(), atol=1e-3), name
+        way = move() if fixed is volumes[0] else np.linalg.inv(move())
+        points = nib.affines.apply_affine(np.eye(4) if fixed is volumes[0] else move(), LANDMARKS)
+        found = RULES[end](path, (fixed, moving), points)
+        assert np.abs(found - nib.affines.apply_affine(way, points)).max() < 0.1, name
 
 
 def test_names_that_do_not_help_are_passed_over(tmp_path):
@@ -191,9 +196,9 @@ def test_fsl_needs_the_voxels_of_its_own_file(tmp_path):
         path = tmp_path / f"t{end}"
         if end == ".mat":
             with pytest.raises(UserError, match="FSL counts from the first voxel of a NIfTI file"):
-                exported(path, move(), *volumes)
+                exported(path, move(), *volumes, "PET")
         else:
-            path.write_bytes(exported(path, move(), *volumes))
+            path.write_bytes(exported(path, move(), *volumes, "PET"))
             assert np.allclose(matrix_from(path, *volumes, "CT").matrix, move(), atol=1e-3)
 
 
@@ -215,7 +220,7 @@ def test_a_transform_of_the_other_way_is_in_doubt(tmp_path, heads):
     ct.affine = np.linalg.inv(shift) @ ct.affine
     for matrix, wrong in ((shift, False), (np.linalg.inv(shift), True)):
         path = tmp_path / "t.tfm"
-        path.write_bytes(exported(path, matrix, ct, mri))
+        path.write_bytes(exported(path, matrix, ct, mri, "CT"))
         report = Report()
         register(Sources(ct, mri, None, "CT"), Registering("file", path), (), report)
         assert any("the inverse of the transform fits better" in d for d in report.doubts) == wrong

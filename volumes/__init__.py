@@ -144,7 +144,8 @@ def extras_of(
     if path := request.writing.transform:
         if not registered.applied:
             report.tell("nothing was moved: the transform of --transform is the identity")
-        text = exported(path, registered.matrix, sources.source1, sources.source2)
+        both = sources.source1, sources.source2
+        text = exported(path, registered.matrix, *both, request.modality)
         extras["transform for a program"] = lambda: text
     return extras
 

@@ -10,24 +10,24 @@ Legend: I J K voxels as stored, see volumes/grid.py.
 """
 
 import io
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pydicom
 import SimpleITK as sitk  # noqa: N813
 from pydicom.uid import SegmentationStorage
 
+import limits
 from cli import UserError, has_dicom_mark
-from volumes.claims import check_claim
+from volumes.dicom import read_dataset_of
 from volumes.grid import RAS_LPS, Volume, same_voxels, set_place
 from volumes.io import Header, read_volume, stream_nifti
 from volumes.overlay import moved
 from volumes.pair import Sources, Together
+from volumes.quiet import quiet
 from volumes.report import Report
 from volumes.requests import Labels
-from volumes.series import differ
+from volumes.series import are_two, identity_of
 
 LARGEST = 2**24  # float32, which volumes are read as, holds every integer below it
 SEGMENTATIONS = (SegmentationStorage, "1.2.840.10008.5.1.4.1.1.66.7")  # the other: label maps
@@ -60,45 +60,43 @@ def only_file(path: Path) -> Path:
     return files[0] if len(files) == 1 else path
 
 
+@quiet()
 def is_segmentation(file: Path) -> bool:
     """Whether a DICOM file is a segmentation."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom's quote the header's values
-        try:
-            ds = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["SOPClassUID"])
-            return ds.get("SOPClassUID") in SEGMENTATIONS
-        except Exception:  # a parser of strange bytes may stumble in any way
-            raise UserError(f"{file}: damaged, its DICOM header cannot be read") from None
+    try:
+        return read_dataset_of(file, ["SOPClassUID"]).get("SOPClassUID") in SEGMENTATIONS
+    except UserError:
+        raise
+    except Exception:  # a parser of strange bytes may stumble in any way
+        raise UserError(f"{file}: damaged, its DICOM header cannot be read") from None
 
 
+@quiet()
 def read_segmentation(file: Path) -> Volume:
     """A DICOM segmentation as labels, the number of each segment; UserError if it is no volume."""
     try:
-        from highdicom.seg import segread
+        from highdicom.seg import Segmentation
     except ModuleNotFoundError as error:
         raise UserError(
             f"a DICOM segmentation needs {error.name}: pip install -r requirements-volumes.txt"
         ) from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            head = pydicom.dcmread(file, stop_before_pixels=True)
-            shape = int(head.NumberOfFrames), int(head.Rows), int(head.Columns)
-        except Exception:
-            raise UserError(f"{file}: damaged, its DICOM header cannot be read") from None
-        check_claim(file, shape, int(head.get("BitsAllocated") or 1) / 2**14, packed=False)
-        try:
-            found = segread(file).get_volume(combine_segments=True, dtype=np.int32)
-            affine, frame = RAS_LPS @ found.affine, found.frame_of_reference_uid
-            who = tuple(str(head.get(tag) or "") for tag in ("PatientID", "PatientBirthDate"))
-        except Exception:  # of overlapping segments, of fractions, and of damage
-            raise UserError(
-                f"{file}: a DICOM segmentation that is not one volume of segments that exclude "
-                "each other; convert it to NIfTI, one file for each segment"
-            ) from None
-    volume = Volume(np.asarray(found.array, np.int32), affine, files=[file])
+    try:
+        ds = read_dataset_of(file)
+        shape = int(ds.NumberOfFrames), int(ds.Rows), int(ds.Columns)
+        limits.check_claim(file, shape, 1 / 2**14, packed=False)
+        found = Segmentation.from_dataset(ds).get_volume(combine_segments=True, dtype=np.int32)
+        limits.check_claim(file, found.array.shape, 0, packed=False)
+    except UserError:
+        raise
+    except Exception:  # of overlapping segments, of fractions, and of damage
+        raise UserError(
+            f"{file}: a DICOM segmentation that is not one volume of segments that exclude each "
+            "other; convert it to NIfTI, one file for each segment"
+        ) from None
+    volume = Volume(np.asarray(found.array, np.int32), RAS_LPS @ found.affine, files=[file])
+    frame = found.frame_of_reference_uid
     volume.frame_of_reference = str(frame) if frame else None
-    volume.patient = who if all(who) else None
+    volume.patient = identity_of(ds)
     return volume
 
 
@@ -133,8 +131,8 @@ def bring_labels(
     still = np.allclose(matrix, np.eye(4))
     number = how.of if still else source_of_labels(labels, how, both)
     for n, source in enumerate(both, 1):
-        if number in (0, n) and differ(source.patient, labels.patient):
-            raise UserError(f"{how.path}: of another patient than img{n}, IDs and dates differ")
+        if number in (0, n) and are_two(source.patient, labels.patient):
+            raise UserError(f"{how.path}: of another patient than img{n}, the IDs and more differ")
     placed, grid = labels, together.source1
     if number == together.mover:
         placed = moved(labels, matrix if number == 1 else np.linalg.inv(matrix))

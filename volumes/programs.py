@@ -23,13 +23,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+import limits
 from cli import UserError, stem_of
 from volumes.grid import Volume, same_voxels
 from volumes.io import NIFTI, PAIRS
 
 PROGRAMS = {".mat": "FSL", ".lta": "FreeSurfer", ".1d": "AFNI"}  # by the ending of a file's name
 ITK_ENDS = (".tfm", ".txt")
-LONGEST = 2**20  # bytes of a file of text with a matrix
 TOLD = re.compile(r"from-([A-Za-z0-9]+)_to-([A-Za-z0-9]+)_mode-(image|points)_xfm")
 MRIS = {"mri", "mr", "t1w", "t2w", "flair", "pdw", "inplanet1", "inplanet2"}
 OURS, THEIRS = "ASFE-Fusion", "NiTransforms"
@@ -56,14 +56,11 @@ def numbers_of(path: Path) -> list[float]:
 
 def text_of(path: Path) -> str:
     """A short text; UserError for a file that is none."""
-    with path.open("rb") as file:
-        data = file.read(LONGEST + 1)
+    data = limits.read_bytes(path, limits.TRANSFORM_BYTES, " for a linear transform")
     try:
-        if len(data) <= LONGEST:
-            return data.decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError:
-        pass
-    raise UserError(f"{path}: no text, expected a transform of {program_names()}")
+        raise UserError(f"{path}: no text, expected a transform of {program_names()}") from None
 
 
 def program_names() -> str:

@@ -25,6 +25,7 @@ import limits
 from cli import UserError, has_dicom_mark
 from volumes.dicom import read_dataset_of
 from volumes.grid import RAS_LPS, Volume
+from volumes.headers import quiet_itk
 from volumes.programs import (
     PROGRAMS,
     program_names,
@@ -33,7 +34,6 @@ from volumes.programs import (
     read_program,
     told_by_name,
 )
-from volumes.headers import quiet_itk
 from volumes.quiet import quiet
 
 STRETCH = (0.8, 1.25)  # how much a transform may shrink or stretch a head
@@ -213,17 +213,22 @@ def matrix_from(path: Path, source1: Volume, source2: Volume, modality: str) -> 
         )
     if has_dicom_mark(path):
         return Found(RAS_LPS @ read_registration(path, source1, source2) @ RAS_LPS)
+    told = told_by_name(path, names_of(source1, source2), modality)
+    fixed, moving = (source2, source1) if told == "source 1" else (source1, source2)
     if program := program_of(path):
-        matrix, named = read_program(path, program, source1, source2)
-        matrix = regular(matrix, path)
+        matrix, named = read_program(path, program, fixed, moving)
+        matrix = placing(matrix, path)
     else:
         matrix, named = RAS_LPS @ read_transform(path) @ RAS_LPS, False
-    names = [next(iter(volume.files), Path()) for volume in (source1, source2)]
-    told = None if named else told_by_name(path, tuple(names), modality)
     if told == "source 1":
         line = "the file's name says that it moves img1 onto img2, so its inverse is taken"
         return Found(np.linalg.inv(matrix), line)
     return Found(matrix, checked=named or told is not None)
+
+
+def names_of(source1: Volume, source2: Volume) -> tuple[Path, Path]:
+    """The first file of each source."""
+    return tuple(next(iter(volume.files), Path()) for volume in (source1, source2))
 
 
 @quiet()
@@ -272,8 +277,16 @@ def transform_text(matrix: np.ndarray, centre: np.ndarray) -> bytes:
     return text_of(transform)
 
 
-def exported(path: Path, matrix: np.ndarray, source1: Volume, source2: Volume) -> bytes:
-    """A matrix for the program that a file's name asks for, see programs.py; ITK's by default."""
+def exported(
+    path: Path, matrix: np.ndarray, source1: Volume, source2: Volume, modality: str
+) -> bytes:
+    """A matrix for the program that a file's name asks for, see programs.py; ITK's by default.
+
+    The matrix is from points of source 1 to points of source 2. A name of BIDS may say that the
+    file moves source 1 onto source 2; then it does. `modality` is that of source 1.
+    """
+    if told_by_name(path, names_of(source1, source2), modality) == "source 1":
+        matrix, source1, source2 = np.linalg.inv(matrix), source2, source1
     if path.suffix.lower() in PROGRAMS:
         return program_text(path, matrix, source1, source2)
     return transform_text(matrix, np.zeros(3))
