@@ -347,7 +347,13 @@ class StudyArgs(VolumeArgs):
         None, "CSV with the columns img1, img2 and settings of a case", positional=True
     )
     bids: Path | None = setting(
-        None, "BIDS folder: *_ct and *_pet with *_T1w and *_T2w of one subject and session"
+        None, "BIDS folder: *_ct and *_pet with *_T1w, *_T2w and *_FLAIR of one subject"
+    )
+    participant_label: tuple[str, ...] = setting(
+        (), "--bids: only these subjects, with or without sub-", nargs="+", metavar="LABEL"
+    )
+    session_label: tuple[str, ...] = setting(
+        (), "--bids: only these sessions, with or without ses-", nargs="+", metavar="LABEL"
     )
     dir1: Path | None = setting(None, "two folders: source 1, images or volumes")
     dir2: Path | None = setting(None, "two folders: source 2, paired by file name")

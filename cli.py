@@ -511,6 +511,13 @@ def check_study(args: StudyArgs) -> None:
         raise UserError("--out is missing, expected the folder for the fused pairs")
     if args.inside and args.table is None:
         raise UserError("--inside is for a table")
+    if (args.participant_label or args.session_label) and args.bids is None:
+        raise UserError("--participant-label and --session-label are for --bids")
+    if args.moved and args.bids:
+        raise UserError("--moved is for a table or two folders, --bids writes it in any case")
+    for name in ("labels", "transform"):
+        if getattr(args, name):
+            raise UserError(f"--{name} is for one pair; in a study it is a column of the table")
     if args.mosaic:
         raise UserError("--mosaic is for one pair, a study writes one for each volume")
     if bool(args.scheduler) and bool(args.scheduler_file):

@@ -9,12 +9,11 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nibabel as nib
 import numpy as np
 
 from cli import UserError, stem_of
@@ -147,19 +146,17 @@ def chosen(image: Image, subjects: Collection[str], sessions: Collection[str]) -
 
 
 def of_bids(
-    choice: Choice, pet_task: str, out: Path, grid: str, registers: bool
+    choice: Choice, out: Path, shared: Mapping[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and words of each pair.
 
     The name is a derivative's: the entities of source 1, the space that the result lies in, and
     `desc-fused` with what tells source 2 from others. Beside it come the moved source and, where
-    one is found, the transform.
+    one may be found, the transform.
 
     Args:
-        pet_task: the task for a PET.
         out: folder of the derivatives.
-        grid: what --grid says for all.
-        registers: whether a transform may be found.
+        shared: the words that count for all cases.
     """
     found = find_pairs(choice)
     if not found.pairs:
@@ -168,38 +165,42 @@ def of_bids(
             f"{choice.folder}: no subject has *_ct or *_pet and {', '.join(ANATOMY)} that go "
             f"together{why}"
         )
-    for image1, image2 in found.pairs:
-        number = grid_number(image1, image2, grid)
-        giver, mover = (image1, image2) if number == 1 else (image2, image1)
-        space = [f"space-{giver.suffix}"]
-        cubes = grid not in ("auto", "1", "2")
-        if cubes:
-            space.append(f"res-{re.sub('[^A-Za-z0-9]', 'p', grid.lower().removesuffix('mm'))}mm")
-        stem = "_".join([*image1.entities, *space, f"desc-fused{image2.label}", image1.suffix])
-        folder = out / mover.path.relative_to(choice.folder).parent
-        other = image2 if mover is image1 else image1
-        own = "_".join([*mover.entities, *space, f"desc-coreg{other.label}", mover.suffix])
-        words = {
-            "img1": image1.path,
-            "img2": image2.path,
-            "task": "CT-MRI" if image1.suffix == "ct" else pet_task,
-            "moved": folder / f"{own}.nii.gz",
-            "derivative": {
-                "Sources": [uri(choice, image) for image in (image1, image2)],
-                "SpatialReference": uri(choice, giver),
-                **(
-                    {"Resolution": f"cubes of {grid.lower().removesuffix('mm')} mm"}
-                    if cubes
-                    else {}
-                ),
-            },
-        }
-        if grid == "auto":
-            words["grid"] = str(number)
-        if registers:
-            way = [f"from-{mover.suffix}", f"to-{other.label}", "mode-image", "xfm.txt"]
-            words["transform"] = folder / "_".join([*mover.entities, *way])
-        yield str(image1.path.relative_to(choice.folder).parent / stem), words
+    for images in found.pairs:
+        yield case_of_pair(choice, images, out, shared)
+
+
+def case_of_pair(
+    choice: Choice, images: tuple[Image, Image], out: Path, shared: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """Name and words of a pair, see `of_bids`."""
+    grid = shared["grid"].lower()
+    number = grid_number(*images, grid)
+    giver, mover = images if number == 1 else images[::-1]
+    space, told = [f"space-{giver.suffix}"], {}
+    if grid not in ("auto", "1", "2"):
+        side = grid.removesuffix("mm")
+        space.append(f"res-{re.sub('[^a-z0-9]', 'p', side)}mm")
+        told["Resolution"] = f"cubes of {side} mm"
+    told["SpatialReference"] = uri(choice, giver)
+    told["Sources"] = [uri(choice, image) for image in images]
+    image1, image2 = images
+    stem = "_".join([*image1.entities, *space, f"desc-fused{image2.label}", image1.suffix])
+    own = "_".join([*mover.entities, *space, f"desc-coreg{giver.label}", mover.suffix])
+    folder = out / mover.path.relative_to(choice.folder).parent
+    pet_task = "SPECT-MRI" if shared["task"] == "SPECT-MRI" else "PET-MRI"
+    words = {
+        "img1": image1.path,
+        "img2": image2.path,
+        "task": "CT-MRI" if image1.suffix == "ct" else pet_task,
+        "moved": folder / f"{own}.nii.gz",
+        "derivative": told,
+    }
+    if grid == "auto":
+        words["grid"] = str(number)
+    if shared["register"] != "off":
+        way = f"from-{mover.suffix}_to-{giver.label}_mode-image_xfm.txt"
+        words["transform"] = folder / "_".join([*mover.entities, way])
+    return str(image1.path.relative_to(choice.folder).parent / stem), words
 
 
 def uri(choice: Choice, image: Image) -> str:
@@ -214,6 +215,8 @@ def grid_number(image1: Image, image2: Image, grid: str) -> int:
     if image1.suffix != "ct":
         return 2
     try:
+        import nibabel as nib  # an extra
+
         sides = [np.sort(nib.load(image.path).header.get_zooms()[:3]) for image in (image1, image2)]
     except Exception:  # damaged in any way: the case will say so when it runs
         return 2

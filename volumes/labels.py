@@ -84,8 +84,10 @@ def read_segmentation(file: Path) -> Volume:
         ds = read_dataset_of(file)
         shape = int(ds.NumberOfFrames), int(ds.Rows), int(ds.Columns)
         limits.check_claim(file, shape, 1 / 2**14, packed=False)
-        found = Segmentation.from_dataset(ds).get_volume(combine_segments=True, dtype=np.int32)
-        limits.check_claim(file, found.array.shape, 0, packed=False)
+        segmentation = Segmentation.from_dataset(ds)
+        shape = segmentation.get_volume_geometry().spatial_shape
+        limits.check_claim(file, shape, 0, packed=False)  # with the slices between its frames
+        found = segmentation.get_volume(combine_segments=True, dtype=np.int32)
     except UserError:
         raise
     except Exception:  # of overlapping segments, of fractions, and of damage

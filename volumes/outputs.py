@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from cli import UserError
-from fusing import SOFTWARE, Plan, listed_as
+from fusing import SOFTWARE, VERSION, Plan, listed_as
 from images import png_bytes, write_together
 from volumes.exports import MovedSource, moved_source
 from volumes.grid import pixel_sides, slice_positions, slices
@@ -28,6 +28,7 @@ from volumes.pictures import colour_slice, colour_table, eight_bit, mosaic, squa
 from volumes.requests import VolumeRequest, Writing
 from volumes.transforms import transform_text
 
+BIDS_UNITS = {"SUV": "g/mL", "Bq/ml": "Bq/mL", "HU": "HU"}  # as BIDS writes ours
 Writers = dict[Path, Callable[[BinaryIO], None]]
 
 
@@ -160,14 +161,25 @@ def contents(plan: Plan, fused: Fused) -> dict[str, Writers]:
         found["mosaic"] = {path: partial(_bytes, partial(_mosaic_png, fused, pictures, colour))}
     if path := plan.path("transform"):
         registration = fused.registered.found
-        text = transform_text(registration.matrix, registration.centre)
-        found["transform"] = {path: partial(_bytes, lambda: text)}
-    if path := plan.path("moved source"):
-        found["moved source"] = {path: partial(fused.moved.write, packed=is_packed(path))}
+        text = partial(transform_text, registration.matrix, registration.centre)
+        found["transform"] = {path: partial(_bytes, text)}
+    found |= _moved_writers(plan, fused)
     if folder := plan.path("dicom"):
         found["dicom"] = _dicom_writers(folder, fused, pictures)
     scaled = header._replace(slope=fused.scale)
     found["grey"] = {grey: partial(volume, data=fused.luma, header=scaled)}
+    return found
+
+
+def _moved_writers(plan: Plan, fused: Fused) -> dict[str, Writers]:
+    """How to write the moved source, and what BIDS asks of its sidecar."""
+    found: dict[str, Writers] = {}
+    if path := plan.path("moved source"):
+        moved = fused.moved
+        found["moved source"] = {path: partial(moved.write, packed=is_packed(path))}
+        if aside := plan.path("sidecar of the moved source"):
+            content = as_json(of_bids(fused, moved.unit) | moved.described).encode()
+            found["sidecar of the moved source"] = {aside: partial(_bytes, lambda: content)}
     return found
 
 
@@ -209,7 +221,9 @@ def sidecar(fused: Fused, report: list[str], files: list[str]) -> str:
     """What was done, as JSON: no UIDs, nothing of a patient, and no paths but those of `files`."""
     request, slicing = fused.request, fused.request.slicing
     content = {
+        **of_bids(fused, "fused luma, 0 to 1"),
         "software": SOFTWARE,
+        "version": VERSION,
         "task": request.task,
         "network": request.network,
         "values": "fused luma, 0 to 1",
@@ -225,7 +239,24 @@ def sidecar(fused: Fused, report: list[str], files: list[str]) -> str:
         "report": report,
         "files": files,
     }
+    return as_json(content)
+
+
+def as_json(content: dict) -> str:
+    """The text of a sidecar."""
     return json.dumps(content, indent=1) + "\n"
+
+
+def of_bids(fused: Fused, unit: str) -> dict:
+    """What BIDS asks of the sidecar of a derivative; empty for any other result.
+
+    Args:
+        unit: of the values.
+    """
+    told = fused.request.writing.derivative
+    if not told:
+        return {}
+    return {**told, "Units": BIDS_UNITS.get(unit, "arbitrary"), "SkullStripped": False}
 
 
 def described(registered: Registered) -> dict | None:

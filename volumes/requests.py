@@ -78,6 +78,7 @@ class Writing:
     dicom: Path | None = None  # folder for the slices as a DICOM series
     transform: Path | None = None  # file of ITK, FSL, FreeSurfer or AFNI, by its name
     moved: Path | None = None  # NIfTI file of the source without the grid, in its own unit
+    derivative: Mapping[str, Any] | None = None  # of BIDS: what sidecars say of sources and space
     keep_patient: bool = False  # in it: copy patient and study of the source that has the grid
 
 
@@ -148,6 +149,9 @@ def plan_of(
         Output(what, out.with_name(stem + end)) for what, (wanted, end) in beside.items() if wanted
     ]
     outputs += [output for output in named if output.path]
+    if writing.derivative and writing.moved:
+        aside = writing.moved.with_name(f"{stem_of(writing.moved)}.json")
+        outputs.append(Output("sidecar of the moved source", aside))
     return Plan(tuple(outputs), sources, sidecar)
 
 
@@ -250,5 +254,5 @@ def writing_from(words: Mapping[str, Any]) -> Writing:
     if words.get("keep_patient") and not words.get("dicom"):
         raise UserError("--keep-patient is for --dicom, no other output names a patient")
     own = given(words, png="png", mosaic="mosaic", dicom="dicom", keep_patient="keep_patient")
-    own |= given(words, moved="moved", transform="transform")
+    own |= given(words, moved="moved", transform="transform", derivative="derivative")
     return Writing(words["out"], colour, **own)

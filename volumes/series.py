@@ -136,6 +136,7 @@ def patient_of(path: Path, headers: Headers) -> Patient:
 
 
 def identity_of(ds: pydicom.Dataset) -> Patient:
+    """What identifies the patient of an image, only to be compared."""
     return tuple(str(ds.get(keyword) or "").strip().upper() for keyword in IDENTITY)
 
 
