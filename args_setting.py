@@ -15,6 +15,7 @@ DATA_DIR = ROOT / "HMIFDatasets"  # of the data set
 
 MODULES = ("casf", "aff", "sfef", "blend")  # what a network can be trained without
 
+VERSION = "0.1.0"  # of the software, as in CITATION.cff
 # task -> folder of source 1 (source 2 is always MRI); the published names
 TASKS = {"CT-MRI": "CT", "PET-MRI": "PET", "SPECT-MRI": "SPECT"}
 ALL_TASKS = (*TASKS, "all")

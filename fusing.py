@@ -161,7 +161,6 @@ def check_plans(plans: Sequence[Plan]) -> None:
         plan.check_in_the_way()
 
 
-VERSION = "0.1.0"  # as in CITATION.cff
 SOFTWARE = "ASFE-Fusion"  # in a sidecar: it is one of ours
 OUTSIDE = "elsewhere:"  # in a list of files: the path is not told, only its hash
 

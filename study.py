@@ -82,7 +82,8 @@ def main(args: StudyArgs) -> None:
     check_weights(args, cases)
     writable_folder(out)
     if args.bids:
-        say(*find_pairs(listing_of(args, out).choice).left_out)
+        for line in find_pairs(listing_of(args, out).choice).left_out:
+            say(line)
         write_bytes(out / "dataset_description.json", description(args.bids, out).encode())
         write_bytes(out / ".bidsignore", ignored().encode())
     records: dict[str, dict] = {}

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from args_setting import VERSION
 from cli import UserError, stem_of
-from fusing import SOFTWARE, VERSION
+from fusing import SOFTWARE
 
 MOVING, ANATOMY = ("ct", "pet"), ("T1w", "T2w", "FLAIR")
 RAW = "raw"  # the name of the folder that is read, in the links of the derivatives

@@ -13,9 +13,8 @@ import pytest
 from study_files import draw_pair, write_volume
 
 import study
-from args_setting import ROOT, StudyArgs
+from args_setting import ROOT, VERSION, StudyArgs
 from cli import UserError
-from fusing import VERSION
 from studies.bids import Choice, description, find_pairs, ignored
 from studies.run import run_case
 

@@ -133,10 +133,11 @@ def pair_of(tmp_path):
     return [*argv, "--out", tmp_path / "f.nii.gz", "--labels", tmp_path / "seg.nii"]
 
 
-@pytest.mark.parametrize(("of", "kind"), [(1, "identity"), (2, "oblique")])
+@pytest.mark.parametrize("source", [(1, "identity"), (2, "oblique")])
 @pytest.mark.parametrize("grid", ("1", "2"))
 @pytest.mark.usefixtures("brighter")
-def test_labels_of_either_source_land_right(call, tmp_path, moved_by, pair_of, of, kind, grid):
+def test_labels_of_either_source_land_right(call, tmp_path, moved_by, pair_of, source, grid):
+    of, kind = source
     affine = affine_of(kind)
     image = nib.Nifti1Image(drawn_labels(affine), affine)
     image.to_filename(tmp_path / "seg.nii")

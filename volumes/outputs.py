@@ -16,8 +16,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from args_setting import VERSION
 from cli import UserError
-from fusing import SOFTWARE, VERSION, Plan, listed_as
+from fusing import SOFTWARE, Plan, listed_as
 from images import png_bytes, write_together
 from volumes.exports import MovedSource, moved_source
 from volumes.grid import pixel_sides, slice_positions, slices
