@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from volumes.grid import Volume
-from volumes.intensity import Scaling
+from volumes.intensity import WINDOWS, Scaling, units_doubt
 from volumes.io import Header, stream_nifti
 from volumes.pair import Together
 
@@ -69,4 +69,13 @@ def moved_source(together: Together, scalings: Sequence[Scaling], modality: str)
     modality = modality if number == 1 else "MRI"
     if modality == "PET" and unit == "g/ml" and volume.suv:
         return MovedSource(number, modality, volume, "SUV", volume.suv)
+    if modality == "CT" and not is_hu(volume.data, scalings[number - 1]):
+        unit = AS_STORED
     return MovedSource(number, modality, volume, unit or volume.unit or AS_STORED, 1.0)
+
+
+def is_hu(data: np.ndarray, scaling: Scaling) -> bool:
+    """Whether a CT's values are HU: a window by its name has checked that, one in numbers not."""
+    if (scaling.method["level"], scaling.method["width"]) in WINDOWS.values():
+        return True
+    return not units_doubt(data, "wide")
