@@ -225,6 +225,7 @@ def test_other_commands_name_what_is_there():
 def test_flags_among_the_words_exist():
     """Every --flag that a page names is one of a command of ours, or of those that pages use."""
     known = {"--nproc_per_node", "--index-url", "--nthreads", "--lifetime", "--lifetime-stagger"}
+    known |= {"--mov", "--dst", "--lta"}  # of FreeSurfer
     known |= {"--nanny", "--memory-limit", "--help", "--host", "--port", "--scheduler-file"}
     for path in ROOT.glob("*.py"):
         for cls in set(re.findall(r"command_line\((\w+),", path.read_text(encoding="utf-8"))):
