@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from args_setting import (
     ALL_TASKS,
     EXTENSIONS,
+    VERSION,
     ClassifyArgs,
     MetricArgs,
     StudyArgs,
@@ -76,6 +77,7 @@ def make_parser(cls: type, description: str = "") -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"ASFE-Fusion {VERSION}")
     hints = typing.get_type_hints(cls)
     for f in fields(cls):
         extras = dict(f.metadata)
@@ -341,7 +343,8 @@ USES = {
         Use("force", (VOLUME_PAIR,)),
         Use("force", (ONE_PAIR,), beside="register"),
         Use("series1 series2 where frame affine axis tile", (VOLUME_PAIR,)),
-        Use("png mosaic dicom nan_to_zero grid", (VOLUME_PAIR,)),
+        Use("png mosaic dicom moved transform labels nan_to_zero grid", (VOLUME_PAIR,)),
+        Use("labels_of", (VOLUME_PAIR,), beside="labels"),
         Use("keep_patient", (VOLUME_PAIR,), beside="dicom"),
         Use("overlap", (VOLUME_PAIR,), beside="tile"),
         Use("window", (VOLUME_PAIR,), tasks=("CT-MRI",)),
@@ -501,6 +504,21 @@ def check_mode(args: TestArgs) -> str:
     return mode
 
 
+ONE_PAIRS = {  # settings that a study has not for all of its cases, and what it has
+    "mosaic": "a study writes one for each volume",
+    "labels": "in a study it is a column of the table",
+    "transform": "in a study it is a column of the table",
+}
+
+
+def check_bids(args: StudyArgs) -> None:
+    """UserError if settings do not go with a BIDS folder, or without one."""
+    if (args.participant_label or args.session_label) and args.bids is None:
+        raise UserError("--participant-label and --session-label are for --bids")
+    if args.moved and args.bids:
+        raise UserError("--moved is for a table or two folders, --bids writes it in any case")
+
+
 def check_study(args: StudyArgs) -> None:
     """UserError if the settings do not go together."""
     ways = [args.table, args.bids, args.dir1 and args.dir2]
@@ -510,8 +528,10 @@ def check_study(args: StudyArgs) -> None:
         raise UserError("--out is missing, expected the folder for the fused pairs")
     if args.inside and args.table is None:
         raise UserError("--inside is for a table")
-    if args.mosaic:
-        raise UserError("--mosaic is for one pair, a study writes one for each volume")
+    check_bids(args)
+    for name, why in ONE_PAIRS.items():
+        if getattr(args, name):
+            raise UserError(f"--{name} is for one pair, {why}")
     if bool(args.scheduler) and bool(args.scheduler_file):
         raise UserError("give --scheduler or --scheduler-file, not both")
     if (args.scheduler or args.scheduler_file) and (args.jobs or args.memory):

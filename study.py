@@ -10,7 +10,6 @@ not done again: stop it at any moment and start it again. report.html shows ever
 the cases out and restarts what dies; see docs/study.md. Settings: args_setting.py.
 """
 
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -41,6 +40,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 from tqdm import tqdm
 
 from images import writable_folder, write_bytes
+from studies.bids import description, find_pairs, ignored
 from studies.cases import Case, Listing, find_cases
 from studies.report import write_report
 from weights import load_model
@@ -82,7 +82,10 @@ def main(args: StudyArgs) -> None:
     check_weights(args, cases)
     writable_folder(out)
     if args.bids:
-        write_bytes(out / "dataset_description.json", description(args.bids).encode())
+        for line in find_pairs(listing_of(args, out).choice).left_out:
+            say(line)
+        write_bytes(out / "dataset_description.json", description(args.bids, out).encode())
+        write_bytes(out / ".bidsignore", ignored().encode())
     records: dict[str, dict] = {}
     with workers(args, jobs) as client:
         try:
@@ -104,13 +107,27 @@ SHARED = {f.name for f in fields(VolumeArgs)} | {"stretch"}  # count for all cas
 def cases_of(args: StudyArgs) -> tuple[Path, list[Case]]:
     """The folder of everything that is written, and the cases that the settings ask for."""
     out = (args.out or args.bids / "derivatives" / "asfe-fusion").absolute()
-    where = args.table, args.bids, args.dir1, args.dir2, args.skip_unmatched, args.inside
     words = {name: getattr(args, name) for name in SHARED}
     columns = columns_of(StudyArgs, SHARED)
     columns |= dict.fromkeys(("img1", "img2"), Column(Path, None, None, None))
     columns["name"] = Column(str, None, None, None)
     no_effect = partial(without_effect, StudyArgs)
-    return out, find_cases(Listing(out, *where), words, columns, no_effect)
+    return out, find_cases(listing_of(args, out), words, columns, no_effect)
+
+
+def listing_of(args: StudyArgs, out: Path) -> Listing:
+    """Where the pairs are."""
+    return Listing(
+        out,
+        args.table,
+        args.bids,
+        args.dir1,
+        args.dir2,
+        skip_unmatched=args.skip_unmatched,
+        participants=args.participant_label,
+        sessions=args.session_label,
+        inside=args.inside,
+    )
 
 
 def shares(args: StudyArgs) -> tuple[StudyArgs, int]:
@@ -136,18 +153,6 @@ def check_weights(args: StudyArgs, cases: list[Case]) -> None:
         if key not in seen:
             load_model(*key, "cpu")
         seen.add(key)
-
-
-def description(bids: Path) -> str:
-    """dataset_description.json of the derivatives of a BIDS folder."""
-    code = {"Name": "ASFE-Fusion", "Description": "fused CT or PET and MRI"}
-    content = {
-        "Name": f"Fused volumes of {bids.resolve().name}",
-        "BIDSVersion": "1.10.0",
-        "DatasetType": "derivative",
-        "GeneratedBy": [code],
-    }
-    return json.dumps(content, indent=1) + "\n"
 
 
 @contextmanager

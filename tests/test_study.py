@@ -150,31 +150,6 @@ def test_a_row_wins_over_the_settings_of_the_study(table, tmp_path):
     assert Case.unpacked(case.packed()) == case
 
 
-def test_every_session_of_a_bids_folder(tmp_path):
-    bids = tmp_path / "bids"
-    names = ("sub-1/ses-a/pet/sub-1_ses-a_trc-FDG_pet", "sub-1/ses-a/anat/sub-1_ses-a_T1w")
-    names += ("sub-1/ses-a/anat/sub-1_ses-a_run-2_T1w", "sub-1/ses-b/anat/sub-1_ses-b_T2w")
-    names += ("sub-2/ct/sub-2_ct", "sub-2/anat/sub-2_T2w", "sub-3/ct/sub-3_ct")
-    names += ("derivatives/x/sub-2/ct/sub-2_ct",)
-    for name in names:
-        write_volume(bids / f"{name}.nii.gz", draw_pair(0)[0])
-    out, cases = study.cases_of(StudyArgs(bids=bids))
-    assert out == bids / "derivatives" / "asfe-fusion"
-    pet = "sub-1/ses-a/pet/sub-1_ses-a_trc-FDG_desc-fused{}_pet"
-    assert {case.name: case.request.task for case in cases} == {
-        pet.format("T1w"): "PET-MRI",
-        pet.format("run2T1w"): "PET-MRI",
-        "sub-2/ct/sub-2_desc-fusedT2w_ct": "CT-MRI",
-    }
-    assert {case.request.writing.out.parent for case in cases} == {
-        out / "sub-1/ses-a/pet",
-        out / "sub-2/ct",
-    }
-    assert json.loads(study.description(bids))["DatasetType"] == "derivative"
-    with pytest.raises(UserError, match="no session of a subject has"):
-        study.cases_of(StudyArgs(bids=tmp_path))
-
-
 def test_two_folders_of_images_or_volumes(tmp_path):
     for side, names in (("1", ("a.nii.gz", "b.png")), ("2", ("a.nii", "b.tif", "c.png"))):
         for name in names:
@@ -232,14 +207,21 @@ def fused_again(case: Case) -> bool:
 
 
 def test_what_is_done_is_not_done_again(table, tmp_path, brighter):
-    case = cases_of(tmp_path / "o", table=table, png=tmp_path / "o" / "png")[0]
+    folders = {flag: tmp_path / "o" / flag for flag in ("png", "moved")}
+    case = cases_of(tmp_path / "o", table=table, **folders)[0]
     assert fused_again(case) and not fused_again(case)
     assert not fused_again(replace(case, runtime=Runtime("cpu", 1)))
     other = with_levels(case, window="bone")
     assert fused_again(other) and not fused_again(other) and fused_again(case)
     write_volume(case.request.source2.path, draw_pair(7)[1])
     assert fused_again(case) and not fused_again(case)
-    for name in ("c00.nii.gz", "c00_mosaic.png", "c00.json", "png/c00/axial_0001.png"):
+    for name in (
+        "c00.nii.gz",
+        "c00_mosaic.png",
+        "c00.json",
+        "png/c00/axial_0001.png",
+        "moved/c00.nii.gz",
+    ):
         path = tmp_path / "o" / name
         path.write_bytes(path.read_bytes()[:-1])
         assert fused_again(case) and not fused_again(case), name

@@ -5,15 +5,16 @@
 What a job needs is in requests.py. Both sources are registered where they need it, and the fused
 volume lies on the grid of one of them. Files are in io.py (with headers.py and uploads.py) and
 dicom.py (with series.py, planes.py, varying.py and suv.py), geometry in grid.py, registration in
-pair.py (with register.py, transforms.py and overlay.py; flat.py for images), intensities in
-intensity.py, the network in tiles.py, and what is written in outputs.py, pictures.py and
-derived.py. page.py is the tab of app.py, report.py what a run has to say. The packages for them
-are an extra, requirements-volumes.txt.
+pair.py (with register.py, transforms.py, programs.py and overlay.py; flat.py for images),
+intensities in intensity.py, the network in tiles.py, and what is written in outputs.py,
+pictures.py, exports.py, labels.py and derived.py. page.py is the tab of app.py, report.py what a
+run has to say. The packages for them are an extra, requirements-volumes.txt.
 
 Legend: I J K voxels as stored; N slices of (H, W) pixels, see grid.py.
 """
 
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,17 +23,20 @@ import SimpleITK as sitk  # noqa: N813
 
 from cli import UserError
 from fusing import check_plans
+from images import png_bytes
 from network import MIN_SIDE, ASFEFusion
 from volumes.grid import Volume, pick_axis, pixel_sides, slices
 from volumes.intensity import DICOM_MODALITY, Scaling, scaling_of, units_doubt
 from volumes.io import read_volume
-from volumes.outputs import Fused, FusedVolume, check_dicom, write_outputs
+from volumes.labels import bring_labels, labels_nifti
+from volumes.outputs import Fused, FusedVolume, check_dicom, is_packed, write_outputs
 from volumes.pair import Registered, Sources, Together, bring_together, picture_of, register
 from volumes.pictures import square_size
 from volumes.report import Report
 from volumes.requests import Levels, Source, VolumeRequest, request_from
 from volumes.series import check_patients
 from volumes.tiles import check_tiles, fuse_slices
+from volumes.transforms import exported
 from volumes.varying import Choice
 
 __all__ = ["FusedVolume", "VolumeRequest", "fuse_volumes", "request_from", "use_threads"]
@@ -65,7 +69,7 @@ def fuse_volumes(
         raise UserError("--keep-patient needs a DICOM source that has the grid; leave it out")
     if not ready.registered.applied:
         plan = plan.without("transform")
-    if ready.picture is None:
+    if "overlay" not in ready.extras:
         plan = plan.without("overlay")
     scalings = ready.scalings
     report.tell(*scale_lines(scalings, request.modality))
@@ -81,7 +85,7 @@ def fuse_volumes(
     stacks = tuple(slices(volume.data, fused.affine, fused.axis) for volume in sources)
     for done in fuse_slices(model, stacks, scalings, fused.stack, request.slicing):
         progress(done, count)
-    files = write_outputs(plan, fused, ready.picture, report.lines)
+    files = write_outputs(plan, fused, ready.extras, report.lines)
     return FusedVolume(
         **vars(fused),
         report=tuple(report.lines),
@@ -102,9 +106,9 @@ class Ready(NamedTuple):
 
     together: Together
     registered: Registered
-    picture: np.ndarray | None  # of the registration, uint8 RGB
     files: tuple[Path, ...]  # that were opened
     scalings: tuple[Scaling, Scaling]  # of the sources as they came, whatever the grid
+    extras: dict[str, Callable[[], bytes]]  # content of files of the plan that needs the sources
 
 
 def prepare(request: VolumeRequest, report: Report) -> Ready:
@@ -112,14 +116,38 @@ def prepare(request: VolumeRequest, report: Report) -> Ready:
     sources = read_sources(request, report)
     scalings = scale_pair(sources, request.levels)
     registered = register(sources, request.registering, request.forced, report)
-    picture = picture_of(sources, registered)
+    extras = extras_of(request, sources, registered, report)
     unmoved = request.registering.keep_unmoved and registered.applied
     together = bring_together(sources, registered.matrix, request.grid, report, unmoved)
+    files_of_labels = []
+    if request.labels:
+        matrix = registered.matrix
+        labels = bring_labels(request.labels, sources, matrix, together, report)
+        packed = is_packed(request.plan().path("labels"))
+        extras["labels"] = partial(labels_nifti, labels, packed)
+        files_of_labels = labels.files
     volumes = (sources.source1, sources.source2, sources.via)
     files = [file for volume in volumes if volume is not None for file in volume.files]
     if request.registering.transform:
         files.append(request.registering.transform)
-    return Ready(together, registered, picture, tuple(files), scalings)
+    files += files_of_labels
+    return Ready(together, registered, tuple(files), scalings, extras)
+
+
+def extras_of(
+    request: VolumeRequest, sources: Sources, registered: Registered, report: Report
+) -> dict[str, Callable[[], bytes]]:
+    """The picture of a registration, and its transform for another program; by what they are."""
+    extras = {}
+    if (picture := picture_of(sources, registered)) is not None:
+        extras["overlay"] = partial(png_bytes, picture)
+    if path := request.writing.transform:
+        if not registered.applied:
+            report.tell("nothing was moved: the transform of --transform is the identity")
+        both = sources.source1, sources.source2
+        text = exported(path, registered.matrix, *both, request.modality)
+        extras["transform for a program"] = lambda: text
+    return extras
 
 
 def read_sources(request: VolumeRequest, report: Report) -> Sources:

@@ -133,6 +133,15 @@ def low_passed(moving: Volume, affine: np.ndarray) -> Volume:
     return replace(moving, data=ndimage.gaussian_filter(moving.data, sigma, mode="nearest"))
 
 
+def set_place(image: sitk.Image, affine: np.ndarray) -> None:
+    """Tell an ITK image where it lies, by a RAS affine."""
+    lps = RAS_LPS @ affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+
+
 def resample(moving: Volume, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
     """`moving` on another grid, (I, J, K) float32: linear; its minimum where it has no voxel.
 
@@ -142,12 +151,8 @@ def resample(moving: Volume, shape: tuple[int, ...], affine: np.ndarray) -> np.n
     limits.check_grid("the grid would have", shape, way, limits.VOXELS)
     source = sitk.GetImageFromArray(moving.data.T)
     grid = sitk.Image([int(n) for n in shape], sitk.sitkUInt8)
-    for image, ras in ((source, moving.affine), (grid, affine)):
-        lps = RAS_LPS @ ras
-        spacing = np.linalg.norm(lps[:3, :3], axis=0)
-        image.SetSpacing(spacing.tolist())
-        image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
-        image.SetOrigin(lps[:3, 3].tolist())
+    set_place(source, moving.affine)
+    set_place(grid, affine)
     fill = float(moving.data.min())
     moved = sitk.Resample(source, grid, sitk.Transform(), sitk.sitkLinear, fill, sitk.sitkFloat32)
     return sitk.GetArrayFromImage(moved).T

@@ -295,6 +295,7 @@ class Header(NamedTuple):
     code: int  # NIfTI's of the space
     text: str  # description; at most 79 characters of it are kept
     slope: float = 1.0  # what a reader multiplies the stored values with
+    unit: str = ""  # of the values, at most 15 characters, where they are a measure
 
 
 def stream_nifti(file: BinaryIO, data: np.ndarray, header: Header, packed: bool = False) -> None:
@@ -311,6 +312,7 @@ def stream_nifti(file: BinaryIO, data: np.ndarray, header: Header, packed: bool 
     image.set_qform(header.affine, header.code)
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = header.text.encode("ascii", "replace")[:79]
+    image.header["intent_name"] = header.unit.encode("ascii", "replace")[:15]
     if header.slope != 1:
         image.header.set_slope_inter(header.slope, 0)
     if packed:

@@ -16,9 +16,11 @@ from typing import BinaryIO
 
 import numpy as np
 
+from args_setting import VERSION
 from cli import UserError
 from fusing import SOFTWARE, Plan, listed_as
 from images import png_bytes, write_together
+from volumes.exports import MovedSource, moved_source
 from volumes.grid import pixel_sides, slice_positions, slices
 from volumes.intensity import STORED_ONE, Scaling
 from volumes.io import Header, stream_nifti
@@ -27,6 +29,7 @@ from volumes.pictures import colour_slice, colour_table, eight_bit, mosaic, squa
 from volumes.requests import VolumeRequest, Writing
 from volumes.transforms import transform_text
 
+BIDS_UNITS = {"SUV": "g/mL", "Bq/ml": "Bq/mL", "HU": "HU"}  # as BIDS writes ours
 Writers = dict[Path, Callable[[BinaryIO], None]]
 
 
@@ -47,6 +50,11 @@ class Fused:
     def affine(self) -> np.ndarray:
         """(4, 4), from a voxel's index to RAS in mm."""
         return self.together.source1.affine
+
+    @property
+    def moved(self) -> MovedSource:
+        """The source that does not have the grid, on it, and the unit of its values."""
+        return moved_source(self.together, self.scalings, self.request.modality)
 
     @property
     def stack(self) -> np.ndarray:
@@ -91,7 +99,7 @@ def check_dicom(writing: Writing) -> None:
 
 
 def write_outputs(
-    plan: Plan, fused: Fused, picture: np.ndarray | None, report: list[str]
+    plan: Plan, fused: Fused, extras: dict[str, Callable[[], bytes]], report: list[str]
 ) -> dict[str, tuple[Path, ...]]:
     """Write what a plan names; returns the files by what they are.
 
@@ -100,12 +108,12 @@ def write_outputs(
 
     Args:
         plan: without outputs that have no content.
-        picture: of the registration, uint8 RGB, where the plan has one.
+        extras: content of outputs that is not made of `fused`, by what they are.
         report: lines for the sidecar.
     """
     parts = contents(plan, fused)
-    if plan.path("overlay"):
-        parts["overlay"] = {plan.path("overlay"): partial(_bytes, lambda: png_bytes(picture))}
+    for what, content in extras.items():
+        parts[what] = {plan.path(what): partial(_bytes, content)}
     files = {what: tuple(writers) for what, writers in parts.items()}
     aside = plan.path("sidecar")
     files["sidecar"] = (aside,)
@@ -123,6 +131,11 @@ def _bytes(content: Callable[[], bytes], file: BinaryIO) -> None:
     file.write(content())
 
 
+def is_packed(path: Path) -> bool:
+    """Whether a file is compressed by gzip, by its name."""
+    return path.name.lower().endswith(".gz")
+
+
 def contents(plan: Plan, fused: Fused) -> dict[str, Writers]:
     """How to write each file of a plan but the sidecar and the overlay, by what it is.
 
@@ -134,7 +147,7 @@ def contents(plan: Plan, fused: Fused) -> dict[str, Writers]:
     grey = plan.path("grey")
     text = "; ".join([f"ASFE {fused.request.task}", *(s.text for s in fused.scalings)])
     header = Header(fused.affine, fused.code, text)
-    volume = partial(stream_nifti, packed=grey.name.lower().endswith(".gz"))
+    volume = partial(stream_nifti, packed=is_packed(grey))
     found: dict[str, Writers] = {}
     if path := plan.path("colour"):
         found["colour"] = {path: partial(volume, data=rgb, header=header)}
@@ -149,12 +162,25 @@ def contents(plan: Plan, fused: Fused) -> dict[str, Writers]:
         found["mosaic"] = {path: partial(_bytes, partial(_mosaic_png, fused, pictures, colour))}
     if path := plan.path("transform"):
         registration = fused.registered.found
-        text = transform_text(registration.matrix, registration.centre)
-        found["transform"] = {path: partial(_bytes, lambda: text)}
+        text = partial(transform_text, registration.matrix, registration.centre)
+        found["transform"] = {path: partial(_bytes, text)}
+    found |= _moved_writers(plan, fused)
     if folder := plan.path("dicom"):
         found["dicom"] = _dicom_writers(folder, fused, pictures)
     scaled = header._replace(slope=fused.scale)
     found["grey"] = {grey: partial(volume, data=fused.luma, header=scaled)}
+    return found
+
+
+def _moved_writers(plan: Plan, fused: Fused) -> dict[str, Writers]:
+    """How to write the moved source, and what BIDS asks of its sidecar."""
+    found: dict[str, Writers] = {}
+    if path := plan.path("moved source"):
+        moved = fused.moved
+        found["moved source"] = {path: partial(moved.write, packed=is_packed(path))}
+        if aside := plan.path("sidecar of the moved source"):
+            content = as_json(of_bids(fused, moved.unit) | moved.described).encode()
+            found["sidecar of the moved source"] = {aside: partial(_bytes, lambda: content)}
     return found
 
 
@@ -196,7 +222,9 @@ def sidecar(fused: Fused, report: list[str], files: list[str]) -> str:
     """What was done, as JSON: no UIDs, nothing of a patient, and no paths but those of `files`."""
     request, slicing = fused.request, fused.request.slicing
     content = {
+        **of_bids(fused, "fused luma, 0 to 1"),
         "software": SOFTWARE,
+        "version": VERSION,
         "task": request.task,
         "network": request.network,
         "values": "fused luma, 0 to 1",
@@ -204,6 +232,7 @@ def sidecar(fused: Fused, report: list[str], files: list[str]) -> str:
         "grid": {"of": fused.together.grid, "affine_ras_mm": fused.affine.tolist()},
         "coverage": dict(zip(("source1", "source2"), fused.together.coverage, strict=True)),
         "registration": described(fused.registered),
+        "moved_source": fused.moved.described if request.writing.moved else None,
         "slices": fused.axis,
         "tile": slicing.tile or None,
         "overlap": slicing.overlap if slicing.tile else None,
@@ -211,7 +240,24 @@ def sidecar(fused: Fused, report: list[str], files: list[str]) -> str:
         "report": report,
         "files": files,
     }
+    return as_json(content)
+
+
+def as_json(content: dict) -> str:
+    """The text of a sidecar."""
     return json.dumps(content, indent=1) + "\n"
+
+
+def of_bids(fused: Fused, unit: str) -> dict:
+    """What BIDS asks of the sidecar of a derivative; empty for any other result.
+
+    Args:
+        unit: of the values.
+    """
+    told = fused.request.writing.derivative
+    if not told:
+        return {}
+    return {**told, "Units": BIDS_UNITS.get(unit, "arbitrary"), "SkullStripped": False}
 
 
 def described(registered: Registered) -> dict | None:

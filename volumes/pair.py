@@ -11,6 +11,7 @@ Legend: I J K voxels as stored; affines are RAS in mm, see volumes/grid.py.
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +38,7 @@ from volumes.report import Report
 from volumes.requests import Registering
 from volumes.transforms import matrix_from
 
+BETTER = 1.2  # times the mutual information, at which an inverse transform is the likelier one
 TOLD = 2.0  # mm: what a check can tell, at best
 
 
@@ -142,10 +144,7 @@ def _register(
         return Registered("off")
     source1, source2 = sources.source1, sources.source2
     if how.how == "file":
-        matrix = matrix_from(how.transform, source1, source2)
-        found = assess(*_pair(sources), matrix)
-        report.tell(f"registered by a file: {line_of(found)}")
-        return Registered("file", found)
+        return _moved_by_file(sources, how.transform, report)
     registered, _ = sources.registered
     one_frame = shares_frame(registered, source2)
     if how.how == "check" or (
@@ -157,6 +156,23 @@ def _register(
             tell_check(found, far, report)
             return Registered("check", found)
     return _moved_rigidly(sources, forced, report)
+
+
+def _moved_by_file(sources: Sources, path: Path, report: Report) -> Registered:
+    """The result of a transform's file; a doubt if its inverse fits clearly better."""
+    source1, source2, _, modality = sources
+    taken = matrix_from(path, source1, source2, modality)
+    found = assess(*_pair(sources), taken.matrix)
+    report.tell(*filter(None, [taken.line]), f"registered by a file: {line_of(found)}")
+    if not taken.checked and found.after < found.before:
+        back = assess(*_pair(sources), np.linalg.inv(taken.matrix))
+        if back.after > max(BETTER * found.after, found.before):
+            report.doubt(
+                f"warning: the inverse of the transform fits better, mutual information "
+                f"{back.after:.3f}: the file should be for img1 as the fixed image; if it moves "
+                "img1 onto img2, a name such as from-pet_to-T1w_mode-image_xfm.mat says so"
+            )
+    return Registered("file", found)
 
 
 def _pair(sources: Sources) -> tuple[Volume, Volume, str]:

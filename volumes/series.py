@@ -129,13 +129,14 @@ def _plane_name(ds: pydicom.Dataset) -> str:
 
 def patient_of(path: Path, headers: Headers) -> Patient:
     """What identifies the patient of a series, only to be compared; UserError if two are in it."""
-    found = list(dict.fromkeys(_patient(ds) for _, ds in headers))
+    found = list(dict.fromkeys(identity_of(ds) for _, ds in headers))
     if any(are_two(one, other) for one, other in combinations(found, 2)):
         raise UserError(f"{path}: images of two patients in one series; take those of one")
     return found[0]
 
 
-def _patient(ds: pydicom.Dataset) -> Patient:
+def identity_of(ds: pydicom.Dataset) -> Patient:
+    """What identifies the patient of an image, only to be compared."""
     return tuple(str(ds.get(keyword) or "").strip().upper() for keyword in IDENTITY)
 
 

@@ -1,5 +1,7 @@
 """Files of transforms: ITK's, in and out, and DICOM's spatial registration objects, in.
 
+Those of other programs are in programs.py.
+
 Sources: ITK's formats, of text (.tfm) and of MATLAB's level 4 (.mat), through SimpleITK; Spatial
 Registration in DICOM PS3.3, A.39 and C.20.2, whose matrices go from a frame of reference to the
 registered one.
@@ -13,6 +15,7 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pydicom
@@ -23,6 +26,14 @@ from cli import UserError, has_dicom_mark
 from volumes.dicom import read_dataset_of
 from volumes.grid import RAS_LPS, Volume
 from volumes.headers import quiet_itk
+from volumes.programs import (
+    PROGRAMS,
+    program_names,
+    program_of,
+    program_text,
+    read_program,
+    told_by_name,
+)
 from volumes.quiet import quiet
 
 STRETCH = (0.8, 1.25)  # how much a transform may shrink or stretch a head
@@ -51,6 +62,14 @@ KIND = re.compile(r"(\w+)_(?:double|float)_(\d)_(\d)")
 MOST = 16  # transforms in a file
 
 
+class Found(NamedTuple):
+    """The matrix of a file."""
+
+    matrix: np.ndarray
+    line: str = ""  # what the user should know of how it was taken
+    checked: bool = True  # False: nothing in the file says which source is the fixed one
+
+
 def matrix_of(transform: sitk.Transform) -> np.ndarray:
     """The matrix (d + 1, d + 1) of a linear transform of ITK, in its own direction and axes."""
     n = transform.GetDimension()
@@ -72,7 +91,7 @@ def read_transform(path: Path, dimension: int = 3) -> np.ndarray:
         raise
     except Exception:  # as of a kind that this version does not know
         raise UserError(
-            f"{path}: no transform of ITK (.tfm, .txt, .mat) and no DICOM registration, "
+            f"{path}: no transform of {program_names()}, and no DICOM registration, "
             "--register rigid finds one"
         ) from None
     if transform.GetDimension() != dimension or not transform.IsLinear():
@@ -179,8 +198,11 @@ def placing(matrix: np.ndarray, path: Path) -> np.ndarray:
     return matrix
 
 
-def matrix_from(path: Path, source1: Volume, source2: Volume) -> np.ndarray:
-    """The matrix of a file for `--register FILE`.
+def matrix_from(path: Path, source1: Volume, source2: Volume, modality: str) -> Found:
+    """The matrix of a file for `--register FILE`, RAS.
+
+    Args:
+        modality: of source 1.
 
     Raises:
         UserError: no file, no linear transform, or one for other frames of reference.
@@ -189,10 +211,24 @@ def matrix_from(path: Path, source1: Volume, source2: Volume) -> np.ndarray:
         raise UserError(
             f"--register is {path}, expected auto, off, check, rigid, or a file with a transform"
         )
-    lps = (
-        read_registration(path, source1, source2) if has_dicom_mark(path) else read_transform(path)
-    )
-    return RAS_LPS @ lps @ RAS_LPS
+    if has_dicom_mark(path):
+        return Found(RAS_LPS @ read_registration(path, source1, source2) @ RAS_LPS)
+    told = told_by_name(path, names_of(source1, source2), modality)
+    fixed, moving = (source2, source1) if told == "source 1" else (source1, source2)
+    if program := program_of(path):
+        matrix, named = read_program(path, program, fixed, moving)
+        matrix = placing(matrix, path)
+    else:
+        matrix, named = RAS_LPS @ read_transform(path) @ RAS_LPS, False
+    if told == "source 1":
+        line = "the file's name says that it moves img1 onto img2, so its inverse is taken"
+        return Found(np.linalg.inv(matrix), line)
+    return Found(matrix, checked=named or told is not None)
+
+
+def names_of(source1: Volume, source2: Volume) -> tuple[Path, Path]:
+    """The first file of each source."""
+    return tuple(next(iter(volume.files), Path()) for volume in (source1, source2))
 
 
 @quiet()
@@ -239,6 +275,21 @@ def transform_text(matrix: np.ndarray, centre: np.ndarray) -> bytes:
     transform.SetMatrix(rotation.ravel().tolist())
     transform.SetTranslation((lps[:3, 3] + rotation @ middle - middle).tolist())
     return text_of(transform)
+
+
+def exported(
+    path: Path, matrix: np.ndarray, source1: Volume, source2: Volume, modality: str
+) -> bytes:
+    """A matrix for the program that a file's name asks for, see programs.py; ITK's by default.
+
+    The matrix is from points of source 1 to points of source 2. A name of BIDS may say that the
+    file moves source 1 onto source 2; then it does. `modality` is that of source 1.
+    """
+    if told_by_name(path, names_of(source1, source2), modality) == "source 1":
+        matrix, source1, source2 = np.linalg.inv(matrix), source2, source1
+    if path.suffix.lower() in PROGRAMS:
+        return program_text(path, matrix, source1, source2)
+    return transform_text(matrix, np.zeros(3))
 
 
 def text_of(transform: sitk.Transform) -> bytes:
