@@ -6,8 +6,10 @@ Source: DICOM PS3.3 (C.7.6.2 image plane).
 Legend: P planes, each a (rows, columns) image. Positions are in mm, LPS+, see volumes/grid.py.
 """
 
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -32,8 +34,8 @@ class Plane(NamedTuple):
     size: tuple[int, int]  # rows, columns
     slope: float
     intercept: float
-    thickness: float = 0.0  # of the slice in mm; 0: not told
-    fields: dict[str, str] = {}  # what may tell it from others at its place, see varying.py
+    thickness: float = 0.0  # of the slice in mm; 0: the file does not say
+    fields: Mapping[str, str] = MappingProxyType({})  # may tell it from others here, see varying.py
 
     @property
     def name(self) -> str:
