@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from cli import (
     run_script,
     say,
     visible,
+    without_effect,
 )
 
 if __name__ == "__main__":  # before the imports that take seconds
@@ -107,7 +109,8 @@ def cases_of(args: StudyArgs) -> tuple[Path, list[Case]]:
     columns = columns_of(StudyArgs, SHARED)
     columns |= dict.fromkeys(("img1", "img2"), Column(Path, None, None, None))
     columns["name"] = Column(str, None, None, None)
-    return out, find_cases(Listing(out, *where), words, columns)
+    no_effect = partial(without_effect, StudyArgs)
+    return out, find_cases(Listing(out, *where), words, columns, no_effect)
 
 
 def shares(args: StudyArgs) -> tuple[StudyArgs, int]:

@@ -8,12 +8,11 @@ import csv
 import pickle
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from args_setting import StudyArgs
 from cli import (
     ONE_PAIR,
     VOLUME_PAIR,
@@ -22,7 +21,6 @@ from cli import (
     UserError,
     is_volume,
     stem_of,
-    without_effect,
 )
 from dataset import Pair, match_files
 from fusing import ImageRequest, check_plans, image_request_from
@@ -81,17 +79,23 @@ class Case:
         return pickle.loads(data)
 
 
+# Of what is fused ("one pair of images", …), for which task and with which words given: the words
+# that have no effect, and why.
+NoEffect = Callable[[str, str, Iterable[str]], dict[str, str]]
+
+
 # --- finding them ----------------------------------------------------------------------------
 
 
 def find_cases(
-    listing: Listing, words: Mapping[str, Any], columns: dict[str, Column]
+    listing: Listing, words: Mapping[str, Any], columns: dict[str, Column], no_effect: NoEffect
 ) -> list[Case]:
     """The cases in order; all paths are absolute.
 
     Args:
         words: what counts for every case that has no own word for it, by the names of flags.
         columns: what a table may hold, and the default of each of these words.
+        no_effect: which of the given words have no effect, see `NoEffect`.
 
     Raises UserError for anything that would make a case fail for sure; nothing is written then.
     """
@@ -106,7 +110,7 @@ def find_cases(
     else:
         found = of_folders(listing)
     cases = []
-    for name, words_here in words_of_cases(found, words, columns):
+    for name, words_here in words_of_cases(found, words, columns, no_effect):
         check_name(name, many=listing.bids is not None)
         cases.append(case_of(listing.out, name, words_here))
     check_cases(cases)
@@ -256,7 +260,10 @@ def check_name(name: str, many: bool) -> None:
 
 
 def words_of_cases(
-    found: Iterator[Found], shared: Mapping[str, Any], columns: dict[str, Column]
+    found: Iterator[Found],
+    shared: Mapping[str, Any],
+    columns: dict[str, Column],
+    no_effect: NoEffect,
 ) -> Iterator[Found]:
     """Each case with all of its words: its own, else those that all share.
 
@@ -267,7 +274,9 @@ def words_of_cases(
     used: set[str] = set()
     for name, own in found:
         words = {k: v / name if k in FOLDERS and v else v for k, v in shared.items()} | own
-        useless = no_use_for(words, columns)
+        given = {k for k, v in words.items() if k in columns and v != columns[k].default}
+        volumes = is_volume(words["img1"]) or is_volume(words["img2"])
+        useless = no_effect(VOLUME_PAIR if volumes else ONE_PAIR, words["task"], given)
         if named := sorted(useless.keys() & own.keys()):
             raise UserError(f"{name}: {named[0]} {useless[named[0]]}")
         idle |= useless
@@ -275,13 +284,6 @@ def words_of_cases(
         yield name, words | {k: columns[k].default for k in useless}
     if unused := sorted(idle.keys() - used):
         raise UserError(f"--{unused[0]} {idle[unused[0]]}")
-
-
-def no_use_for(words: dict[str, Any], columns: dict[str, Column]) -> dict[str, str]:
-    """The words of a case that have no effect on it, and why."""
-    volumes = is_volume(words["img1"]) or is_volume(words["img2"])
-    given = {k for k, v in words.items() if k in columns and v != columns[k].default}
-    return without_effect(StudyArgs, VOLUME_PAIR if volumes else ONE_PAIR, words["task"], given)
 
 
 def case_of(out: Path, name: str, words: dict[str, Any]) -> Case:
