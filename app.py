@@ -34,7 +34,15 @@ from dataset import Pair, decode_pair
 from evaluation.tables import table
 from evaluation.trivial import TRIVIAL
 from fusing import ImageRequest, fuse_images
-from images import EXTENSIONS, FORMATS, luma_and_chroma, read_uint8, to_uint8, write_png
+from images import (
+    EXTENSIONS,
+    FORMATS,
+    header_size,
+    luma_and_chroma,
+    read_uint8,
+    to_uint8,
+    write_png,
+)
 from inference import optimise
 from metrics import compare
 from network import MIN_SIDE, ASFEFusion
@@ -93,9 +101,8 @@ def check_image(file: str, args: AppArgs) -> None:
     if megabytes > args.max_mb:
         raise UserError(f"{file} has {megabytes:.4g} MB, expected at most {args.max_mb:g} MB")
     try:
-        with Image.open(file, formats=FORMATS) as image:
-            width, height = image.size
-    except Exception:  # whatever stumbles here is described by `read_image`
+        height, width = header_size(Path(file))
+    except (UserError, OSError):  # whatever stumbles here is described by `read_image`
         return
     got = f"{file} is {height}x{width} pixels, expected"
     if min(width, height) < MIN_SIDE:

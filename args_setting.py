@@ -272,7 +272,7 @@ class VolumeArgs(WeightsArgs):
     force: str = setting(
         "",
         "fuse although something is in doubt: of modality, space, place, overlap, registration, "
-        "with commas between; without a name all of them",
+        "units, patient, with commas between; without a name all but patient",
         nargs="?",
         const="all",
         metavar="WHAT",

@@ -18,6 +18,7 @@ from cli import UserError
 from images import whole_file, write_bytes
 from losses import WEIGHTS
 from network import ASFEFusion
+from weights import load_plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,6 +30,9 @@ FREE = (
     *("workers", "compile", "save_every", "val_every", "patience", "cooldown"),
     *("epoch", "stages", "patch_size", "batch_size"),  # see `past`
 )
+
+
+PROGRESS = {"epoch": int, "best": (int, float), "waited": int, "rows": list}  # types of its fields
 
 
 class TrainState(NamedTuple):
@@ -186,15 +190,7 @@ def load_checkpoint(run: Run, state: TrainState) -> Progress:
     path = run.file("_last.pt")
     if not path.is_file():
         raise UserError(f"{path}: no such file, so there is no run to resume")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        settings, states = saved["settings"], saved["state"]
-        done, progress = saved["run"]["stages"], Progress(**saved["run"]["progress"])
-    except Exception:  # a parser of strange bytes may stumble in any way
-        raise UserError(
-            f"{path}: damaged, or not a checkpoint of this version of train_asfe.py; begin a new "
-            "run from its weights: --init WEIGHTS --name NEW"
-        ) from None
+    settings, states, done, progress = parts_of_checkpoint(path)
     now = plain(run.args)
     settings = plain(TrainArgs()) | settings  # defaults for settings that are newer than the file
     changed = [
@@ -211,7 +207,11 @@ def load_checkpoint(run: Run, state: TrainState) -> Progress:
             f"these, begin a new run from its weights: --init {weights} --name NEW"
         )
     for name, part in state._asdict().items():
-        part.load_state_dict(states[name])
+        try:
+            check_part(part, states[name])
+            part.load_state_dict(states[name])
+        except Exception:  # of another network, or crafted: tensors of any kind, words, nothing
+            raise UserError(f"{path}: damaged, its {name} does not fit this run") from None
     return progress
 
 
@@ -220,9 +220,55 @@ def named(done: list[list]) -> str:
     return " ".join(f"{p}x{b}x{epochs}" + ":frozen" * frozen for p, b, epochs, frozen in done)
 
 
+def check_part(part, saved: dict) -> None:
+    """ValueError if what was saved of a part of a training is of other types than the part's.
+
+    Otherwise it would only be seen in a later step. What the optimiser keeps for a parameter is a
+    number, or of its shape.
+    """
+    own = part.state_dict()
+    if isinstance(part, torch.optim.Optimizer):
+        parameters = [p for group in part.param_groups for p in group["params"]]
+        for index, kept in saved["state"].items():
+            for value in kept.values():
+                if value.shape not in ((), parameters[index].shape) or value.is_complex():
+                    raise ValueError("of another shape")
+        own, saved = own["param_groups"][0], saved["param_groups"][0]
+    for name, value in own.items():
+        other = saved[name]
+        numbers = isinstance(value, int | float) and isinstance(other, int | float)
+        if not (numbers or value is None or isinstance(other, type(value))):
+            raise ValueError(f"{name} is of another type")
+        if isinstance(value, torch.Tensor) and other.is_complex():
+            raise ValueError(f"{name} is complex")
+
+
+def parts_of_checkpoint(path: Path) -> tuple[dict, dict, list[list[int]], Progress]:
+    """Settings, states by part, stages that are done, and how far the run has come.
+
+    Raises UserError for a file that has none of these, or has them of other types.
+    """
+    try:
+        saved = load_plain(path)
+        settings, states = saved["settings"], saved["state"]
+        done, progress = saved["run"]["stages"], Progress(**saved["run"]["progress"])
+        sound = isinstance(settings, dict) and isinstance(states, dict)
+        sound &= all([*map(type, stage)] == [int, int, int, bool] for stage in done)
+        sound &= all(isinstance(getattr(progress, name), kind) for name, kind in PROGRESS.items())
+        sound &= all(isinstance(row["seconds"], int | float) for row in progress.rows)
+    except Exception:  # a parser of strange bytes may stumble in any way
+        sound = False
+    if not sound:
+        raise UserError(
+            f"{path}: damaged, or not a checkpoint of this version of train_asfe.py; begin a new "
+            "run from its weights: --init WEIGHTS --name NEW"
+        )
+    return settings, states, done, progress
+
+
 def unordered(value):
     """A setting for a comparison: the order of a list, as of --loss_weights, does not count."""
-    return sorted(value) if isinstance(value, list) else value
+    return sorted(value, key=repr) if isinstance(value, list) else value
 
 
 def plain(args: TrainArgs) -> dict:

@@ -13,6 +13,7 @@ import importlib.util
 from datetime import date
 from pathlib import Path
 
+import limits
 from args_setting import ClassifyArgs, WeightsArgs
 from cli import UserError, check_classify, command_line, run_script, say, setup_runtime
 
@@ -52,10 +53,9 @@ HEADS = "SPECT-MRI"  # the task that has people of both groups
 def read_labels(path: Path) -> tuple[list[str], np.ndarray, np.ndarray, list[str]]:
     """Images, people and labels (0 or 1) of a CSV file, and the names of the labels."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (csv.Error, UnicodeDecodeError):
-        raise UserError(f"{path}: not a CSV file in UTF-8") from None
+        rows = list(csv.DictReader(limits.read_table(path).splitlines()))
+    except csv.Error as error:
+        raise UserError(f"{path}: not a CSV file ({error})") from None
     if not rows or not set(COLUMNS) <= rows[0].keys():
         raise UserError(f"{path}: expected rows with the columns {', '.join(COLUMNS)}")
     for line, row in enumerate(rows, 2):

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import limits
 from args_setting import CASE_PATTERN, TASKS, DataArgs, TrainArgs
 from cli import UserError, command_line, run_script, say, stem_of
 
@@ -310,10 +311,10 @@ def people(root: Path) -> dict[tuple[str, str], str]:
     path = Path(root) / PEOPLE.name
     path = path if path.is_file() else PEOPLE
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            columns = ("task", "case", "person")
-            rows = [[(row[name] or "").strip() for name in columns] for row in csv.DictReader(file)]
-    except (csv.Error, KeyError, UnicodeDecodeError) as error:
+        table = csv.DictReader(limits.read_table(path).splitlines())
+        columns = ("task", "case", "person")
+        rows = [[(row[name] or "").strip() for name in columns] for row in table]
+    except (csv.Error, KeyError) as error:
         raise UserError(
             f"{path}: expected a table in UTF-8 with columns task, case and person ({error})"
         ) from None

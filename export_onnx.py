@@ -78,7 +78,8 @@ class Fourier:
         z = z.unflatten(3, (2, self.m)).permute(0, 1, 3, 4, 2, 5)  # (B, C, c, k2, k1, K)
         return z.flatten(3, 4).flatten(1, 2)
 
-    def inverse(self, z: Tensor) -> Tensor:  # (B, 2C, H, K) or fewer columns -> (B, C, H, W)
+    def inverse(self, z: Tensor) -> Tensor:
+        """(B, 2C, H, K), or fewer columns than K, -> (B, C, H, W)."""
         columns = z.shape[3]
         first, second = self.first.transpose(0, 1), self.second.transpose(1, 2)
         z = z.unflatten(2, (self.m, self.p)).unflatten(1, (-1, 2))  # (B, C, c, k2, k1, K)

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+import limits
 from cli import UserError, stem_of
 from dataset import Pair
 from images import (
@@ -179,7 +180,7 @@ def listed_as(path: Path, sidecar: Path) -> str:
 def listed(sidecar: Path, result: Path) -> set[str]:
     """The files that a sidecar of ours lists; empty if there is none.
 
-    Old sidecars have no list. For them it is `result` and the files that a run then wrote beside it.
+    Old sidecars have no list. For them it is `result` and what a run of that time wrote beside it.
     """
     try:
         content = json.loads(sidecar.read_text(encoding="utf-8"))
@@ -273,15 +274,18 @@ def sidecars_of(source: Path) -> list[str]:
 
 
 # What --force can name.
-FORCED = ("modality", "space", "place", "overlap", "registration")
+FORCED = ("modality", "space", "place", "overlap", "registration", "units", "patient")
 
 
 def forced_by(text: str) -> frozenset[str]:
-    """What `--force` names, with commas between; UserError if it names anything else."""
+    """What `--force` names, with commas between; UserError if it names anything else.
+
+    "all" is all but two patients, who must be named.
+    """
     names = [name.strip() for name in text.split(",") if name.strip()]
     if wrong := [name for name in names if name not in (*FORCED, "all")]:
         raise UserError(f"--force names {wrong[0]!r}, expected all, or of {', '.join(FORCED)}")
-    return frozenset(FORCED if "all" in names else names)
+    return frozenset({*FORCED} - {"patient"} | {*names} - {"all"} if "all" in names else names)
 
 
 # --- pairs of images -------------------------------------------------------------------------
@@ -426,7 +430,9 @@ def fuse_images(
     check_plans(plans)
     ahead = _decode_ahead(requests)
     for request in requests[len(ahead) :]:
-        _check_headers(request)
+        check_room(model, _check_headers(request))
+    for pair in ahead:
+        check_room(model, pair.sources[0].values.shape[:2])
     for folder in sorted({request.out.parent for request in requests}):
         writable_folder(Path(os.path.realpath(folder)))
     waiting = (ahead.pop(0) if ahead else _decoded(request) for request in requests)
@@ -444,12 +450,23 @@ def _decode_ahead(requests: Sequence[ImageRequest]) -> list[_Decoded]:
     return decoded
 
 
-def _check_headers(request: ImageRequest) -> None:
-    """UserError if the headers of a pair show that it cannot be fused; nothing is decoded."""
+def _check_headers(request: ImageRequest) -> tuple[int, int]:
+    """The size of source 1; UserError if the headers of a pair show that it cannot be fused."""
     pair = request.pair
     size1, size2 = map(header_size, (pair.path1, pair.path2), pair.readings)
     if not request.registers:
         _check_sizes(pair, size1, size2)
+    return size1
+
+
+def check_room(model: ASFEFusion, shape: tuple[int, int]) -> None:
+    """UserError for a pair of so many rows and columns that needs more memory than is free.
+
+    A GPU has its own.
+    """
+    parameter = next(iter(model.parameters()), None) if hasattr(model, "parameters") else None
+    if parameter is not None and parameter.device.type == "cpu" and hasattr(model, "size"):
+        limits.check_room(*shape, model.size)
 
 
 def _check_sizes(pair: Pair, size1: tuple[int, int], size2: tuple[int, int]) -> None:

@@ -14,9 +14,10 @@ import hashlib
 import io
 import os
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -24,12 +25,11 @@ import cv2
 import numpy as np
 from PIL import Image
 
+import limits
 from args_setting import EXTENSIONS, TASKS
 from cli import UserError
 
 FORMATS = ("PNG", "TIFF", "JPEG", "BMP")  # Pillow would also take others, whatever the name says
-MAX_PIXELS = 2**25  # of an image: a small file may claim, and unpack to, any number
-MAX_BYTES = 8 * MAX_PIXELS  # of a file: four channels of 16 bits
 NO_IMAGE = "damaged or not an image, expected PNG, TIFF, JPEG or BMP"
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations in which rows become columns
 BT601 = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # R, G, B
@@ -62,20 +62,46 @@ def is_image(path: Path) -> bool:
     )
 
 
-def silence_decoders() -> None:
-    """Have Pillow, its libtiff and OpenCV not comment on odd files; our error says enough.
+class Quiet:
+    """Keeps libraries from printing while a file is read; our own error says what is wrong.
 
-    Once for the process, and never around a single reading: all threads share what this changes.
+    The switch counts for the whole process, and several threads may read at once. So the first
+    reader switches, and the last one switches back.
     """
+
+    def __init__(self, switch: Callable[[ExitStack], None]):
+        """`switch` makes them quiet, and registers with a stack how that is undone."""
+        self.switch, self.undo = switch, ExitStack()
+        self.lock, self.readers = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.readers += 1
+            if self.readers == 1:
+                self.switch(self.undo)
+
+    def __exit__(self, *error) -> None:
+        with self.lock:
+            self.readers -= 1
+            if not self.readers:
+                self.undo.close()
+
+
+def decoders_without_words(undo: ExitStack) -> None:
+    """Pillow, its libtiff and OpenCV print nothing until `undo` is closed."""
+    undo.enter_context(warnings.catch_warnings())
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    with suppress(AttributeError, OSError):  # where libtiff is no library of its own
-        libtiff = ctypes.CDLL(Image.core.__file__)
-        libtiff.TIFFSetErrorHandler(None)
-        libtiff.TIFFSetWarningHandler(None)
+    opencv = cv2.utils.logging
+    undo.callback(opencv.setLogLevel, opencv.getLogLevel())
+    opencv.setLogLevel(opencv.LOG_LEVEL_SILENT)
+    for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        with suppress(AttributeError, OSError):  # where libtiff is no library of its own
+            setter = getattr(ctypes.CDLL(Image.core.__file__), name)
+            setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
+            undo.callback(setter, setter(None))
 
 
-silence_decoders()
+quiet_decoders = Quiet(decoders_without_words)
 
 
 # --- reading ---------------------------------------------------------------------------------
@@ -118,38 +144,49 @@ def read_uint8(path: Path, reading: Reading = AS_STORED) -> np.ndarray:
 
 
 def luma_and_chroma(pixels: Pixels) -> tuple[np.ndarray, np.ndarray | None]:
-    """The two of decoded pixels, as `read_image` returns them."""
+    """Luma and chroma of decoded pixels, as `read_image` returns them."""
     values, black, white = pixels
-    scaled = values.astype(np.float32)
+    if values.ndim == 3 and is_grey(values):
+        values = values[..., 0]
+    scaled = values.astype(np.float32, order="C")
     if black:
         scaled -= black
     scaled /= white - black
     np.clip(scaled, 0, 1, out=scaled)
     if values.ndim == 2:
         return scaled, None
-    if np.ptp(values, axis=2).max() == 0:
-        return np.ascontiguousarray(scaled[..., 0]), None
     luma = scaled @ BT601
-    return luma, scaled - luma[..., None]
+    scaled -= luma[..., None]
+    return luma, scaled
+
+
+def is_grey(values: np.ndarray) -> bool:
+    """Whether (H, W, 3) has three equal channels."""
+    return all(np.array_equal(values[..., 0], values[..., k]) for k in (1, 2))
 
 
 def decode(path: Path, reading: Reading = AS_STORED) -> Pixels:
     """The pixels of an image file; UserError as `read_image`."""
-    if Path(path).stat().st_size > MAX_BYTES:
-        raise UserError(f"{path}: too large, expected at most {MAX_BYTES >> 20} MB")
-    data = Path(path).read_bytes()
-    try:
-        check_pixels(path, data)
-        Image.open(io.BytesIO(data), formats=FORMATS).verify()
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        turn_to_page(image, path, reading.page)
-        values = values_of(image, data)
-    except UserError:
-        raise
-    except Exception:  # a parser of strange bytes may stumble in any way
-        values = None
-    if values is None:
-        raise UserError(f"{path}: {NO_IMAGE}")
+    data = limits.read_bytes(path, limits.IMAGE_BYTES)
+    with quiet_decoders:
+        try:
+            opened(path, data, reading.page).verify()
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            turn_to_page(image, path, reading.page)
+            values = values_of(image, data)
+        except UserError:
+            raise
+        except Exception:  # a parser of strange bytes may stumble in any way
+            values = None
+        if values is None:
+            raise UserError(f"{path}: {NO_IMAGE}")
+        return pixels_of(path, values, image, data, reading)
+
+
+def pixels_of(
+    path: Path, values: np.ndarray, image: Image.Image, data: bytes, reading: Reading
+) -> Pixels:
+    """Decoded values as `Pixels`; UserError for a kind of pixel that we do not take."""
     if values.dtype not in (np.uint8, np.uint16):
         raise UserError(f"{path}: pixels are {values.dtype}, expected 8 or 16 bits")
     if values.ndim == 3:
@@ -159,39 +196,45 @@ def decode(path: Path, reading: Reading = AS_STORED) -> Pixels:
     return Pixels(upright(values, image), *levels_of(values, image, data, reading.levels))
 
 
+def opened(path: Path, data: bytes, page: int | None = None) -> Image.Image:
+    """An image as Pillow opens it, its pixels not yet decoded.
+
+    Before anything is decoded, the headers are checked against limits.py. `page`, from 1, is the
+    page whose pixels count. Raises UserError for too much, and any other error for what is no
+    image.
+    """
+    limits.check_jpeg(path, data)
+    limits.check_png(path, data)
+    limits.check_tags(path, data, page)
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        most = f"expected at most {limits.PIXELS / 1e6:.0f} million"
+        raise UserError(f"{path}: has far too many pixels, {most}") from None
+    limits.check_pixels(path, *image.size[::-1])
+    return image
+
+
 def header_size(path: Path, reading: Reading = AS_STORED) -> tuple[int, int]:
-    """Height and width of an image as its header tells them, upright; no pixel is read.
+    """Height and width of an image as its header tells them, upright; no pixel is decoded.
 
     Raises UserError for a file that is no image, has too many pixels, or several pages of which
     `reading` names none.
     """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                check_pixels(path, Path(path).read_bytes())
+    data = limits.read_bytes(path, limits.IMAGE_BYTES)
+    with quiet_decoders:
+        try:
+            image = opened(path, data, reading.page)
             turn_to_page(image, path, reading.page)
             width, height = image.size
-            # Pillow would decode a PNG to look for EXIF behind its pixels
-            told = image.format != "PNG" or "exif" in image.info
-            turn = image.getexif().get(ORIENTATION, 1) if told else 1
-    except (UserError, OSError) as error:
-        if isinstance(error, UserError) or error.errno is not None:
+            # In a PNG without EXIF before its pixels, Pillow would decode all to look behind them.
+            has_exif = image.format != "PNG" or "exif" in image.info
+            turn = image.getexif().get(ORIENTATION, 1) if has_exif else 1
+        except UserError:
             raise
-        raise UserError(f"{path}: {NO_IMAGE}") from None
-    except Exception:  # a parser of strange bytes may stumble in any way
-        raise UserError(f"{path}: {NO_IMAGE}") from None
+        except Exception:  # a parser of strange bytes may stumble in any way
+            raise UserError(f"{path}: {NO_IMAGE}") from None
     return (width, height) if turn in SIDEWAYS else (height, width)
-
-
-def check_pixels(path: Path, data: bytes) -> None:
-    """Refuse an image by the size in its header, before its pixels take up time and memory."""
-    most = f"expected at most {MAX_PIXELS / 1e6:.0f} million"
-    try:
-        width, height = Image.open(io.BytesIO(data), formats=FORMATS).size
-    except Image.DecompressionBombError:
-        raise UserError(f"{path}: has far too many pixels, {most}") from None
-    if width * height > MAX_PIXELS:
-        raise UserError(f"{path}: has {height}x{width} pixels, {most}")
 
 
 def values_of(image: Image.Image, data: bytes) -> np.ndarray | None:
@@ -205,8 +248,9 @@ def values_of(image: Image.Image, data: bytes) -> np.ndarray | None:
     if deep:  # Pillow would cut colour to 8 bits
         file, page = np.frombuffer(data, np.uint8), image.tell()
         if page:
-            _, pages = cv2.imdecodemulti(file, cv2.IMREAD_UNCHANGED)
-            values = pages[page] if page < len(pages) else None
+            this = (page, page + 1)  # and no other is decoded
+            _, pages = cv2.imdecodemulti(file, cv2.IMREAD_UNCHANGED, range=this)
+            values = pages[0] if len(pages) == 1 else None
         else:
             values = cv2.imdecode(file, cv2.IMREAD_UNCHANGED)
         return None if values is None else values[..., [2, 1, 0, 3][: values.shape[2]]]
@@ -220,7 +264,10 @@ def turn_to_page(image: Image.Image, path: Path, page: int | None) -> None:
     try:
         pages = getattr(image, "n_frames", 1)
         if page is not None and 1 <= page <= pages:
+            limits.check_animation(path, image, page)
             image.seek(page - 1)
+    except UserError:
+        raise
     except Exception as error:  # a parser of strange bytes may stumble in any way
         raise ValueError("damaged pages") from error
     if page is None and pages > 1:
@@ -243,6 +290,8 @@ def upright(values: np.ndarray, image: Image.Image) -> np.ndarray:
     """
     turn = 1
     with suppress(Exception):  # EXIF that nobody can read says nothing
+        profile = "".join(image.info.get("Raw profile type exif", "").split("\n")[3:])
+        limits.check_tags(Path(), bytes.fromhex(profile).removeprefix(b"Exif\0\0"))
         turn = image.getexif().get(ORIENTATION, 1)
     if turn in SIDEWAYS:
         values = values.swapaxes(0, 1)
@@ -274,9 +323,10 @@ def levels_of(
 def declared_white(values: np.ndarray, image: Image.Image, data: bytes) -> int:
     """The white that a file of 16 bits declares; 65535 if it declares none, or a wrong one.
 
-    TIFF: BitsPerSample, and MaxSampleValue where it is that of a number of bits; other values of it
-    are statistics of the image (TIFF 6.0, page 37). PNG: sBIT, unless the values have been scaled
-    to 16 bits, as the specification wants it (PNG, 11.3.2.7 and 13.12).
+    TIFF: by BitsPerSample; also by MaxSampleValue if it is the largest value of some number of
+    bits, as 4095. Any other MaxSampleValue is a statistic of the image (TIFF 6.0, page 37). PNG: by
+    sBIT, unless the values were scaled to 16 bits, as the specification asks for (PNG, 11.3.2.7 and
+    13.12).
     """
     if image.format == "TIFF":
         bits, white = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0], 0
@@ -317,7 +367,7 @@ def parse_levels(text: str) -> str | tuple[int, int]:
 
 
 def readings(levels: Sequence[str], page: Sequence[int] = ()) -> tuple[Reading, Reading]:
-    """How to read source 1 and 2, by `--levels` and `--page`; UserError if there is no such way."""
+    """How to read source 1 and 2, by `--levels` and `--page`; UserError for wrong values."""
     for name, values in (("levels", levels), ("page", page)):
         if len(values) > 2:
             raise UserError(f"{name} has {len(values)} values, expected one, or one a source")
@@ -344,6 +394,14 @@ class Doubts:
                 f"dark {source}",
                 f"{path}: 16 bits, but no value above {most}, and white is 65535; if {likely} is "
                 f"white, give --levels {flag}",
+            )
+        brightest = max(black, white)
+        if not isinstance(reading.levels, str) and 0 < most < brightest / 8:
+            bits = 8 * values.dtype.itemsize
+            self._note(
+                f"levels {source}",
+                f"{path}: {bits} bits, no value above {most}, but --levels says that {brightest} "
+                "is white, so it is nearly black; --levels auto takes the file's own",
             )
         colour = values.ndim == 3 and np.ptp(values, axis=2).max() > 0.1 * abs(white - black)
         if colour and modality in ("CT", "MRI"):
@@ -409,10 +467,10 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which takes the place of `path` once all of it is on the disk.
+    """A file to write to; it gets the name `path` once all of it is on the disk.
 
-    A run that is killed leaves the old file or the new one. An error, also that of a full disk,
-    leaves the old file alone.
+    A run that is killed leaves the old file or the new one. After an error, such as a full disk,
+    the old file is as it was.
     """
     part = part_of(path)
     try:
@@ -422,7 +480,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         part.replace(path)
     except (OSError, RuntimeError) as error:
-        # of a full disk it names no file, else the wrong one; torch.save hides it behind another
+        # The error names no file or the temporary one, so it is raised anew. torch.save raises a
+        # RuntimeError in its place, and has the OSError as context.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
@@ -444,9 +503,9 @@ def write_together(
 ) -> None:
     """Write files that belong together: all of them or, after an error, none.
 
-    Each is complete on the disk before the first gets its name. The names come in the dictionary's
-    order, one right after the other. Before that the files of `remove` go, which would not belong
-    to the new ones. An OSError names the file that could not be written.
+    All are complete on the disk, under temporary names, before the first gets its own name. Then
+    the files of `remove`, which do not belong to the new ones, are removed. Then the new files get
+    their names, in the dictionary's order. An OSError names the file that could not be written.
     """
     parts = {path: part_of(path) for path in writers}
     path = None

@@ -155,7 +155,8 @@ class AFF(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.inverse(self.masked(self.transform(x.float())), x.shape[2], x.shape[3])
 
-    def masked(self, z: Tensor) -> Tensor:  # (B, 2C, H, K) -> (B, 2C, H, K)
+    def masked(self, z: Tensor) -> Tensor:
+        """A spectrum mixed over its channels and masked: (B, 2C, H, K) -> (B, 2C, H, K)."""
         z = F.relu(self.bn(self.conv(z)))
         pooled = torch.cat([z.mean(1, keepdim=True), z.amax(1, keepdim=True)], 1)
         return z * torch.sigmoid(self.mask(pooled))  # the mask is (B, 1, H, K)

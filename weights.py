@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import cli
+import limits
 from args_setting import MODULES, ROOT, SIZES, ModelSize, WeightsArgs
 from cli import UserError
 from network import ASFEFusion
@@ -44,7 +46,7 @@ RENAMED = tuple(
 )
 # Stored by the published code but never used in its forward pass, or rebuilt from a formula here.
 UNUSED = re.compile(r"\.QKV_Block\d\.(attn\.proj|norm2|mlp)\.|\.down_anti\.filt$")
-# The least and the most that a network in a file may have of each; the published one is within.
+# The least and the most that a file may ask for. The published network is within these bounds.
 BOUNDS = {
     "channels": (2, 1024),
     "tail": (2, 1024),
@@ -64,7 +66,7 @@ def shipped_path(size: str, task: str) -> Path:
 
 
 class Trained(NamedTuple):
-    """Which trained network: what the settings of a command that loads one have, too."""
+    """Which trained network to load; the fields are those of WeightsArgs."""
 
     weights: Path | None = None  # its file; None: the shipped one
     size: str = "compact"
@@ -140,12 +142,7 @@ def load_weights(
         state = from_published(read_state_dict(path))
         metadata = {"size": "paper", "widths": asdict(SIZES["paper"]), "aff": "published"}
     model = described_by(metadata | {"aff": aff or metadata["aff"]}, path)
-    parts = model.state_dict(), state
-    want, got = ({key: tuple(t.shape) for key, t in part.items()} for part in parts)
-    for key in {**want, **got}:
-        if want.get(key) != got.get(key):
-            shapes = f"has shape {got.get(key)}, expected {want.get(key)}"
-            raise UserError(f"weights {path}: {key} {shapes}")
+    check_state(model.state_dict(), state, path)
     state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     check_finite(state, f"weights {path}")
     model.load_state_dict(state, assign=True)
@@ -182,7 +179,7 @@ def halved(key: str, value: Tensor) -> Tensor:
 def parts_of(size: ModelSize) -> tuple[str, list[str]]:
     """The name of a size in SIZES, else "custom", and those of MODULES that it is without."""
     for name, whole in SIZES.items():
-        # to leave out what is not there changes nothing
+        # A module counts only if the whole size has it: else leaving it out changes nothing.
         lacks = [m for m in MODULES if size.without([m]) == size and whole.without([m]) != whole]
         if whole.without(lacks) == size:
             return name, lacks
@@ -213,7 +210,10 @@ def described_by(metadata: dict, path: Path) -> ASFEFusion:
 
 
 class WithoutDraws(TorchFunctionMode):
-    """No normal numbers are drawn, whose rules on "meta" are in modules that load for seconds."""
+    """Leaves initial values out: no normal numbers are drawn.
+
+    On "meta" PyTorch would load modules for them, which takes seconds.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is nn.init.normal_:
@@ -241,14 +241,38 @@ def check_finite(state: dict[str, Tensor], name: str) -> None:
             raise UserError(f"{name}: {key} has values that are not finite")
 
 
+def check_state(own: dict[str, Tensor], state: dict[str, Tensor], path: Path) -> None:
+    """UserError that names the first tensor of a file that is not one of the network's."""
+    want, got = ({key: tuple(t.shape) for key, t in part.items()} for part in (own, state))
+    for key in {**want, **got}:
+        if want.get(key) != got.get(key):
+            shapes = f"has shape {got.get(key)}, expected {want.get(key)}"
+            raise UserError(f"weights {path}: {key!a} {shapes}")
+        value, floats = state[key], own[key].is_floating_point()
+        plain = value.layout == torch.strided and value.device.type == "cpu" and not (
+            value.is_quantized or value.is_complex()
+        )  # fmt: skip
+        if not plain or value.is_floating_point() != floats or value.dtype == torch.bool:
+            kind = str(value.dtype).removeprefix("torch.")
+            expected = "real numbers" if floats else "integers"
+            raise UserError(f"weights {path}: {key} is {kind}, expected {expected}")
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors and metadata of a file of ours; UserError for any other."""
+    limits.check_bytes(path, limits.WEIGHTS_BYTES, " for weights")
     try:
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > limits.HEADER_BYTES:
+            raise ValueError(f"a header of {header} bytes")
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get("asfe", "null"))
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            names = file.keys()  # the file itself cannot be iterated
+            state = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, RecursionError, ValueError) as error:
-        raise UserError(f"weights {path}: damaged or not safetensors ({error})") from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"weights {path}: damaged or not safetensors ({reason})") from None
     if not isinstance(metadata, dict) or not {"size", "widths", "aff"} <= metadata.keys():
         raise UserError(f"weights {path}: not made by this project, expected `asfe` metadata")
     return state, metadata
@@ -257,15 +281,32 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.pth` file; UserError if it is damaged or holds anything else."""
     try:
-        with warnings.catch_warnings():  # the error that follows says enough
-            warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_plain(path)
     except pickle.UnpicklingError:
         raise UserError(f"weights {path}: damaged, or pickled code, which is not run") from None
+    except UserError:
+        raise
     except Exception as error:  # a parser of strange bytes may stumble in any way
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first_line = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(f"weights {path}: damaged or not a checkpoint ({first_line})") from None
     items = state.items() if isinstance(state, dict) else [(None, None)]
     if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in items):
         raise UserError(f"weights {path}: expected a state dict of tensors")
-    return state
+    return dict(items)
+
+
+def load_plain(path: Path):
+    """What `torch.save` wrote, on the CPU, if it is tensors and plain values.
+
+    Raises UserError for a file that is too large or would unpack to more than it has, and what
+    torch raises for a damaged one.
+    """
+    length = limits.check_bytes(path, limits.WEIGHTS_BYTES, " for a checkpoint")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > length:  # PyTorch does not pack
+            raise UserError(f"{path}: damaged or not a checkpoint, it would unpack to {size} bytes")
+    with warnings.catch_warnings():  # the error that follows says enough
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)

@@ -20,6 +20,7 @@ from skimage.feature import graycomatrix, graycoprops, local_binary_pattern
 from torch import nn
 
 from cli import UserError
+from weights import load_plain
 
 MEAN, STD, SIDE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224  # of ImageNet's training
 
@@ -62,7 +63,7 @@ def backbone(path: Path) -> Callable[[ndarray], ndarray]:
 
     model = resnet18(weights=None)
     try:
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        model.load_state_dict(load_plain(path))
     except Exception:  # a parser of strange bytes may stumble in any way
         raise UserError(f"weights {path}: damaged, or not those of ResNet-18") from None
     model.fc = nn.Identity()

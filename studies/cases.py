@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import limits
 from cli import (
     ONE_PAIR,
     VOLUME_PAIR,
@@ -144,13 +145,13 @@ def of_table(listing: Listing, columns: dict[str, Column]) -> Iterator[Found]:
 
 def read_table(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """The header of a CSV, and its other rows with their line numbers; blank ones are left out."""
-    try:
-        text = table.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{table}: not a CSV in UTF-8") from None
+    text = limits.read_table(table)
     header = text.partition("\n")[0]
     rows = csv.reader(text.splitlines(), delimiter=max(",;\t", key=header.count))
-    found = [(rows.line_num, [cell.strip() for cell in row]) for row in rows if any(row)]
+    try:
+        found = [(rows.line_num, [cell.strip() for cell in row]) for row in rows if any(row)]
+    except csv.Error as error:
+        raise UserError(f"{table}, line {rows.line_num}: {error}") from None
     return (found[0][1] if found else []), found[1:]
 
 

@@ -86,22 +86,25 @@ def fuse(case: Case, digest: str) -> dict:
 def found_by(result: Any) -> dict:
     """What the report shows of a result; None where it does not apply.
 
-    The keys are moved_mm (of volumes: the mean distance over the head), moved_pixels (of images:
-    the mean distance over the image), coverage (of volumes: 0 to 1, the least share of the result's
-    field that a source covers), and doubts (lines).
+    The keys are apart_mm (of volumes: how far apart the sources were, the mean over the head),
+    apart_pixels (of images: the mean over the image), applied (False: it was only measured, nothing
+    moved), coverage (of volumes: 0 to 1, the least share of the result's field that a source
+    covers), and doubts (lines).
     """
     if isinstance(result, FusedImage):
         shift = result.shift
         odd = [line for lines in result.odd.values() for line in lines]
         return {
-            "moved_mm": None,
-            "moved_pixels": shift and shift.moved_pixels,
+            "apart_mm": None,
+            "apart_pixels": shift and shift.moved_pixels,
+            "applied": bool(shift and shift.applied),
             "coverage": None,
             "doubts": [*(shift.doubts if shift else ()), *odd],
         }
     return {
-        "moved_mm": result.moved_mm,
-        "moved_pixels": None,
+        "apart_mm": result.apart_mm,
+        "applied": result.registered.applied,
+        "apart_pixels": None,
         "coverage": min(result.coverage),
         "doubts": list(result.doubts),
     }

@@ -19,6 +19,7 @@ from images import write_png
 gradio = pytest.importorskip("gradio", reason="needs requirements-app.txt")
 
 import app  # noqa: E402
+import limits  # noqa: E402
 from volumes import fuse_volumes, page, request_from, uploads  # noqa: E402
 
 MORE = {name: "" for name in ("series1", "series2", "where", "frame")}
@@ -262,7 +263,7 @@ BAD_ZIPS = {  # how it is written, and what the visitor reads
     "bomb": (bomb, "is too large when unpacked; send one series"),
     "liar": (liar, "damaged or not a zip"),
     "many": (
-        lambda path: zip_of(path, {str(i): b"" for i in range(uploads.ENTRIES + 1)}),
+        lambda path: zip_of(path, {str(i): b"" for i in range(limits.ENTRIES + 1)}),
         "has 20001 files, expected 1 to 20000",
     ),
     "directory": (large_directory, "has too many files"),

@@ -22,6 +22,7 @@ from conftest import SHARED
 from task_files import write_task
 
 import args_setting
+import cli
 from args_setting import DATA_DIR, ROOT, SIZES, TASKS
 from cli import UserError, make_parser, parse_args, run_script
 from dataset import task_pairs
@@ -157,10 +158,7 @@ def settings_of(script: str):
     found = re.search(r"command_line\((\w+),[^\n]*?(?:, (check_\w+))?\)\n", text)
     if found is None:
         return None
-    check = None
-    if found[2]:
-        home = re.search(rf"from ([\w.]+) import [^\n]*\b{found[2]}\b", text)[1]
-        check = getattr(importlib.import_module(home), found[2])
+    check = getattr(cli, found[2]) if found[2] else None
     return getattr(args_setting, found[1]), check
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from args_setting import ROOT
 
 LAYERS = (  # a file imports from layers before its own, or from its own without a circle
-    {"args_setting", "cli"},
+    {"args_setting", "cli", "limits"},
     {"network", "losses", "images"},
     {"inference", "weights", "dataset", "checkpoints", "phantom"},
     {"volumes", "evaluation", "fusing"},

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import images
+import limits
 from cli import UserError
 from images import (
     read_image,
@@ -257,7 +258,7 @@ def test_an_image_too_large_is_refused_by_its_header(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="far too many pixels, expected at most 34 million"):
         read_image(tmp_path / "b.png")
     with (tmp_path / "c.png").open("wb") as file:
-        file.truncate(images.MAX_BYTES + 1)
+        file.truncate(limits.IMAGE_BYTES + 1)
     with pytest.raises(UserError, match="too large, expected at most 256 MB"):
         read_image(tmp_path / "c.png")
 

@@ -359,7 +359,7 @@ def test_report_has_failures_on_top_and_needs_nothing_else(tmp_path):
         write_png(out / f"fine_{end}.png", np.full((300, 1200, 3), 90, np.uint8))
     told = {"report": ["it covers 12% of the grid"], "registration": {"moved_mm": 99}}
     (out / "fine.json").write_text(json.dumps(told))  # the fields count, whatever it says
-    found = {"moved_mm": 3.456, "coverage": 0.871, "doubts": ["large <turn>"]}
+    found = {"apart_mm": 3.456, "coverage": 0.871, "doubts": ["large <turn>"]}
     files = {f"../fine_{end}.png": "" for end in ("mosaic", "registration")}
     records = {
         "calm": {"status": "done", "message": "", "seconds": 1.0},

@@ -21,6 +21,7 @@ import SimpleITK as sitk  # noqa: N813
 from nibabel import orientations
 from scipy import ndimage
 
+import limits
 from cli import UserError
 
 RAS_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # its own inverse
@@ -33,7 +34,6 @@ SHEAR = 0.1  # of a voxel: how far a voxel may lie from where orthogonal axes wo
 AXES = ("sagittal", "coronal", "axial")  # the axes L, P, S of a patient
 GRIDS = ("auto", "1", "2")  # what --grid takes beside a side in mm
 FWHM = 2 * np.sqrt(2 * np.log(2))  # width at half height of a Gaussian, in its sigma
-MAX_VOXELS = 1024**3  # of a grid by --grid MM
 
 
 @dataclass
@@ -49,7 +49,8 @@ class Volume:
     suv: float | None = None  # body-weight SUV of a value of 1
     no_suv: str = "the file has no DICOM fields"  # why `suv` is None
     unit: str = ""  # of the values, where DICOM tells it: SUV, Bq/ml or counts
-    patient: tuple[str, str] | None = field(default=None, repr=False)  # to be compared only
+    summed: bool = False  # concentrations of several times, added up
+    patient: tuple[str, ...] | None = field(default=None, repr=False)  # to be compared only
     origin: Path | None = None  # a DICOM file of it
     files: list[Path] = field(default_factory=list, repr=False)  # that its reader opened
     notes: list[str] = field(default_factory=list)
@@ -118,10 +119,13 @@ def common(a: Volume, b: Volume) -> float:
 def low_passed(moving: Volume, affine: np.ndarray) -> Volume:
     """`moving` without what a coarser grid cannot hold, along those of its axes where that is so.
 
-    Point by point, stripes finer than the new voxels would come out as other stripes.
+    Point by point, stripes finer than the new voxels would come out as other stripes. UserError
+    for a step so long that the low-pass would take minutes.
     """
     axes = moving.affine[:3, :3] / moving.spacing
     step = np.linalg.norm(axes.T @ affine[:3, :3], axis=1) / moving.spacing  # in moving's voxels
+    step[np.array(moving.data.shape) == 1] = 1
+    limits.check_coarser(moving.spacing, float(step.max()))
     sigma = np.sqrt(np.maximum(step**2 - 1, 0)) / FWHM
     sigma[step < 1.1] = 0
     if not sigma.any():
@@ -130,7 +134,12 @@ def low_passed(moving: Volume, affine: np.ndarray) -> Volume:
 
 
 def resample(moving: Volume, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
-    """`moving` on another grid, (I, J, K) float32: linear; its minimum where it has no voxel."""
+    """`moving` on another grid, (I, J, K) float32: linear; its minimum where it has no voxel.
+
+    UserError for a grid of more voxels than a volume may have.
+    """
+    way = "give one of the two sources as the grid (--grid 1 or 2)"
+    limits.check_grid("the grid would have", shape, way, limits.VOXELS)
     source = sitk.GetImageFromArray(moving.data.T)
     grid = sitk.Image([int(n) for n in shape], sitk.sitkUInt8)
     for image, ras in ((source, moving.affine), (grid, affine)):
@@ -147,7 +156,8 @@ def resample(moving: Volume, shape: tuple[int, ...], affine: np.ndarray) -> np.n
 def straightened(volume: Volume) -> Volume:
     """The volume itself, or resampled to right angles if its axes are sheared, as by a gantry tilt.
 
-    A sheared grid has no qform, and ITK's viewers would show it elsewhere.
+    A sheared grid has no qform, and ITK's viewers would show it elsewhere. UserError for a shear
+    so strong that the new grid would be far larger than the volume.
     """
     columns, spacing = volume.affine[:3, :3], volume.spacing
     if displacement(volume.data.shape, volume.affine, _orthogonal(volume)) <= SHEAR * spacing.min():
@@ -158,7 +168,10 @@ def straightened(volume: Volume) -> Volume:
     edges = np.array(list(np.ndindex(2, 2, 2))) * volume.data.shape - 0.5
     along = edges @ columns.T @ axes  # mm along each new axis, from voxel 0
     low = np.round(along.min(0) / step, 6) + 0.5
-    size = np.ceil(np.round(along.max(0) / step - low + 0.5, 6)).astype(int)
+    size = [int(n) for n in np.ceil(np.round(along.max(0) / step - low + 0.5, 6))]
+    way = "mend its affine, or resample it"
+    most = max(limits.GRID_VOXELS, 2 * volume.data.size)
+    limits.check_grid("its axes are sheared; at right angles it would have", size, way, most)
     affine = np.eye(4)
     affine[:3, :3] = axes * step
     affine[:3, 3] = volume.affine[:3, 3] + axes @ (low * step)
@@ -192,7 +205,7 @@ def place_doubts(source1: Volume, source2: Volume) -> list[tuple[str, str]]:
 
     A registration does not help: left and right would be in doubt.
     """
-    line = "does not say where it is in the patient (no sform, qform, space)"
+    line = "does not say where it is in the patient (no sform, qform, space or position)"
     pairs = (("img1", source1), ("img2", source2))
     return [("place", f"{name} {line}") for name, volume in pairs if not volume.placed]
 
@@ -253,14 +266,20 @@ def pick_grid(source1: Volume, source2: Volume, kind: str, grid: str) -> tuple[i
         mm = 0.0
     if not 0 < mm < np.inf:
         raise UserError(f"--grid is {grid!r}, expected auto, 1, 2, or a side of voxels in mm")
-    if np.prod(chosen.data.shape * chosen.spacing / mm) > MAX_VOXELS:
-        raise UserError(f"--grid {grid} has too many voxels, choose a longer side than {mm:g} mm")
     return number, cubic(chosen, mm)
 
 
 def cubic(volume: Volume, mm: float) -> Volume:
-    """The field of a volume in voxels of `mm` each way, about the same middle; without values."""
-    shape = np.maximum(np.rint(np.array(volume.data.shape) * volume.spacing / mm), 1).astype(int)
+    """The field of a volume in voxels of `mm` each way, about the same middle; without values.
+
+    UserError for too many voxels.
+    """
+    extent = np.array(volume.data.shape) * volume.spacing
+    shape = [max(int(n), 1) for n in np.rint(extent / mm)]
+    enough = float(np.cbrt(extent.prod() / limits.GRID_VOXELS))
+    way = f"--grid {1.1 * enough:.2g} is possible, or the scan's own voxels (auto; here: full)"
+    limits.check_grid(f"a grid of {mm:g} mm would have", shape, way)
+    shape = np.array(shape)
     affine = volume.affine.copy()
     affine[:3, :3] *= mm / volume.spacing
     middle = volume.affine[:3] @ np.append((np.array(volume.data.shape) - 1) / 2, 1)

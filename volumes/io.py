@@ -1,14 +1,16 @@
 """Files of volumes: NIfTI, Analyze, FreeSurfer, MetaImage, NRRD and DICOM in; NIfTI out.
 
 Sources: the NIfTI-1 header (nifti1.h: sform, qform, codes), Analyze 7.5 and FreeSurfer's MGH
-through nibabel; MetaImage and NRRD through SimpleITK; DICOM in volumes/dicom.py.
+through nibabel; MetaImage and NRRD through SimpleITK, after volumes/headers.py; DICOM in
+volumes/dicom.py.
 
 Legend: I J K voxels as stored; affines are RAS in mm, see volumes/grid.py.
 """
 
 import gzip
 import zlib
-from functools import partial
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -16,17 +18,28 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
-from cli import UserError
-from volumes.claims import check_claim
+import limits
+from cli import UserError, stem_of
 from volumes.dicom import read_dicom
+from volumes.durations import beside, mean_weights, sum_words
 from volumes.grid import RAS_LPS, SCANNER, SHEAR, Volume, displacement
+from volumes.headers import check_header, data_files, quiet_itk
 from volumes.varying import ALL, Choice, number_of
 
-MAX_FIELD, MAX_HEADER = 512, 2**24  # bytes of a field, and of a line, in a header of text
 NIFTI = (".nii", ".nii.gz")
 PAIRS = (".hdr", ".img", ".img.gz")  # NIfTI or Analyze in two files
 MGH = (".mgz", ".mgh")
 ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
+KINDS = (  # of nibabel's images, in its own order
+    nib.Nifti1Pair,
+    nib.Nifti1Image,
+    nib.Nifti2Pair,
+    nib.Nifti2Image,
+    nib.Spm2AnalyzeImage,
+    nib.Spm99AnalyzeImage,
+    nib.AnalyzeImage,
+    nib.MGHImage,
+)
 DAMAGED = (  # what nibabel raises for a file that it cannot read
     nib.filebasedimages.ImageFileError,
     nib.spatialimages.HeaderDataError,
@@ -78,8 +91,8 @@ def read_nifti(path: Path, choice: Choice = ALL) -> Volume:
             millimetres.
     """
     try:
-        image = nib.load(path)
-        data, note = _nifti_values(path, image, choice.time)
+        with opened_nifti(path) as image:
+            data, note = _nifti_values(path, image, choice.time)
         if isinstance(image.header, nib.Nifti1Header):
             volume = _nifti_volume(path, image, data, choice.affine)
         else:
@@ -87,13 +100,86 @@ def read_nifti(path: Path, choice: Choice = ALL) -> Volume:
             volume.placed = isinstance(image, nib.MGHImage) and image.header["goodRASFlag"] == 1
         volume.notes += [note] if note else []
         volume.chosen_by |= {"frame"} if note else set()
-        named = (Path(part.filename) for part in image.file_map.values())
+        volume.summed = bool(note) and choice.time == "sum"
+        named = [Path(part.filename) for part in image.file_map.values()]
+        named += [bids_sidecar(path)] if note and choice.time == "mean" else []
         volume.files = [file for file in named if file.is_file()]  # of a .hdr, the .img beside it
         return volume
     except UserError:
         raise
     except DAMAGED as error:
         raise UserError(f"{path}: damaged or not NIfTI ({_first_line(error)})") from None
+
+
+@contextmanager
+def opened_nifti(path: Path) -> Iterator[nib.spatialimages.SpatialImage]:
+    """nibabel's image of a NIfTI, Analyze or MGH file, whose values are not yet read.
+
+    What its header claims has been compared with the file. What is packed is unpacked only as far
+    as the header, and then the voxels, go.
+
+    Raises UserError, or one of DAMAGED.
+    """
+    kind = _kind_of(path)
+    with ExitStack() as stack:
+        files = kind.filespec_to_file_map(str(path))
+        for holder in files.values():
+            name = Path(holder.filename)
+            if name.name.lower().endswith((".gz", ".mgz")) and name.exists():
+                holder.fileobj = stack.enter_context(limits.Unpacked(name, limits.HEADER_BYTES))
+        if "mat" in files and Path(files["mat"].filename).exists():  # of SPM: one affine
+            limits.check_bytes(Path(files["mat"].filename), limits.TRANSFORM_BYTES >> 4)
+            image = kind.from_file_map(files)
+        else:
+            image = _image_of(kind, files)
+        _check_values(path, image, files["image"])
+        yield image
+
+
+def _kind_of(path: Path) -> type:
+    """The class of nibabel for a file, by its name and first bytes."""
+    if not path.stat().st_size:
+        raise EOFError("empty")
+    sniff = None
+    for kind in KINDS:
+        fits, sniff = kind.path_maybe_image(str(path), sniff)
+        if fits:
+            return kind
+    raise nib.filebasedimages.ImageFileError("not NIfTI, Analyze or MGH")
+
+
+def _image_of(kind: type, files: dict) -> nib.spatialimages.SpatialImage:
+    """nibabel's image from the fixed part of its header, which is all that we use.
+
+    nibabel itself would also read what extends a header of NIfTI, of any length, and seek what
+    stands behind the voxels of MGH.
+    """
+    header_class = kind.header_class
+    footer = header_class._ftrdtype.itemsize if kind is nib.MGHImage else 0
+    size = header_class.template_dtype.itemsize - footer
+    with files.get("header", files["image"]).get_prepare_fileobj("rb") as file:
+        start = file.read(size)
+    if len(start) < size:
+        raise EOFError("its header is cut")
+    header = header_class(start + bytes(footer))
+    proxy = kind.ImageArrayProxy(files["image"].file_like, header.copy())
+    return kind(proxy, header.get_best_affine(), header, file_map=files)
+
+
+def _check_values(
+    path: Path, image: nib.spatialimages.SpatialImage, holder: nib.FileHolder
+) -> None:
+    """UserError if the file of the values is too short for those that the header claims."""
+    dtype, offset = image.get_data_dtype(), int(image.dataobj.offset)
+    if not 0 <= offset <= limits.HEADER_BYTES:
+        raise UserError(
+            f"{path}: its header would end after {offset} bytes, expected at most "
+            f"{limits.HEADER_BYTES >> 20} MB; truncated or damaged"
+        )
+    packed = holder.fileobj is not None
+    limits.check_claim(Path(holder.filename), image.shape, dtype.itemsize, packed)
+    if packed:  # from here on it may be unpacked up to the last voxel
+        holder.fileobj.most = offset + limits.product(image.shape) * dtype.itemsize
 
 
 def _nifti_values(path: Path, image: nib.Nifti1Image, time: str) -> tuple[np.ndarray, str]:
@@ -104,9 +190,6 @@ def _nifti_values(path: Path, image: nib.Nifti1Image, time: str) -> tuple[np.nda
     dtype = image.get_data_dtype()
     if dtype.fields or dtype.kind not in "iuf":
         raise UserError(f"{path}: voxels are RGB or complex, expected one grey value each")
-    stored = Path(image.file_map["image"].filename)  # of a .hdr, the .img beside it
-    packed = stored.name.lower().endswith((".gz", ".mgz"))
-    check_claim(stored, image.shape, dtype.itemsize, packed)
     if len(shape) == 4:
         return _nifti_time(path, image.dataobj, shape, time)
     if len(shape) != 3:
@@ -125,12 +208,18 @@ def _nifti_time(
     if number is not None:
         data = np.asarray(stored[tuple(one)], np.float32)
         return data, f"volume {number + 1} of {count}"
-    data = np.zeros(shape[:3], np.float32, order="F")
-    for one[3] in range(count):
-        data += stored[tuple(one)]
+    weights, how = np.ones(count), sum_words(count)
     if time == "mean":
-        data /= count
-    return data, f"{time} of {count} volumes"
+        weights, how = mean_weights(beside(bids_sidecar(path)), count)
+    data = np.zeros(shape[:3], np.float32, order="F")
+    for one[3], weight in enumerate(weights):
+        data += np.float32(weight) * np.asarray(stored[tuple(one)], np.float32)
+    return data, f"{time} of {count} volumes: {how}"
+
+
+def bids_sidecar(path: Path) -> Path:
+    """Where BIDS has the JSON file that describes a NIfTI file."""
+    return path.with_name(f"{stem_of(path)}.json")
 
 
 def _nifti_volume(path: Path, image: nib.Nifti1Image, data: np.ndarray, place: str) -> Volume:
@@ -170,16 +259,15 @@ def read_itk(path: Path) -> Volume:
     Raises:
         UserError: damaged, not one 3-D volume, or several values for each voxel.
     """
-    _check_lines(path)
-    sitk.ProcessObject.GlobalWarningDisplayOff()
+    check_header(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
-        reader.ReadImageInformation()
-        # what is packed does not say so here; the file of a header alone holds no voxels
-        size = 0 if path.suffix.lower() in (".mhd", ".nhdr") else 1
-        check_claim(path, reader.GetSize(), size, packed=True)
-        image = reader.Execute()
+        with quiet_itk:
+            reader.ReadImageInformation()
+            limits.check_claim(path, reader.GetSize(), 0, packed=True, length=limits.VOXELS)
+            image = reader.Execute()
+            data = values_of_itk(image)
     except RuntimeError as error:
         reason = _first_line(str(error).rsplit("ERROR:", 1)[-1])
         raise UserError(f"{path}: damaged or not {path.suffix} ({reason})") from None
@@ -191,56 +279,13 @@ def read_itk(path: Path) -> Volume:
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
     placed = path.suffix.lower() in (".mha", ".mhd") or "NRRD_space" in image.GetMetaDataKeys()
-    data = sitk.GetArrayFromImage(image).astype(np.float32, copy=False).T
-    files = [path, *_data_files(path)]
+    files = [path, *data_files(path)]
     return Volume(data, _checked(RAS_LPS @ affine, path), placed=placed, files=files)
 
 
-def _data_files(path: Path) -> list[Path]:
-    """The files that a header of MetaImage or NRRD names as the place of its voxels.
-
-    Either names one file, or lists several in the lines after it, or has a pattern with a number,
-    its first and last value and its step. Sources: ITK's MetaIO documentation (ElementDataFile);
-    the definition of NRRD, section "Detached headers" (data file).
-    """
-    lines = []
-    with path.open("rb") as file:
-        for line in iter(partial(file.readline, MAX_HEADER), b""):
-            if not line.strip() and path.suffix.lower() in (".nrrd", ".nhdr"):
-                break  # the voxels follow
-            lines.append(line.decode("utf-8", "replace").strip())
-            if line.startswith(b"ElementDataFile") and not line.rstrip().endswith(b"LIST"):
-                break
-    named = []
-    for number, line in enumerate(lines):
-        key, sign, value = line.partition("=" if line.startswith("Element") else ":")
-        if not sign or key.strip().lower() not in ("elementdatafile", "data file", "datafile"):
-            continue
-        words = value.split()
-        if words[:1] == ["LIST"]:
-            named += lines[number + 1 :]
-        elif "%" in value and len(words) >= 3:
-            first, last, step = (int(n) for n in [*words[1:4], "1"][:3])
-            named += [words[0] % n for n in range(first, last + 1, step)]
-        else:
-            named.append(value.strip())
-    return [file for name in named if name and (file := path.parent / name).is_file()]
-
-
-def _check_lines(path: Path) -> None:
-    """UserError for an overlong field in the header of a MetaImage or NRRD file.
-
-    ITK's reader of NRRD copies a field into memory of a fixed size, and overruns it. Comments and
-    the pairs of `key:=value` may be long.
-    """
-    with path.open("rb") as file:
-        for line in iter(partial(file.readline, MAX_HEADER), b""):
-            if not line.strip() or line.startswith(b"ElementDataFile"):
-                return
-            if len(line) > MAX_FIELD and not line.startswith(b"#") and b":=" not in line:
-                raise UserError(
-                    f"{path}: damaged or not {path.suffix} (a field of over {MAX_FIELD} bytes)"
-                )
+def values_of_itk(image: sitk.Image) -> np.ndarray:
+    """The values of an image of ITK, (I, J, K) float32."""
+    return np.array(sitk.GetArrayViewFromImage(image), np.float32).T
 
 
 class Header(NamedTuple):
@@ -280,6 +325,7 @@ def _checked(affine: np.ndarray, path: Path) -> np.ndarray:
     affine = np.asarray(affine, dtype=float)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise UserError(f"{path}: its affine is singular or not finite, its place is unknown")
+    limits.check_spacing(path, np.linalg.norm(affine[:3, :3], axis=0))
     return affine
 
 

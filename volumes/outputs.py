@@ -23,7 +23,7 @@ from volumes.grid import pixel_sides, slice_positions, slices
 from volumes.intensity import STORED_ONE, Scaling
 from volumes.io import Header, stream_nifti
 from volumes.pair import Registered, Together
-from volumes.pictures import colour_slice, colour_table, eight_bit, mosaic, with_bar
+from volumes.pictures import colour_slice, colour_table, eight_bit, mosaic, squared, with_bar
 from volumes.requests import VolumeRequest, Writing
 from volumes.transforms import transform_text
 
@@ -74,11 +74,13 @@ class FusedVolume(Fused):
         return self.together.coverage
 
     @property
-    def moved_mm(self) -> float | None:
-        """The mean way, over the head, by which source 2 moves onto source 1; None: not measured.
+    def moved_mm(self) -> float:
+        """The mean way, over the head, by which source 2 was moved; 0 if it was not."""
+        return self.apart_mm if self.registered.applied else 0.0
 
-        It was only measured, and nothing moved, unless `registered.applied`.
-        """
+    @property
+    def apart_mm(self) -> float | None:
+        """How far apart the sources were measured to be, moved or not; None: not measured."""
         return None if self.registered.found is None else self.registered.found.moved_mm
 
 
@@ -139,7 +141,7 @@ def contents(plan: Plan, fused: Fused) -> dict[str, Writers]:
     if folder := plan.path("png"):
         found["png"] = {
             folder / f"{fused.axis}_{n:04d}.png": partial(
-                _bytes, partial(_slice_png, image, colour, fused.scalings[0])
+                _bytes, partial(_slice_png, fused, image, colour)
             )
             for n, image in enumerate(pictures)
         }
@@ -156,8 +158,9 @@ def contents(plan: Plan, fused: Fused) -> dict[str, Writers]:
     return found
 
 
-def _slice_png(image: np.ndarray, colour: str | None, uptake: Scaling) -> bytes:
-    return png_bytes(with_bar(eight_bit(image), colour, uptake))
+def _slice_png(fused: Fused, image: np.ndarray, colour: str | None) -> bytes:
+    picture = squared(eight_bit(image), pixel_sides(fused.affine, fused.axis))
+    return png_bytes(with_bar(picture, colour, fused.scalings[0]))
 
 
 def _mosaic_png(fused: Fused, pictures: np.ndarray, colour: str | None) -> bytes:
@@ -222,7 +225,8 @@ def described(registered: Registered) -> dict | None:
         "matrix_ras_mm": found.matrix.tolist(),
         "maps": "points of source 1 to points of source 2",
         "centre_ras_mm": found.centre.tolist(),
-        "moved_mm": found.moved_mm,
+        "moved_mm": found.moved_mm if registered.applied else 0.0,
+        "apart_mm": found.moved_mm,  # as measured, whether it was applied or not
         "mutual_information": {"before": found.before, "after": found.after},
         "seconds": round(found.seconds, 2),
         "doubts": found.doubts,

@@ -18,6 +18,7 @@ import numpy as np
 from cli import UserError
 from volumes.grid import (
     GRIDS,
+    REGISTER,
     STANDARD,
     Gridded,
     Volume,
@@ -36,7 +37,7 @@ from volumes.report import Report
 from volumes.requests import Registering
 from volumes.transforms import matrix_from
 
-TOLD = 2.0  # mm: what a check can tell, at best
+CHECKED_TO = 2.0  # mm: how precise a check is, at best
 
 
 class Sources(NamedTuple):
@@ -94,7 +95,7 @@ class Together(NamedTuple):
 def limit(source1: Volume, source2: Volume) -> float:
     """How far, in mm, two scans of one frame of reference may lie apart without a warning."""
     voxel = max(source1.spacing.max(), source2.spacing.max())
-    return float(max(TOLD, min(1.5 * voxel, 3.0)))
+    return float(max(CHECKED_TO, min(1.5 * voxel, 3.0)))
 
 
 # --- registration ----------------------------------------------------------------------------
@@ -114,6 +115,10 @@ def register(
     done = _register(sources, how, forced, report)
     there = moved(source2, np.linalg.inv(done.matrix))
     doubts = [] if done.applied else space_doubts(source1, there)
+    if seen_together(done, limit(source1, source2)):  # whatever their frames and spaces say
+        lines = (line.removesuffix(f", {REGISTER}") for _, line in doubts)
+        report.tell(*(f"{line}, but they were measured to lie on each other" for line in lines))
+        doubts = []
     doubts += field_doubts(source1, there, done.applied)
     report.doubt(*passed_over(doubts, forced))
     if not done.applied and not (source1.frame_of_reference and source2.frame_of_reference):
@@ -121,6 +126,12 @@ def register(
             "not both files name a DICOM frame of reference: taken as one patient space, unchecked"
         )
     return done
+
+
+def seen_together(done: Registered, far: float) -> bool:
+    """Whether two sources were measured to lie on each other, up to `far` mm."""
+    found = done.found
+    return done.how == "check" and not found.doubts and found.moved_mm <= far
 
 
 def _register(

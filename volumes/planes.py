@@ -14,12 +14,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+import limits
 from cli import UserError
 from volumes.grid import RAS_LPS
 
+FRAME = "number of the frame"  # of a plane's fields, where a file has several images
 SAME = 0.01  # mm between slices that lie at one position
 UNEVEN = 0.1  # of the slice distance: how far a slice may lie from its position on an even grid
 ROUNDED = 0.1  # mm that it may always be off, since some scanners round positions to this
+WAY = "--where chooses a part of the series"
 BLOCK = 3  # steps of one length, from which on a change of slice distance is meant
 
 
@@ -36,6 +39,9 @@ class Plane(NamedTuple):
     intercept: float
     thickness: float = 0.0  # of the slice in mm; 0: the file does not say
     fields: Mapping[str, str] = MappingProxyType({})  # may tell it from others here, see varying.py
+    kind: tuple[str, str, str] = ("", "", "")  # frame of reference, modality, unit of the values
+    placed: bool = True  # False: the file does not say where it is
+    note: str = ""  # on its values, for the user
 
     @property
     def name(self) -> str:
@@ -75,7 +81,7 @@ def stack(path: Path, planes: list[Plane], thickness: float) -> Stack:
         step = along * (depth[-1] - depth[0]) / (len(planes) - 1)
         _check_line(path, planes, positions - positions[0] - np.outer(depth - depth[0], along))
         if not _even(depth):
-            slices, note = _even_depths(depth)
+            slices, note = _even_depths(path, depth, first.size)
             at = np.interp(slices, depth, np.arange(len(depth)))
             step, start = along * (slices[1] - slices[0]), start + along * (slices[0] - depth[0])
     affine = np.eye(4)  # LPS
@@ -153,15 +159,18 @@ def _check_line(path: Path, planes: list[Plane], off: np.ndarray) -> None:
         )
 
 
-def _even_depths(depth: np.ndarray) -> tuple[np.ndarray, str]:
+def _even_depths(path: Path, depth: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, str]:
     """Even depths (K,) over the range of uneven ones (P,), and a line that says so.
 
     They are as close as the closest slices that follow each other in a block, and pass these.
+    Raises UserError if there would be too many, of `size` pixels.
     """
     steps = np.diff(depth)
     blocks = [run for run in _runs(steps) if run[1] - run[0] >= BLOCK]
     first, end = min(blocks, key=lambda run: steps[slice(*run)].mean(), default=(0, len(steps)))
     step = float((depth[end] - depth[first]) / (end - first))
+    count = int(min((depth[-1] - depth[0]) / step, 2**31)) + 1
+    limits.check_grid(f"{path}: interpolated to even slices, it would have", (count, *size), WAY)
     before = int((depth[first] - depth[0]) / step + 1e-6)
     after = round((depth[-1] - depth[first]) / step)
     note = (

@@ -1,21 +1,54 @@
 """Files of transforms: ITK's, in and out, and DICOM's spatial registration objects, in.
 
-Sources: ITK's text format (.tfm) through SimpleITK; Spatial Registration in DICOM PS3.3, A.39 and
-C.20.2, whose matrices go from a frame of reference to the registered one.
+Sources: ITK's formats, of text (.tfm) and of MATLAB's level 4 (.mat), through SimpleITK; Spatial
+Registration in DICOM PS3.3, A.39 and C.20.2, whose matrices go from a frame of reference to the
+registered one.
 
 Legend: matrices are (4, 4), RAS mm, from points of source 1 to points of source 2: the direction in
 which ITK, elastix and ANTs resample source 2 onto source 1. In the files it is LPS.
 """
 
+import re
+import struct
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import SimpleITK as sitk  # noqa: N813
 
+import limits
 from cli import UserError, has_dicom_mark
+from volumes.dicom import read_dataset_of
 from volumes.grid import RAS_LPS, Volume
+from volumes.headers import quiet_itk
+from volumes.quiet import quiet
+
+STRETCH = (0.8, 1.25)  # how much a transform may shrink or stretch a head
+SCALES = (0.5, 2.0)  # the same of images
+NEAR_ONE = 1e-6  # for rounding
+# ITK's linear transforms, and how many parameters they have in d dimensions.
+LINEAR = {
+    **dict.fromkeys(("AffineTransform", "MatrixOffsetTransformBase"), lambda d: d * d + d),
+    "FixedCenterOfRotationAffineTransform": lambda d: d * d + d,
+    "CenteredAffineTransform": lambda d: d * d + 2 * d,
+    **dict.fromkeys(("TranslationTransform", "ScaleTransform"), lambda d: d),
+    **dict.fromkeys(("IdentityTransform", "CompositeTransform"), lambda d: 0),
+    **dict.fromkeys(("Euler3DTransform", "VersorRigid3DTransform"), lambda d: 6),
+    **dict.fromkeys(("Rigid3DTransform", "ComposeScaleSkewVersor3DTransform"), lambda d: 12),
+    **dict.fromkeys(("CenteredEuler3DTransform", "ScaleVersor3DTransform"), lambda d: 9),
+    **dict.fromkeys(("QuaternionRigidTransform", "Similarity3DTransform"), lambda d: 7),
+    **dict.fromkeys(("VersorTransform", "Euler2DTransform", "Rigid2DTransform"), lambda d: 3),
+    "ScaleSkewVersor3DTransform": lambda d: 15,
+    "Similarity2DTransform": lambda d: 4,
+    "CenteredRigid2DTransform": lambda d: 5,
+    "CenteredSimilarity2DTransform": lambda d: 6,
+}
+# Other numbers, as a centre of rotation, in d dimensions; Euler angles have one more, for an order.
+FIXED = (0, 2, 3, 4)
+KIND = re.compile(r"(\w+)_(?:double|float)_(\d)_(\d)")
+MOST = 16  # transforms in a file
 
 
 def matrix_of(transform: sitk.Transform) -> np.ndarray:
@@ -31,27 +64,118 @@ def matrix_of(transform: sitk.Transform) -> np.ndarray:
 
 def read_transform(path: Path, dimension: int = 3) -> np.ndarray:
     """The matrix (d + 1, d + 1), LPS, of a linear transform of ITK; UserError if it is none."""
-    sitk.ProcessObject.GlobalWarningDisplayOff()
     try:
-        transform = sitk.ReadTransform(str(path))
-    except RuntimeError:
+        check_transform(path, dimension)
+        with quiet_itk:
+            transform = sitk.ReadTransform(str(path))
+    except UserError:
+        raise
+    except Exception:  # as of a kind that this version does not know
         raise UserError(
             f"{path}: no transform of ITK (.tfm, .txt, .mat) and no DICOM registration, "
             "--register rigid finds one"
         ) from None
     if transform.GetDimension() != dimension or not transform.IsLinear():
-        kind = "linear" if transform.IsLinear() else "deforming"
-        raise UserError(
-            f"{path}: a {kind} transform in {transform.GetDimension()}-D, expected a linear one in "
-            f"{dimension}-D; resample the volumes with it first, and give --register off"
-        )
-    return regular(matrix_of(transform), path)
+        refuse(path, transform.IsLinear(), transform.GetDimension(), dimension)
+    return placing(matrix_of(transform), path)
+
+
+def refuse(path: Path, linear: bool, found: int, expected: int) -> None:
+    """UserError for a transform that is deforming, or in another number of dimensions."""
+    kind = "linear" if linear else "deforming"
+    raise UserError(
+        f"{path}: a {kind} transform in {found}-D, expected a linear one in {expected}-D; resample "
+        "the volumes with it first, and give --register off"
+    )
+
+
+def check_transform(path: Path, dimension: int) -> None:
+    """Look at a file of ITK's transforms before ITK does, which some kill.
+
+    Raises UserError for another kind of transform, ValueError for what is none.
+    """
+    ending = path.suffix.lower()
+    if ending not in (".tfm", ".txt", ".mat"):
+        raise ValueError("another ending")
+    with path.open("rb") as file:
+        data = file.read(limits.TRANSFORM_BYTES)
+    steps = list(steps_of_mat(data) if ending == ".mat" else steps_of_text(data))
+    if not 0 < len(steps) <= MOST:
+        raise ValueError(f"{len(steps)} transforms")
+    for name, parameters, fixed in steps:
+        found = KIND.fullmatch(name)
+        if not found:
+            raise ValueError(f"{name} is no transform")
+        kind, sides = found[1], {int(found[2]), int(found[3])}
+        if kind not in LINEAR or sides != {dimension}:
+            refuse(path, kind in LINEAR, max(sides), dimension)
+        if parameters != LINEAR[kind](dimension) or fixed not in FIXED:
+            raise ValueError(f"{kind} has {parameters} and {fixed} parameters")
+    limits.check_bytes(path, limits.TRANSFORM_BYTES, " for a linear transform")
+
+
+def steps_of_text(data: bytes) -> Iterator[tuple[str, int, int]]:
+    """Kind, and counts of parameters and fixed ones, of the transforms in a file of text."""
+    text = data.decode("ascii", "replace")
+    for part in re.split(r"^Transform:", text, flags=re.MULTILINE)[1:]:
+        lines = [line.partition(":") for line in part.splitlines()[1:]]
+        counts = {name.strip(): len([float(v) for v in text.split()]) for name, _, text in lines
+                  if name.strip() in ("Parameters", "FixedParameters")}  # fmt: skip
+        name = part.splitlines()[0].strip()
+        yield name, counts.get("Parameters", 0), counts.get("FixedParameters", 0)
+
+
+def steps_of_mat(data: bytes) -> Iterator[tuple[str, int, int]]:
+    """The same of a file of MATLAB's level 4: a matrix for the parameters, one for the fixed."""
+    matrices, at = [], 0
+    while at < len(data):
+        order = "<" if data[at : at + 4] in (struct.pack("<i", n) for n in (0, 10)) else ">"
+        if len(data) < at + 20:
+            raise ValueError("cut")
+        kind, rows, columns, imaginary, length = struct.unpack_from(f"{order}5i", data, at)
+        if kind not in (0, 10, 1000, 1010) or imaginary or not 0 < length <= 64:
+            raise ValueError("no matrix of level 4")
+        count = rows * columns
+        if min(rows, columns) < 0 or count > 64:
+            raise ValueError(f"a matrix of {rows}x{columns}")
+        name = data[at + 20 : at + 20 + length].rstrip(b"\0").decode("ascii", "replace")
+        at += 20 + length + count * (8 if kind % 100 == 0 else 4)
+        matrices.append((name, count))
+    if at != len(data) or len(matrices) % 2:
+        raise ValueError("cut")
+    for (name, count), (_, fixed) in zip(matrices[::2], matrices[1::2], strict=True):
+        yield name, count, fixed
 
 
 def regular(matrix: np.ndarray, path: Path) -> np.ndarray:
-    """The matrix itself; UserError if it has no inverse."""
+    """The matrix itself; UserError if it has no inverse, or is none of points in space."""
+    last = np.eye(len(matrix))[-1]
     if not np.isfinite(matrix).all() or abs(np.linalg.det(matrix[:-1, :-1])) < 1e-6:
         raise UserError(f"{path}: its matrix has no inverse, --register rigid finds another")
+    if not np.allclose(matrix[-1], last, atol=1e-6):
+        raise UserError(f"{path}: the last row of its matrix is not 0 0 0 1, export it again")
+    return matrix
+
+
+def placing(matrix: np.ndarray, path: Path) -> np.ndarray:
+    """The matrix itself; UserError if no scan of a head can be moved so onto another of it.
+
+    That is one that mirrors, shears, or scales by more than STRETCH; images, whose pixels have no
+    size, may be scaled by up to SCALES, the same both ways.
+    """
+    regular(matrix, path)
+    linear = matrix[:-1, :-1]
+    if np.linalg.det(linear) < 0:
+        raise UserError(f"{path}: its matrix mirrors, left would be right; give one that does not")
+    sizes = np.linalg.svd(linear, compute_uv=False)
+    low, high = STRETCH if len(linear) == 3 else SCALES
+    uneven = sizes[0] / sizes[-1] > STRETCH[1] / STRETCH[0]
+    if uneven or sizes[-1] < low * (1 - NEAR_ONE) or sizes[0] > high * (1 + NEAR_ONE):
+        found = " and ".join(f"{size:.3g}" for size in (sizes[-1], sizes[0]))
+        raise UserError(
+            f"{path}: its matrix stretches by {found}, expected {low:g} to {high:g} in every "
+            "direction; --register rigid finds another"
+        )
     return matrix
 
 
@@ -71,15 +195,18 @@ def matrix_from(path: Path, source1: Volume, source2: Volume) -> np.ndarray:
     return RAS_LPS @ lps @ RAS_LPS
 
 
+@quiet()
 def read_registration(path: Path, source1: Volume, source2: Volume) -> np.ndarray:
     """The matrix, LPS, of a DICOM spatial registration object between two frames of reference."""
     try:
-        ds = pydicom.dcmread(path)
+        ds = read_dataset_of(path)
         known = {str(ds.FrameOfReferenceUID): np.eye(4)} if "FrameOfReferenceUID" in ds else {}
         for item in ds.get("RegistrationSequence", []):
             if "FrameOfReferenceUID" in item:
                 known[str(item.FrameOfReferenceUID)] = chained(item)
-    except (AttributeError, IndexError, KeyError, ValueError, TypeError, NotImplementedError):
+    except UserError:
+        raise
+    except Exception:  # a parser of strange bytes may stumble in any way
         raise UserError(f"{path}: a damaged DICOM file, export the registration again") from None
     if not ds.get("RegistrationSequence"):
         raise UserError(f"{path}: DICOM, but no spatial registration (REG), give one that is")
@@ -90,7 +217,7 @@ def read_registration(path: Path, source1: Volume, source2: Volume) -> np.ndarra
                 "registers these two"
             )
     there, back = (regular(known[v.frame_of_reference], path) for v in (source1, source2))
-    return np.linalg.inv(back) @ there
+    return placing(np.linalg.inv(back) @ there, path)
 
 
 def chained(item: pydicom.Dataset) -> np.ndarray:

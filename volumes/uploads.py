@@ -9,19 +9,16 @@ import struct
 import warnings
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
-import nibabel as nib
-import numpy as np
-import pydicom
-
+import limits
 from cli import UserError, has_dicom_mark
 from images import EXTENSIONS
-from volumes.io import DAMAGED, MGH, NIFTI
+from volumes.dicom import SIZE, read_dataset_of
+from volumes.io import DAMAGED, MGH, NIFTI, opened_nifti
+from volumes.series import frame_count
 
-ENTRIES = 20_000  # files in a zip
-DIRECTORY = 2**24  # bytes of a zip's central directory
-UNPACKED = 4  # times the largest upload: what a zip may unpack to
 END, END64 = b"PK\5\6", b"PK\6\7"  # a zip's last record, and what comes before it in Zip64
 BAD_ZIP = (
     zipfile.BadZipFile,
@@ -70,13 +67,16 @@ def source_of(file: Path, folder: Path, megabytes: float, voxels: float) -> Path
     if name.endswith(".zip"):
         source = folder / file.name  # messages name it as they would the zip
         source.mkdir(parents=True)
-        unpack(file, source, UNPACKED * megabytes * 2**20)
+        unpack(file, source, limits.UNPACKED_TIMES * megabytes * 2**20)
     files = sorted(source.iterdir()) if source.is_dir() else [source]
-    check_voxels(file, sum(map(dicom_voxels, files)), voxels)
+    elements = limits.Elements(file, file.stat().st_size)
+    check_voxels(file, sum(dicom_voxels(path, elements) for path in files), voxels)
     return source
 
 
 def check_voxels(file: Path, count: int, most: float) -> None:
+    """UserError for more voxels than the page takes, or than are taken anywhere."""
+    most = min(most, limits.VOXELS)
     if count > most:
         raise UserError(
             f"{file} has {count / 1e6:.4g} million voxels, expected at most {most / 1e6:g}; "
@@ -85,21 +85,28 @@ def check_voxels(file: Path, count: int, most: float) -> None:
 
 
 def nifti_voxels(file: Path) -> int:
-    """Voxels that the header of a NIfTI or MGH file claims."""
+    """Voxels that the header of a NIfTI or MGH file claims; UserError if it cannot hold them."""
     try:
-        return int(np.prod(nib.load(file).shape, dtype=float))
+        with opened_nifti(file) as image:
+            return limits.product(image.shape)
+    except UserError:
+        raise
     except DAMAGED:
         return 0  # `read_volume` says what is wrong
 
 
-def dicom_voxels(file: Path) -> int:
-    """Voxels that the header of a DICOM file claims; 0 for any other file."""
-    fields = ["Rows", "Columns", "NumberOfFrames"]
+def dicom_voxels(file: Path, elements: limits.Elements) -> int:
+    """Voxels that the header of a DICOM file claims; 0 for any other file.
+
+    `elements` is what may still be read of the whole upload; UserError if that is too much.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pydicom's quote values
-            ds = pydicom.dcmread(file, force=True, stop_before_pixels=True, specific_tags=fields)
-            return int(ds.Rows) * int(ds.Columns) * int(ds.get("NumberOfFrames") or 1)
+            ds = read_dataset_of(file, SIZE, elements)
+            return limits.product((ds.Rows, ds.Columns, frame_count(ds)))
+    except UserError:
+        raise
     except Exception:  # a parser of strange bytes may stumble in any way; `read_volume` tells
         return 0
 
@@ -119,8 +126,8 @@ def unpack(file: Path, folder: Path, most: float) -> None:
             entries = [entry for entry in archive.infolist() if not entry.is_dir()]
             check_entries(file, entries)
             for number, entry in enumerate(entries, 1):
-                with archive.open(entry) as packed, open(folder / f"{number:05}", "wb") as out:
-                    while part := packed.read(2**20):
+                with (folder / f"{number:05}").open("wb") as out:
+                    for part in parts_of(archive, entry):
                         most -= len(part)
                         if most < 0:
                             raise UserError(f"{file} is too large when unpacked; send one series")
@@ -131,9 +138,19 @@ def unpack(file: Path, folder: Path, most: float) -> None:
         raise UserError(f"{file}: damaged or not a zip; pack the DICOM files again") from None
 
 
+def parts_of(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Iterator[bytes]:
+    """What a file of a zip unpacks to, part by part; one of BAD_ZIP if it is damaged."""
+    try:
+        with archive.open(entry) as packed:
+            while part := packed.read(2**20):
+                yield part
+    except OSError as error:  # a place in the file that cannot be
+        raise zipfile.BadZipFile from error
+
+
 def check_directory(file: Path) -> None:
     """UserError for a list of entries that would fill the memory, before it is read."""
-    with open(file, "rb") as content:
+    with file.open("rb") as content:
         length = content.seek(0, 2)
         content.seek(max(0, length - 2**16 - 22 - 20))
         tail = content.read()
@@ -141,14 +158,16 @@ def check_directory(file: Path) -> None:
     if at < 0 or len(tail) < at + 22:
         raise UserError(f"{file}: damaged or not a zip; pack the DICOM files again")
     size = struct.unpack("<L", tail[at + 12 : at + 16])[0]
-    if size > DIRECTORY or END64 in tail[max(0, at - 20) : at]:
+    if size > limits.DIRECTORY_BYTES or END64 in tail[max(0, at - 20) : at]:
         raise UserError(f"{file} has too many files; pack only one series")
 
 
 def check_entries(file: Path, entries: list[zipfile.ZipInfo]) -> None:
     """UserError for entries that are too many, encrypted, oddly packed, or no DICOM."""
-    if not entries or len(entries) > ENTRIES:
-        raise UserError(f"{file} has {len(entries)} files, expected 1 to {ENTRIES}: one series")
+    if not entries or len(entries) > limits.ENTRIES:
+        raise UserError(
+            f"{file} has {len(entries)} files, expected 1 to {limits.ENTRIES}: one series"
+        )
     if any(entry.flag_bits & 1 for entry in entries):
         raise UserError(f"{file} is encrypted; pack the DICOM files again without a password")
     if any(e.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for e in entries):
