@@ -7,10 +7,12 @@ The file computes what `ASFEFusion.fuse` does: inputs `img1` and `img2`, output 
 (batch, 1, height, width) float32 in [0, 1], from 16 x 16 up; mirroring to the multiple that the
 network needs, cropping and clipping are inside. `onnx_example.py` runs it without PyTorch.
 
-Before the file gets its name, ONNX Runtime computes it on three sizes, and numbers that differ by
-more than `TOLERANCE` are an error. What exporters get wrong is spelled out below with matrix
-products, for the exported copy only: Fourier transforms (ONNX has them on one axis and without an
-inverse to real numbers) and shapes that are Python integers.
+Before the file gets its name, ONNX Runtime computes it on three sizes. Numbers that differ by more
+than `TOLERANCE` are an error.
+
+Exporters get two things wrong, so the exported copy has them in other words. Fourier transforms are
+matrix products: ONNX has transforms on one axis only, without an inverse to real numbers. Shapes
+are computed in the graph, not as Python integers.
 
 Legend: as in network.py; K = W/2+1 frequencies along W.
 """
@@ -185,7 +187,7 @@ def export(model: ASFEFusion, metadata: dict) -> bytes:
     file = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # on Python integers that are constants: they are
-        # by tracing: torch.export takes minutes to reason about these shapes, for the same numbers
+        # By tracing: torch.export takes minutes to reason about these shapes, with equal results.
         torch.onnx.export(
             PortableFusion(model),
             pair,

@@ -1,10 +1,10 @@
 """Two volumes brought together: registered if they need it, and onto one grid.
 
 The registration is a matrix (4, 4) from points of source 1 to points of source 2, RAS in mm. It
-changes the affine of the source that does not give the grid, so each value is resampled once.
+changes the affine of the source that does not give the grid. So each value is resampled once.
 
-Either source may be the one that moves, whichever has the grid. So this room says source 1 and
-source 2 here, not fixed and moving.
+Source 1 moves if source 2 has the grid, and the other way round. So this file says source 1 and
+source 2, not fixed and moving.
 
 Legend: I J K voxels as stored; affines are RAS in mm, see volumes/grid.py.
 """

@@ -23,7 +23,7 @@ SAME = 0.01  # mm between slices that lie at one position
 UNEVEN = 0.1  # of the slice distance: how far a slice may lie from its position on an even grid
 ROUNDED = 0.1  # mm that it may always be off, since some scanners round positions to this
 WAY = "--where chooses a part of the series"
-BLOCK = 3  # steps of one length, from which on a change of slice distance is meant
+BLOCK = 3  # slice distances of one length in a row: so many are no gap, but meant
 
 
 class Plane(NamedTuple):
@@ -117,16 +117,19 @@ def _even(depth: np.ndarray) -> bool:
 
 
 def _runs(steps: np.ndarray) -> list[tuple[int, int]]:
-    """Steps (P - 1,) as runs of nearly one length, each its first index and the one after."""
+    """Runs of steps (P - 1,) of nearly one length: of each its first index, and one after its last.
+
+    So the steps of a run are `steps[first:end]`.
+    """
     labels = np.concatenate([[0], np.cumsum(np.abs(np.diff(steps)) > _tolerance(_usual(steps)))])
     found = [list(group) for _, group in groupby(range(len(steps)), key=lambda i: labels[i])]
     return [(group[0], group[-1] + 1) for group in found]
 
 
 def _check_gaps(path: Path, planes: list[Plane], steps: np.ndarray) -> None:
-    """UserError if slices are missing: steps (P - 1,) that are longer without a reason.
+    """UserError if slices are missing: if steps (P - 1,) are longer than usual without a reason.
 
-    A reason is that the slices themselves are thicker, or a block of slices at that distance.
+    There are two reasons for a longer step: thicker slices, or a block of slices at that distance.
     """
     usual, thin = _usual(steps), min(p.thickness for p in planes)
     gaps = []

@@ -104,9 +104,10 @@ def tile_starts(length: int, tile: int, overlap: int, multiple: int) -> list[int
 
 
 def reduction(height: int, width: int, tile: int) -> int:
-    """By how much a slice shrinks to fit into a tile: a power of 2, so that pixels stay aligned.
+    """The factor by which a slice shrinks to fit into a tile, or is as small as allowed.
 
-    Less where a tile would become smaller than the network takes.
+    It is a power of 2, so that pixels stay aligned. The tile must not become smaller than the
+    network takes.
     """
     factor = 1
     while max(height, width) > factor * tile and min(height, width, tile) >= 2 * factor * MIN_SIDE:
