@@ -165,8 +165,8 @@ def _check_line(path: Path, planes: list[Plane], off: np.ndarray) -> None:
 def _even_depths(path: Path, depth: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, str]:
     """Even depths (K,) over the range of uneven ones (P,), and a line that says so.
 
-    They are as close as the closest slices that follow each other in a block, and pass these.
-    Raises UserError if there would be too many, of `size` pixels.
+    Their distance is that of the block with the closest slices. They pass through the first slice
+    of that block. Raises UserError if there would be too many, of `size` pixels.
     """
     steps = np.diff(depth)
     blocks = [run for run in _runs(steps) if run[1] - run[0] >= BLOCK]
