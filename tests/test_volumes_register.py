@@ -163,7 +163,8 @@ def test_auto_checks_one_frame_and_registers_others(
     away = affine if same_place else a_move((0, 0, 0), (1, 0, 0)) @ affine
     paths = []
     for name, modality, place in (("a", "CT", affine), ("b", "MR", away)):
-        data = blob(place, [(0, 30, -10)]) - (1000 if modality == "CT" else 0)  # air in HU
+        data = blob(place, [(0, 30, -10)])
+        data = 2 * data - 1000 if modality == "CT" else data  # in HU, with air around it
         if frames is None:
             paths.append(write(tmp_path / name, data, place, "nii"))
         else:
