@@ -383,6 +383,13 @@ def test_inflating_stops_at_the_limit():
         file.read(8)
 
 
+def test_a_picture_far_into_an_animation_is_refused(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(bad.animation())
+    with pytest.raises(UserError, match="picture 4000 is too far on"):
+        images.decode(path, images.Reading(page=4000))
+
+
 def test_a_tiff_that_is_cut_is_left_to_its_reader():
     page = bad.saved(Image.new("L", (32, 32)), "TIFF")
     for length in range(4, len(page), 7):
