@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
-# A resumed run may differ in these, as they do not change what is trained.
-FREE = ("DEVICE", "threads", "data_dir", "save_dir", "workers", "resume", "minutes", "compile")
-FREE += ("save_every", "name", "overwrite", "epoch", "stages", "patch_size", "batch_size")
-FREE += ("cooldown", "val_every", "patience")
+# A resumed run may differ in these settings: they do not change the epochs that are done.
+FREE = (
+    *("DEVICE", "threads", "data_dir", "save_dir", "name", "overwrite", "resume", "minutes"),
+    *("workers", "compile", "save_every", "val_every", "patience", "cooldown"),
+    *("epoch", "stages", "patch_size", "batch_size"),  # see `past`
+)
 
 
 PROGRESS = {"epoch": int, "best": (int, float), "waited": int, "rows": list}  # types of its fields
@@ -65,6 +67,7 @@ class Run(NamedTuple):
 
     @property
     def epochs(self) -> int:
+        """How many epochs the run has in all."""
         return sum(stage.epochs for stage in self.stages)
 
     def file(self, ending: str) -> Path:
@@ -86,13 +89,13 @@ def stages_of(args: TrainArgs) -> list[Stage]:
         return [Stage(args.patch_size, args.batch_size, args.epoch, False)]
     stages = []
     for text in args.stages:
-        found = re.fullmatch(r"(\d{1,5})x(\d{1,5})x(\d{1,6})(:frozen)?", text)
-        numbers = tuple(map(int, found.groups()[:3])) if found else (0,)
+        match = re.fullmatch(r"(\d{1,5})x(\d{1,5})x(\d{1,6})(:frozen)?", text)
+        numbers = tuple(map(int, match.groups()[:3])) if match else (0,)
         if 0 in numbers:
             raise UserError(
                 f"stage {text!r}, expected PATCHxBATCHxEPOCHS as in 64x8x200, or 256x4x10:frozen"
             )
-        stages.append(Stage(*numbers, bool(found[4])))
+        stages.append(Stage(*numbers, bool(match[4])))
     return stages
 
 
@@ -111,8 +114,8 @@ class Progress:
     def __init__(self, epoch: int = 0, best: float = math.inf, waited: int = 0, rows=()):
         self.epoch = epoch  # how many are done
         self.best = best  # smallest shortfall so far, see evaluation/floors.py
-        self.waited = waited  # validations since then
-        self.rows = list(rows)  # what each epoch measured
+        self.waited = waited  # validations since the best one
+        self.rows = list(rows)  # of each epoch: what was measured, by name
 
     @property
     def seconds(self) -> float:
@@ -125,7 +128,7 @@ class Progress:
         self.rows.append(row)
 
     def judge(self, kind: str, measured: dict[str, float]) -> bool:
-        """Add what a validation measured to the last epoch; whether it is the best so far."""
+        """Add what a validation measured to the last epoch; True if it is the best so far."""
         self.rows[-1] |= {f"{kind}_{name}": value for name, value in measured.items()}
         better = measured["shortfall"] < self.best
         self.best = min(self.best, measured["shortfall"])
@@ -156,7 +159,7 @@ def start_of_files(args: TrainArgs) -> Path:
 def save_checkpoint(run: Run, state: TrainState, progress: Progress) -> None:
     """Write all that --resume needs; a kill at any moment leaves the old file or the new one.
 
-    No state of random generators is in it: what is random in an epoch follows from its number.
+    It needs no state of random generators: what is random in an epoch follows from its number.
     """
     states = {name: part.state_dict() for name, part in state._asdict().items()}
     done = {"stages": past(run.stages, progress.epoch), "progress": vars(progress)}
@@ -178,8 +181,8 @@ def past(stages: list[Stage], epoch: int) -> list[list]:
 def load_checkpoint(run: Run, state: TrainState) -> Progress:
     """Put `state` back to what a checkpoint keeps; returns how far the run has come.
 
-    It is read to the CPU, where AdamW keeps its step counts: on a GPU, each step would wait for
-    every one of them. The parts copy the rest to their own device.
+    It is read to the CPU. AdamW keeps its step counts there: on a GPU, each step would wait for
+    every one of them. The parts copy all else to their own device.
 
     Raises UserError if there is none, if it is damaged, or if a setting has changed. What is still
     to come of the stages may change.
@@ -189,7 +192,7 @@ def load_checkpoint(run: Run, state: TrainState) -> Progress:
         raise UserError(f"{path}: no such file, so there is no run to resume")
     settings, states, done, progress = parts_of_checkpoint(path)
     now = plain(run.args)
-    settings = plain(TrainArgs()) | settings  # what an older version did not know
+    settings = plain(TrainArgs()) | settings  # defaults for settings that are newer than the file
     changed = [
         f"{name} is {now.get(name)!r} and was {settings.get(name)!r}"
         for name in {**settings, **now}
@@ -264,12 +267,12 @@ def parts_of_checkpoint(path: Path) -> tuple[dict, dict, list[list[int]], Progre
 
 
 def unordered(value):
-    """A setting as it is compared: the order of a list, as of --loss_weights, means nothing."""
+    """A setting for a comparison: the order of a list, as of --loss_weights, does not count."""
     return sorted(value, key=repr) if isinstance(value, list) else value
 
 
 def plain(args: TrainArgs) -> dict:
-    """The settings as numbers, words and lists of them; of a path its last name."""
+    """The settings as numbers, words and lists of them; a path is its last name."""
     plain_types = {Path: lambda path: path.name, tuple: list}
     values = asdict(args).items()
     return {

@@ -11,11 +11,13 @@ import onnxruntime
 
 
 def stop(message: str) -> None:
+    """Print an error in one line and end with exit code 2."""
     print("onnx_example.py: error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
 
 
-def read(path: str) -> np.ndarray:  # (H, W, 3) RGB in [0, 1]
+def read(path: str) -> np.ndarray:
+    """An image of 8 bits as RGB, (H, W, 3) in [0, 1]; ends the program if it is none."""
     image = cv2.imread(path, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
     if image is None:
         stop(f"{path}: no such file, or not an image")

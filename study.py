@@ -55,7 +55,7 @@ except ModuleNotFoundError as error:
 else:
     missing = None
 
-LEAST = 2  # GB of a process: with 1, two slices of 32 x 32 did not fit beside PyTorch
+LEAST = 2  # GB of a process: PyTorch and two slices of 32 x 32 did not fit into 1
 CONNECT = 20  # seconds that a cluster may take to answer
 # Of Dask, for the processes of this machine. A case whose worker died is tried once more. A worker
 # holds one case and nothing in store, so that no other case has part in a death. A worker never
@@ -68,7 +68,7 @@ CONFIG = {
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.terminate": 0.95,
-    # Ctrl-C reaches every process of the terminal; the run ends its workers, so they need no word.
+    # Ctrl-C reaches every process of the terminal. Workers ignore it: the run itself ends them.
     "distributed.worker.preload": ["import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"],
 }
 

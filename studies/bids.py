@@ -22,10 +22,19 @@ from fusing import SOFTWARE
 
 MOVING, ANATOMY = ("ct", "pet"), ("T1w", "T2w", "FLAIR")
 RAW = "raw"  # the name of the folder that is read, in the links of the derivatives
-IGNORED = """
-    *_ct.* *_colour.nii* *_mosaic.png *_registration.png *.tfm *_xfm.* report.html report.csv
-    .study/ png/ dicom/
-""".split()  # written here, but none of BIDS's names
+IGNORED = [
+    "*_ct.*",
+    "*_colour.nii*",
+    "*_mosaic.png",
+    "*_registration.png",
+    "*.tfm",
+    "*_xfm.*",
+    "report.html",
+    "report.csv",
+    ".study/",
+    "png/",
+    "dicom/",
+]  # written here, but none of BIDS's names
 
 
 class Image(NamedTuple):

@@ -217,7 +217,7 @@ def of_folders(listing: Listing) -> Iterator[Found]:
 def is_source(path: Path) -> bool:
     """Whether a file of a folder is an image or a volume by its name.
 
-    The .img of a header is none of its own.
+    An .img beside an .hdr of its name is not: both are one volume, and the .hdr stands for it.
     """
     name = path.name.lower()
     if name.startswith("._"):

@@ -92,7 +92,7 @@ def test_participants_and_sessions_are_chosen_as_in_bids_apps(tmp_path):
     assert count(participant_label=("1",)) == {"sub-1ses-a", "sub-1ses-b"}
     assert count(participant_label=("sub-2",), session_label=("ses-b",)) == {"sub-2ses-b"}
     for wrong in ({"participant_label": ("9",)}, {"session_label": ("9",)}):
-        with pytest.raises(UserError, match="has no image of s..-9 to fuse"):
+        with pytest.raises(UserError, match=r"has no image of s..-9 to fuse"):
             count(**wrong)
     with pytest.raises(UserError, match="are for --bids"):
         study.check_study(StudyArgs(table=tmp_path, out=tmp_path, participant_label=("1",)))

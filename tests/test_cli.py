@@ -287,7 +287,8 @@ def test_the_table_of_uses_knows_every_setting_it_names():
     help_of_suv = " ".join(make_parser(args_setting.StudyArgs).format_help().split())
     assert "(for volumes, PET-MRI; default 15.0)" in help_of_suv
     named = {n for use in USES[TestArgs] for n in use.names.split()}
-    always = set("DEVICE size threads weights aff out img1 img2 dir1 dir2 demo".split())
+    always = {"DEVICE", "size", "threads", "weights", "aff", "out"}
+    always |= {"img1", "img2", "dir1", "dir2", "demo"}
     assert named | always == {f.name for f in fields(TestArgs)} and not named & always
 
 

@@ -425,7 +425,7 @@ def test_slices_that_a_vector_names_twice_are_chosen(tmp_path):
     """1 to 5 twice is 5 slices, two of each, and not 10."""
     twice = np.concatenate([numbered(SHAPE), numbered(SHAPE) + 7], 2)
     path = nuclear(tmp_path / "a", twice, [*range(1, 6)] * 2)
-    with pytest.raises(UserError, match="5 positions occur twice.*choose by --frame 1 to 2"):
+    with pytest.raises(UserError, match=r"5 positions occur twice.*choose by --frame 1 to 2"):
         read_dicom(path)
     volume = read_dicom(path, choice=Choice(time="2"))
     assert np.array_equal(volume.data, numbered(SHAPE) + 7)

@@ -3,7 +3,7 @@
     python test_asfe.py --task CT-MRI --img1 ct.nii.gz --img2 dicom_folder/ --out fused.nii.gz
 
 What a job needs is in requests.py. Both sources are registered where they need it, and the fused
-volume lies on the grid of one of them. Files are in io.py (with claims.py and uploads.py) and
+volume lies on the grid of one of them. Files are in io.py (with headers.py and uploads.py) and
 dicom.py (with series.py, planes.py, varying.py and suv.py), geometry in grid.py, registration in
 pair.py (with register.py, transforms.py, programs.py and overlay.py; flat.py for images),
 intensities in intensity.py, the network in tiles.py, and what is written in outputs.py,

@@ -17,8 +17,8 @@ from pydicom.sr.codedict import Code, codes
 
 HOUR, DAY = 3600.0, timedelta(days=1)
 ANY_DAY = "20000101"  # where no date is told at all
-BEFORE = timedelta(minutes=10)  # so long a scan over time may begin before the injection
-NOTED = 60.0  # s between two times of the scan, from which on a line says which one counts
+BEFORE = timedelta(minutes=10)  # a scan over time may begin so long before the injection
+NOTED = 60.0  # s: if two times of the scan differ by more, a line says which one counts
 LONGEST = 4  # half-lives of uptake
 NEEDS_DATE = 11.5 * HOUR  # a half-life from which on the uptake may take more than a day
 HALF_LIFE = 0.1  # the share by which a header's half-life may be off
@@ -61,11 +61,11 @@ class Uptake(NamedTuple):
 
 
 def uptake(headers: list[pydicom.Dataset], drug: pydicom.Dataset, half_life: float) -> Uptake:
-    """The time from the injection to the one that the values of a series are decayed to.
+    """The time from the injection to the moment to which the values of a series are decayed.
 
-    That is what the scanner itself says, in a private field or in an enhanced file. Without it, it
-    is the earliest of the series' and the acquisitions' times: a series that was made anew carries
-    the time when it was made.
+    The scanner says that moment in a private field or in an enhanced file. If it does not, the
+    moment is the earliest of the series' and the acquisitions' times. The earliest, because a
+    series that was derived later may carry the time of its making.
 
     Raises:
         NoSuvError: times that are missing, blanked, or too far apart to be those of one scan.
@@ -87,10 +87,12 @@ def uptake(headers: list[pydicom.Dataset], drug: pydicom.Dataset, half_life: flo
 
 
 def time_note(taken: str, others: dict[str, float], half_life: float) -> str:
-    """Which time counts, and what the one farthest off would make of the SUV; empty if none is.
+    """A line: which time counts, and how another one would change the SUV; empty if none differs.
+
+    Of several other times it names the one that differs most.
 
     Args:
-        others: by their names, how many s later each is than the one that counts, itself included.
+        others: name of each time -> how many s later it is than the one that counts.
     """
     other, later = max(others.items(), key=lambda o: abs(o[1]), default=("", 0.0))
     if abs(later) <= NOTED:
@@ -228,6 +230,7 @@ def offset(text: str) -> timezone:
 
 
 def is_midnight(clock: datetime) -> bool:
+    """Whether a time of day is 0:00 to the microsecond."""
     return clock.time().isoformat() == "00:00:00"
 
 

@@ -63,19 +63,19 @@ from volumes.varying import (
 
 # Only these are read from the headers at first. A patient's name is not among them; ID and date of
 # birth are compared and go nowhere.
-TAGS = """
-    SOPClassUID SOPInstanceUID PatientID PatientBirthDate
-    ImageType Modality SeriesInstanceUID SeriesNumber FrameOfReferenceUID Rows
-    Columns NumberOfFrames BitsAllocated SamplesPerPixel PhotometricInterpretation
-    ImagePositionPatient ImageOrientationPatient PixelSpacing
-    SliceThickness SpacingBetweenSlices RescaleSlope RescaleIntercept
-    SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence
-    DetectorInformationSequence ModalityLUTSequence Units DecayCorrection PatientWeight
-    RadiopharmaceuticalInformationSequence SeriesDate SeriesTime AcquisitionDate
-    AcquisitionTime SUVType ContrastBolusAgent CorrectedImage DecayCorrectionDateTime
-    TimezoneOffsetFromUTC Manufacturer PatientSex ActualFrameDuration
-    RealWorldValueMappingSequence SliceVector
-""".split()
+TAGS = [
+    *("SOPClassUID", "SOPInstanceUID", "PatientID", "PatientBirthDate", "ImageType", "Modality"),
+    *("SeriesInstanceUID", "SeriesNumber", "FrameOfReferenceUID", "Rows", "Columns"),
+    *("NumberOfFrames", "BitsAllocated", "SamplesPerPixel", "PhotometricInterpretation"),
+    *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"),
+    *("SpacingBetweenSlices", "RescaleSlope", "RescaleIntercept", "SharedFunctionalGroupsSequence"),
+    *("PerFrameFunctionalGroupsSequence", "DetectorInformationSequence", "ModalityLUTSequence"),
+    *("Units", "DecayCorrection", "PatientWeight", "RadiopharmaceuticalInformationSequence"),
+    *("SeriesDate", "SeriesTime", "AcquisitionDate", "AcquisitionTime", "SUVType"),
+    *("ContrastBolusAgent", "CorrectedImage", "DecayCorrectionDateTime", "TimezoneOffsetFromUTC"),
+    *("Manufacturer", "PatientSex", "ActualFrameDuration", "RealWorldValueMappingSequence"),
+    "SliceVector",
+]
 TAGS += [*CONTRASTS, *TIME_FIELDS, 0x00190010, B_VALUE, *PHILIPS]
 TAGS += [tag for pair in PRIVATE_TIMES.values() for tag in pair]
 SIZE = ["Rows", "Columns", "NumberOfFrames", "BitsAllocated"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 MOST = 2**22  # bytes of a sidecar that is read
-TOLERANCE = 1e-3  # of a duration: less is no difference
+TOLERANCE = 1e-3  # of the longest duration: a smaller difference does not count
 
 
 def mean_weights(durations: Sequence[float], count: int) -> tuple[np.ndarray, str]:

@@ -117,10 +117,10 @@ def common(a: Volume, b: Volume) -> float:
 
 
 def low_passed(moving: Volume, affine: np.ndarray) -> Volume:
-    """`moving` without what a coarser grid cannot hold, along those of its axes where that is so.
+    """`moving` after a low-pass along each of its axes on which the new grid is coarser.
 
-    Point by point, stripes finer than the new voxels would come out as other stripes. UserError
-    for a step so long that the low-pass would take minutes.
+    Without it, stripes finer than the new voxels would show as other stripes. UserError for a step
+    so long that the low-pass would take minutes.
     """
     axes = moving.affine[:3, :3] / moving.spacing
     step = np.linalg.norm(axes.T @ affine[:3, :3], axis=1) / moving.spacing  # in moving's voxels
@@ -197,7 +197,10 @@ def _orthogonal(volume: Volume) -> np.ndarray:
 
 
 def passed_over(doubts: list[tuple[str, str]], forced: Collection[str]) -> list[str]:
-    """Doubts, as what to force and a line, as lines; UserError for those that are not forced."""
+    """Lines for the doubts that are forced; UserError for doubts that are not.
+
+    A doubt is a pair: what to force, and a line.
+    """
     left = dict.fromkeys(what for what, _ in doubts if what not in forced)
     if left:
         lines = "; ".join(line for what, line in doubts if what in left)

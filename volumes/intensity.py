@@ -62,7 +62,7 @@ def scaling_of(volume: Volume, kind: str, window: str, suv: float) -> Scaling:
 
 
 def is_usable(low: float, high: float) -> bool:
-    """Whether float32, in which volumes are scaled, can tell the two and their difference."""
+    """Whether float32, in which volumes are scaled, holds both values and their difference."""
     with np.errstate(over="ignore"):
         ends = np.float32([low, high, high - low])
     return bool(np.isfinite(ends).all() and ends[2] > 0)

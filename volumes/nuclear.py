@@ -40,6 +40,7 @@ def check_nuclear(file: Path, ds: pydicom.Dataset) -> None:
 
 
 def is_reconstruction(ds: pydicom.Dataset) -> bool:
+    """Whether an image of nuclear medicine is a reconstructed volume, by its ImageType."""
     return SLICES in (ds.get("ImageType") or ())
 
 

@@ -186,10 +186,7 @@ def write_views(done: FusedVolume, folder: Path) -> Path:
     """What `view` shows of a run, as files (I, J, K) uint8, or RGB, and their affine."""
     folder.mkdir()
     together, colour = done.together, done.request.writing.colour
-    if colour:
-        fused = colour_volume(done, colour)
-    else:
-        fused = to_uint8(done.luma * done.scale)
+    fused = colour_volume(done, colour) if colour else to_uint8(done.luma * done.scale)
     volumes = {"fused": fused}
     for number, volume in enumerate((together.source1, together.source2), 1):
         volumes[f"scan {number}"] = to_uint8(done.scalings[number - 1].apply(volume.data))

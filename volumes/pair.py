@@ -1,10 +1,10 @@
 """Two volumes brought together: registered if they need it, and onto one grid.
 
 The registration is a matrix (4, 4) from points of source 1 to points of source 2, RAS in mm. It
-changes the affine of the source that does not give the grid, so each value is resampled once.
+changes the affine of the source that does not give the grid. So each value is resampled once.
 
-Either source may be the one that moves, whichever has the grid. So this room says source 1 and
-source 2 here, not fixed and moving.
+Source 1 moves if source 2 has the grid, and the other way round. So this file says source 1 and
+source 2, not fixed and moving.
 
 Legend: I J K voxels as stored; affines are RAS in mm, see volumes/grid.py.
 """
@@ -39,7 +39,7 @@ from volumes.requests import Registering
 from volumes.transforms import matrix_from
 
 BETTER = 1.2  # times the mutual information, at which an inverse transform is the likelier one
-TOLD = 2.0  # mm: what a check can tell, at best
+CHECKED_TO = 2.0  # mm: how precise a check is, at best
 
 
 class Sources(NamedTuple):
@@ -97,7 +97,7 @@ class Together(NamedTuple):
 def limit(source1: Volume, source2: Volume) -> float:
     """How far, in mm, two scans of one frame of reference may lie apart without a warning."""
     voxel = max(source1.spacing.max(), source2.spacing.max())
-    return float(max(TOLD, min(1.5 * voxel, 3.0)))
+    return float(max(CHECKED_TO, min(1.5 * voxel, 3.0)))
 
 
 # --- registration ----------------------------------------------------------------------------

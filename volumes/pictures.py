@@ -15,8 +15,8 @@ CELL, COLUMNS, ROWS = 180, 6, 4  # of the mosaic: longest side of a cell in pixe
 GAP = 2  # pixels between cells
 UNEVEN = 1.01  # how many times one side of a pixel may be the other, and still be drawn as square
 LETTERS = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}  # left, right, top, bottom
-# matplotlib's tables, and up to where: "warm" ends at yellow, before the white of "hot", which
-# would be both the highest uptake and a bright MRI.
+# Name -> matplotlib's table, and the share of it that is used. "warm" is "hot" up to yellow: white
+# would mean both the highest uptake and a bright MRI.
 COLOURS = {
     "warm": ("hot", 0.746),
     "hot": ("hot", 1.0),
@@ -25,7 +25,7 @@ COLOURS = {
     "inferno": ("inferno", 1.0),
 }
 BAR, MARGIN = 10, 5  # pixels: width of the colour bar, and around it
-FADE = 16  # of 256 steps: below, a colour table fades to black, so that no uptake has no colour
+FADE = 16  # of 256 steps: below it a colour table fades to black, so no uptake is black
 
 
 def colours(name: str) -> np.ndarray:

@@ -1,10 +1,11 @@
 """Rigid registration of two scans of one patient: how far apart they lie, and how to move one.
 
 Six parameters by Mattes mutual information (Mattes et al., IEEE TMI 22, 2003) through SimpleITK, at
-8, 4 and 2 mm. At 8 mm it starts from the scanners' coordinates, the middles of the fields, the
-centres of mass and the tops of the heads, the latter two also turned. The best goes on, and one
-more from elsewhere to see whether it arrives at the same place. Each run has one thread, and its
-sampling a fixed seed, so the same volumes give the same transform.
+8, 4 and 2 mm. At 8 mm the search starts from the scanners' coordinates, the middles of the fields,
+the centres of mass and the tops of the heads; from the last two it also starts with turns. The best
+result is searched further at 4 mm. So is another result that lies elsewhere, to see whether both
+arrive at one place. Each search has one thread, and its sampling has a fixed seed. So the same
+volumes give the same transform.
 
 Legend: points are (n, 3) in mm. A matrix is (4, 4), from points of source 1 to those of source 2,
 RAS as in grid.py. ITK counts in LPS, and its transforms here go from source 2, whose head is what
@@ -58,6 +59,8 @@ class Registration(NamedTuple):
 
 
 class Candidate(NamedTuple):
+    """An optimum that a search has found: its mutual information in nats, and its rounds."""
+
     information: float
     transform: sitk.Euler3DTransform
     rounds: int
@@ -111,7 +114,7 @@ def rigid(source1: Volume, source2: Volume, kind: str) -> Registration:
 
 
 def check(source1: Volume, source2: Volume, kind: str) -> Registration:
-    """The same measured only roughly, for volumes that should lie on each other: from there."""
+    """A rough registration of volumes that should lie on each other; it starts from there."""
     began = time.perf_counter()
     levels = pyramid(source1, source2, kind, LEVELS[:2])
     points, others = heads(levels[1])
@@ -154,7 +157,7 @@ def image_of(data: np.ndarray, affine: np.ndarray) -> sitk.Image:
 
 
 def pyramid(source1: Volume, source2: Volume, kind: str, levels: Iterable[float]) -> list[Level]:
-    """Both volumes at each resolution; what is shrunk is averaged, so nothing aliases."""
+    """Both volumes at each resolution; they are shrunk by means, so nothing aliases."""
     finest = [shrunk(image_of(v.data, v.affine), LEVELS[-1]) for v in (source1, source2)]
     image1, image2 = (clipped(i, k) for i, k in zip(finest, (kind, "MRI"), strict=True))
     pairs = [(shrunk(image2, mm), shrunk(image1, mm), mm) for mm in levels]
@@ -215,7 +218,7 @@ def turned(centre: np.ndarray, turn: Iterable[float] = (0, 0, 0), shift=(0, 0, 0
 
 
 def shifted(transform: sitk.Euler3DTransform, turn: Iterable[float], shift: Iterable[float]):
-    """Another one that lies `turn` degrees and `shift` mm off."""
+    """The transform, turned by three angles in degrees and shifted by mm."""
     angles = np.degrees(transform.GetParameters()[:3]) + turn
     return turned(transform.GetCenter(), angles, np.add(transform.GetTranslation(), shift))
 

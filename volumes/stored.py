@@ -13,7 +13,7 @@ import pydicom
 from cli import UserError
 
 UNITS = {"BQML": "Bq/ml", "CNTS": "counts", "GML": "SUV", "NM": "counts"}
-MEASURED = ("BQML", "GML")  # units of PET that the rescaled values have already
+MEASURED = ("BQML", "GML")  # units of PET in which values need no mapping
 PREFERRED = ("GML", "BQML")  # of several mappings
 UPTAKE = ("PT", "NM")
 # UCUM codes of a mapping -> Units of PET, and what to multiply with

@@ -16,14 +16,16 @@ from volumes.planes import FRAME, SAME, Plane
 
 # What makes another image of the same slice, as --where names it.
 CONTRASTS = (
-    "EchoTime DiffusionBValue ImageType InversionTime FlipAngle RepetitionTime EchoNumbers "
-    "ConvolutionKernel StackID EnergyWindowVector DetectorVector RotationVector"
-).split()
+    *("EchoTime", "DiffusionBValue", "ImageType", "InversionTime", "FlipAngle"),
+    *("RepetitionTime", "EchoNumbers", "ConvolutionKernel", "StackID"),
+    *("EnergyWindowVector", "DetectorVector", "RotationVector"),
+)
 # What tells points in time apart, the surest first; numbers of a file come last.
 TIME_FIELDS = (
-    "TemporalPositionIdentifier FrameReferenceTime AcquisitionDateTime AcquisitionTime "
-    "TriggerTime PhaseVector TimeSliceVector ContentTime AcquisitionNumber InstanceNumber"
-).split()
+    *("TemporalPositionIdentifier", "FrameReferenceTime", "AcquisitionDateTime"),
+    *("AcquisitionTime", "TriggerTime", "PhaseVector", "TimeSliceVector", "ContentTime"),
+    *("AcquisitionNumber", "InstanceNumber"),
+)
 # How long an image took, in ms; the latter in enhanced files.
 DURATIONS = ("ActualFrameDuration", "FrameAcquisitionDuration")
 B_VALUE = 0x0019100C  # Siemens', before the standard had one
@@ -53,9 +55,9 @@ ALL = Choice()
 def fields_of(ds: pydicom.Dataset) -> dict[str, str]:
     """The fields of CONTRASTS, TIME_FIELDS and DURATIONS that a header has, as text."""
     found = {name: ds.get(name) for name in (*CONTRASTS, *TIME_FIELDS, *DURATIONS)}
-    if found["DiffusionBValue"] is None and B_VALUE in ds:
-        if "SIEMENS MR HEADER" in str(ds.get(0x00190010, "")):
-            found["DiffusionBValue"] = ds[B_VALUE].value
+    of_siemens = "SIEMENS MR HEADER" in str(ds.get(0x00190010, ""))
+    if found["DiffusionBValue"] is None and B_VALUE in ds and of_siemens:
+        found["DiffusionBValue"] = ds[B_VALUE].value
     return {name: _text(value) for name, value in found.items() if value not in (None, "")}
 
 
