@@ -4,11 +4,12 @@
 
 What a job needs is in requests.py. Both sources are registered where they need it, and the fused
 volume lies on the grid of one of them. Files are in io.py (with headers.py and uploads.py) and
-dicom.py (with series.py, planes.py, varying.py and suv.py), geometry in grid.py, registration in
-pair.py (with register.py, transforms.py, programs.py and overlay.py; flat.py for images),
-intensities in intensity.py, the network in tiles.py, and what is written in outputs.py,
-pictures.py, exports.py, labels.py and derived.py. page.py is the tab of app.py, report.py what a
-run has to say. The packages for them are an extra, requirements-volumes.txt.
+dicom.py (with series.py, planes.py, stored.py, varying.py, nuclear.py, durations.py, suv.py,
+decay.py and quiet.py), geometry in grid.py, registration in pair.py (with register.py,
+transforms.py, programs.py and overlay.py; flat.py for images), intensities in intensity.py, the
+network in tiles.py, and what is written in outputs.py, pictures.py, exports.py, labels.py and
+derived.py. page.py is the tab of app.py, report.py what a run has to say. The packages for them
+are an extra, requirements-volumes.txt.
 
 Legend: I J K voxels as stored; N slices of (H, W) pixels, see grid.py.
 """
