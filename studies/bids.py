@@ -225,9 +225,12 @@ def grid_number(image1: Image, image2: Image, grid: str) -> int:
     if image1.suffix != "ct":
         return 2
     try:
-        import nibabel as nib  # an extra
+        from volumes.io import opened_nifti  # its packages are an extra
 
-        sides = [np.sort(nib.load(image.path).header.get_zooms()[:3]) for image in (image1, image2)]
+        sides = []
+        for image in (image1, image2):
+            with opened_nifti(image.path) as file:
+                sides.append(np.sort(file.header.get_zooms()[:3]))
     except Exception:  # damaged in any way: the case will say so when it runs
         return 2
     pixels = [float(np.sqrt(np.prod(side[:2]))) for side in sides]

@@ -43,7 +43,7 @@ def picture(path: Path) -> None:
                 raise
         else:
             break
-    images.size_of(path)
+    images.header_size(path)
 
 
 def upload(path: Path) -> None:

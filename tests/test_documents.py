@@ -321,6 +321,7 @@ LONG = {  # part of a command -> why it is not run here
     "benchmarks/metric_times": "measures for minutes",
     "benchmarks/loss_on_pixels": "measures for minutes",
     "benchmarks/registration": "measures for hours",
+    "benchmarks/results": "measures for minutes, see test_results.py",
     "benchmarks/volume_memory": "measures for minutes",
     "docs/": "draws the pictures of the documents anew",
     "/shared/": "of another machine",

@@ -687,9 +687,9 @@ def test_a_linear_file_must_place_a_head(tmp_path, linear, words):
     for name in ("t.tfm", "r.dcm"):
         if words:
             with pytest.raises(UserError, match=words):
-                matrix_from(tmp_path / name, *volumes)
+                matrix_from(tmp_path / name, *volumes, "CT")
         else:
-            found = RAS_LPS @ matrix_from(tmp_path / name, *volumes) @ RAS_LPS
+            found = RAS_LPS @ matrix_from(tmp_path / name, *volumes, "CT").matrix @ RAS_LPS
             assert np.allclose(found, matrix, atol=1e-6)
 
 
@@ -713,7 +713,7 @@ def test_a_dicom_matrix_that_is_none_of_points_is_refused(tmp_path):
         Volume(np.zeros(SHAPE, np.float32), PLACE, frame_of_reference=f"1.2.{n}") for n in (1, 2)
     ]
     with pytest.raises(UserError, match="last row"):
-        matrix_from(tmp_path / "r.dcm", *volumes)
+        matrix_from(tmp_path / "r.dcm", *volumes, "CT")
 
 
 # --- sentences that were not true ------------------------------------------------------------
