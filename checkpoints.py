@@ -64,6 +64,7 @@ class Run(NamedTuple):
     stages: list[Stage]
     out: Path  # what its files begin with, such as modelsave/compact_CT-MRI
     started: float  # time.time(); --minutes counts from here
+    data: str = ""  # `TrainPairs.digest` of the pairs to train on
 
     @property
     def epochs(self) -> int:
@@ -162,7 +163,8 @@ def save_checkpoint(run: Run, state: TrainState, progress: Progress) -> None:
     It needs no state of random generators: what is random in an epoch follows from its number.
     """
     states = {name: part.state_dict() for name, part in state._asdict().items()}
-    done = {"stages": past(run.stages, progress.epoch), "progress": vars(progress)}
+    stages = past(run.stages, progress.epoch)
+    done = {"stages": stages, "progress": vars(progress), "data": run.data}
     with whole_file(run.file("_last.pt")) as file:
         torch.save({"state": states, "settings": plain(run.args), "run": done}, file)
 
@@ -190,16 +192,20 @@ def load_checkpoint(run: Run, state: TrainState) -> Progress:
     path = run.file("_last.pt")
     if not path.is_file():
         raise UserError(f"{path}: no such file, so there is no run to resume")
-    settings, states, done, progress = parts_of_checkpoint(path)
+    saved = parts_of_checkpoint(path)
+    progress = saved.progress
     now = plain(run.args)
-    settings = plain(TrainArgs()) | settings  # defaults for settings that are newer than the file
+    # Settings that are newer than the file count as the defaults.
+    settings = plain(TrainArgs()) | saved.settings
     changed = [
         f"{name} is {now.get(name)!r} and was {settings.get(name)!r}"
         for name in {**settings, **now}
         if name not in FREE and unordered(now.get(name)) != unordered(settings.get(name))
     ]
-    if past(run.stages, progress.epoch) != done:
-        changed.append(f"the first {progress.epoch} epochs were {named(done)}")
+    if saved.data != run.data:
+        changed.append("the pairs to train on are others than they were")
+    if past(run.stages, progress.epoch) != saved.stages:
+        changed.append(f"the first {progress.epoch} epochs were {named(saved.stages)}")
     if changed:
         weights = run.file(".safetensors")
         raise UserError(
@@ -208,8 +214,8 @@ def load_checkpoint(run: Run, state: TrainState) -> Progress:
         )
     for name, part in state._asdict().items():
         try:
-            check_part(part, states[name])
-            part.load_state_dict(states[name])
+            check_part(part, saved.states[name])
+            part.load_state_dict(saved.states[name])
         except Exception:  # of another network, or crafted: tensors of any kind, words, nothing
             raise UserError(f"{path}: damaged, its {name} does not fit this run") from None
     return progress
@@ -243,8 +249,18 @@ def check_part(part, saved: dict) -> None:
             raise ValueError(f"{name} is complex")
 
 
-def parts_of_checkpoint(path: Path) -> tuple[dict, dict, list[list[int]], Progress]:
-    """Settings, states by part, stages that are done, and how far the run has come.
+class Saved(NamedTuple):
+    """What a checkpoint keeps."""
+
+    settings: dict
+    states: dict  # of the parts of `TrainState`, by their names
+    stages: list[list]  # those that are done, see `past`
+    progress: Progress
+    data: str  # see `Run`
+
+
+def parts_of_checkpoint(path: Path) -> Saved:
+    """What a checkpoint file keeps.
 
     Raises UserError for a file that has none of these, or has them of other types.
     """
@@ -252,6 +268,7 @@ def parts_of_checkpoint(path: Path) -> tuple[dict, dict, list[list[int]], Progre
         saved = load_plain(path)
         settings, states = saved["settings"], saved["state"]
         done, progress = saved["run"]["stages"], Progress(**saved["run"]["progress"])
+        data = str(saved["run"]["data"])
         sound = isinstance(settings, dict) and isinstance(states, dict)
         sound &= all([*map(type, stage)] == [int, int, int, bool] for stage in done)
         sound &= all(isinstance(getattr(progress, name), kind) for name, kind in PROGRESS.items())
@@ -263,7 +280,7 @@ def parts_of_checkpoint(path: Path) -> tuple[dict, dict, list[list[int]], Progre
             f"{path}: damaged, or not a checkpoint of this version of train_asfe.py; begin a new "
             "run from its weights: --init WEIGHTS --name NEW"
         )
-    return settings, states, done, progress
+    return Saved(settings, states, done, progress, data)
 
 
 def unordered(value):

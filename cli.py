@@ -11,6 +11,7 @@ import ctypes
 import difflib
 import gc
 import io
+import math
 import os
 import platform
 import shutil
@@ -118,6 +119,8 @@ def parse_args(cls: type, argv: list[str] | None = None, description: str = ""):
     for f in fields(cls):  # argparse does not check a default that was edited in args_setting.py
         value, choices = getattr(args, f.name), f.metadata.get("choices")
         each = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
+        if any(isinstance(v, float) and not math.isfinite(v) for v in each):
+            parser.error(f"{f.name} is {value}, expected a finite number")
         if choices and not set(each) <= set(choices):
             parser.error(f"{f.name} is {value!r}, expected one of {', '.join(choices)}")
         if "minimum" in f.metadata and not value >= f.metadata["minimum"]:

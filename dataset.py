@@ -212,6 +212,14 @@ class TrainPairs(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
+    def digest(self) -> str:
+        """SHA-256 of the names and pixels of all pairs: what a resumed run must find again."""
+        total = hashlib.sha256()
+        for name, pair in zip(self.names, self.images, strict=True):
+            total.update(f"{name} {tuple(pair.shape)}".encode())
+            total.update(pair.numpy())
+        return total.hexdigest()
+
     def __getitem__(self, i: int) -> tuple[Tensor, str]:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of((self.seed, self.epoch, i)) >> 1)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from args_setting import SIZES, ModelSize
+from cli import UserError
 
 HEADS = {"image": 1, "blend": 2, "bands": 6}  # head -> channels that the decoder makes for it
 STRONG = 0.08  # mean absolute detail, of the range, that a blend keeps beside any other
@@ -336,6 +337,7 @@ class ASFEFusion(nn.Module):
 
         Returns a float32 tensor of the input's shape, on the model's device, in [0, 1]. Raises
         ValueError for shapes that differ or are too small, values out of range or not finite.
+        UserError, which is a ValueError too, for a result that is not finite.
         """
         device = next(self.parameters()).device
         a, b = as_batch("img1", img1, device), as_batch("img2", img2, device)
@@ -348,6 +350,8 @@ class ASFEFusion(nn.Module):
         finally:  # each module as it was: a trainer may have frozen some
             for module, mode in modes.items():
                 module.training = mode
+        if not torch.isfinite(out).all():
+            raise UserError("the fused image has values that are not finite: damaged weights?")
         if stretch:
             low, high = out.amin((1, 2, 3), keepdim=True), out.amax((1, 2, 3), keepdim=True)
             out = (out - low) / (high - low).clamp(min=torch.finfo(out.dtype).tiny)

@@ -11,7 +11,6 @@ the cases out and restarts what dies; see docs/study.md. Settings: args_setting.
 """
 
 import logging
-import os
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
@@ -39,6 +38,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 from tqdm import tqdm
 
+import limits
 from images import writable_folder, write_bytes
 from studies.bids import description, find_pairs, ignored
 from studies.cases import Case, Listing, find_cases
@@ -49,7 +49,6 @@ try:
     import dask
     from distributed import Client, KilledWorker, LocalCluster, as_completed
     from distributed.comm import CommClosedError
-    from distributed.system import MEMORY_LIMIT
 except ModuleNotFoundError as error:
     missing = error.name
 else:
@@ -134,12 +133,20 @@ def shares(args: StudyArgs) -> tuple[StudyArgs, int]:
     """The settings with the threads and GB of each process here, and how many processes."""
     if args.scheduler or args.scheduler_file:
         return args, 0
-    cores = os.cpu_count() or 1
+    cores, granted = limits.granted_cores(), limits.granted_memory() / 1e9
     jobs = args.jobs or max(1, cores // 2)
-    threads = args.threads or max(1, cores // jobs)
     if 0 < (args.memory or 0) < LEAST:
         raise UserError(f"--memory is {args.memory:g}, expected at least {LEAST} (GB)")
-    memory = args.memory or MEMORY_LIMIT / 1e9 / jobs
+    if not args.memory and granted / jobs < LEAST:
+        if args.jobs:
+            raise UserError(
+                f"--jobs is {jobs}, but of {granted:.1f} GB each would have {granted / jobs:.1f}, "
+                f"expected at least {LEAST}: give fewer"
+            )
+        jobs = max(1, int(granted // LEAST))
+        print(f"{jobs} at a time, as there are {granted:.1f} GB and each case needs {LEAST}")
+    threads = args.threads or max(1, cores // jobs)
+    memory = args.memory or granted / jobs
     return StudyArgs(**{**vars(args), "threads": threads, "memory": memory}), jobs
 
 

@@ -85,6 +85,7 @@ def main(args: TrainArgs) -> None:
 
     # data and model
     pairs, held = load_pairs(run, processes)
+    run = run._replace(data=pairs.digest())
     check_settings(run, pairs, held, processes)
     torch.manual_seed(args.seed)
     model = make_model(run, processes.device)

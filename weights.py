@@ -235,10 +235,15 @@ def check_widths(size: ModelSize) -> None:
 
 
 def check_finite(state: dict[str, Tensor], name: str) -> None:
-    """UserError that names the first tensor with a value that is not finite."""
+    """UserError that names the first tensor with a value that no network can compute with.
+
+    That is a value that is not finite, or a negative variance.
+    """
     for key, value in state.items():
         if not torch.isfinite(value).all():
             raise UserError(f"{name}: {key} has values that are not finite")
+        if key.endswith("running_var") and (value < 0).any():
+            raise UserError(f"{name}: {key} has negative variances")
 
 
 def check_state(own: dict[str, Tensor], state: dict[str, Tensor], path: Path) -> None:

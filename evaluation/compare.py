@@ -12,7 +12,6 @@ Legend: lumas are (H, W) uint8. A rank is 1 for the best method. Values are (ima
 """
 
 import math
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +27,7 @@ from numpy import ndarray
 from scipy import stats
 from tqdm import tqdm
 
+import limits
 from args_setting import TASKS
 from cli import UserError, visible
 from dataset import Pair, images_in
@@ -184,8 +184,8 @@ def compare_samples(
 
 
 def in_processes(work: Callable[[T], dict], items: Sequence[T], jobs: int, title: str) -> list:
-    """`work` of each item, in this order, in `jobs` processes (0: one for each core)."""
-    jobs = min(jobs or os.cpu_count() or 1, len(items))
+    """`work` of each item, in this order, in `jobs` processes (0: one for each granted core)."""
+    jobs = min(jobs or limits.granted_cores(), len(items))
     bar = {"total": len(items), "desc": title, "unit": "pair", "leave": False, "disable": None}
     with OPENCV_ON_ONE_THREAD:  # the cores share out the pairs, not the rows of one image
         if jobs == 1:

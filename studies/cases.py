@@ -4,6 +4,7 @@ A BIDS folder is in bids.py.
 """
 
 import csv
+import math
 import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -188,6 +189,8 @@ def value_of(column: Column, cell: str, where: str, folder: Path) -> Any:
         value = column.kind(cell)
     except ValueError:
         raise UserError(f"{where} is {cell!r}, expected a number") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} is {cell}, expected a finite number")
     if column.choices and value not in column.choices:
         raise UserError(f"{where} is {cell!r}, expected one of {', '.join(column.choices)}")
     if column.minimum is not None and not value >= column.minimum:

@@ -67,6 +67,13 @@ def test_what_float16_cannot_hold_stays_float32(tmp_path):
     assert torch.equal(loaded.encoder.inlayer.weight, weight)
 
 
+def test_a_negative_variance_is_refused(tmp_path):
+    model = ASFEFusion(NARROW)
+    model.decoder.up1.bn2.running_var[0] = -1
+    with pytest.raises(UserError, match=r"decoder\.up1\.bn2\.running_var has negative variances"):
+        save_weights(model, tmp_path / "w.safetensors", {})
+
+
 def damaged(path: Path, kind: str, compact: ASFEFusion) -> str:
     """Write a file that must be refused; returns a part of the message."""
     if kind == "empty":
