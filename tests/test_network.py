@@ -371,7 +371,7 @@ def test_fuse_takes_arrays_and_integers(compact):
 def test_a_result_that_is_not_finite_is_refused():
     model = settled(ASFEFusion(NARROW))
     with torch.no_grad():
-        model.decoder.outlayer.weight.fill_(3e38)
+        model.decoder.outlayer.bias.fill_(torch.inf)
     with pytest.raises(UserError, match="the fused image has values that are not finite"):
         model.fuse(*torch.rand(2, 16, 16))
 

@@ -372,7 +372,7 @@ def test_moving_average_begins_as_a_mean_and_ends_at_its_decay():
         (["--lr", "inf"], "lr is inf, expected a finite number"),
         (["--weight_decay", "nan"], "weight_decay is nan, expected a finite number"),
         (["--ema", 1], "ema is 1.0, expected less than 1"),
-        (["--val", 0.9], "leaves none of the 3 people"),
+        (["--val", 0.9], "leaving a task nobody to train on"),
         (["--val_cases", 7], "val_cases has '7', expected some of 1, 2, 3"),
         (["--leave_out", 1, 2, 3], "keep no pairs to train on"),
         (["--val_cases", 1, 2, 3], "keep no pairs to train on"),
