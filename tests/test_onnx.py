@@ -34,7 +34,7 @@ def call(in_process):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("onnx") / "pet.onnx"
-    export_onnx.main(ExportArgs(task="PET-MRI", out=path))
+    export_onnx.main(ExportArgs(task="all", out=path))
     return path
 
 

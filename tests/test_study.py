@@ -255,7 +255,7 @@ def test_a_registered_image_is_recorded_with_its_files(tmp_path, brighter):
     record = json.loads(case.record.read_text())
     ends = (".png", "_img2.png", ".tfm", "_registration.png", ".json")
     assert record["outputs"].keys() == {f"../a{end}" for end in ends}
-    assert record["found"]["moved_pixels"] == pytest.approx(5, abs=0.5)
+    assert record["found"]["apart_pixels"] == pytest.approx(5, abs=0.5)
     (tmp_path / "o" / "a.tfm").write_text("")
     assert fused_again(case)
     rows.append({"img1": "ct.png", "img2": "mri.png", "name": "a_img2"})

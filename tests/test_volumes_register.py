@@ -200,7 +200,7 @@ def test_a_companion_ct_is_registered_in_place_of_the_pet(
     code, _, err = call(*argv, "--via", heads["ct"], "--register", "off")
     assert code == 2 and "--via is for a registration" in err
     code, _, err = call(*argv, "--via", heads["ct"], "--task", "CT-MRI")
-    assert code == 2 and "--via is for PET and SPECT" in err
+    assert code == 2 and "--via is for PET-MRI and SPECT-MRI" in err
     target = tmp_path / "f.nii.gz"
     assert "is a source" in call(*argv, "--via", target)[2]
 
