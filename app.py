@@ -3,9 +3,9 @@
     python app.py                 then open http://127.0.0.1:7860
 
 It runs on this machine and asks nothing of another one. Uploads and results lie in a temporary
-folder that goes when the program ends, or, if it was killed, when the next one starts; a file goes
-earlier, at the age of --keep_minutes. Between clicks the program knows of a page only the paths of
-its last pair, so nobody sees another's images.
+folder. A file is removed at the age of --keep_minutes, and the folder when the program ends. If the
+program was killed, the next one removes it. Between clicks the program keeps only the paths of each
+visitor's last pair, so nobody sees another's images.
 
 Legend: H W pixels. Images are uint8, (H, W) or (H, W, 3) RGB; `file` is the path of an upload.
 """
@@ -83,7 +83,7 @@ STYLE = """footer {display: none !important}
     #numbers th {white-space: normal}
 }
 """
-# What was said of the images before, as "two images are needed", goes when others are chosen.
+# Messages about earlier images, such as "two images are needed", close when others are chosen.
 CLOSE_MESSAGES = "() => document.querySelectorAll('.toast-close').forEach(b => b.click())"
 
 
@@ -169,7 +169,7 @@ class Page:
         return self.gr.Error(sentence(error, *files), duration=None, print_exception=False)
 
     def show(self, file: str | None):
-        """The image of an upload, and nothing where the results of other images were."""
+        """The image of an upload, and blanks for the results of earlier images."""
         blank = (None, None, "", "image 1 | fused", None)
         if not file:
             return None, *blank
@@ -193,7 +193,7 @@ class Page:
         return str(path)
 
     def fuse(self, file1: str | None, file2: str | None, weights: str):
-        """The fused image, and as the last what `measure` takes."""
+        """The values of the results on the page; the last one is for `measure`."""
         try:
             pair = uploaded_pair(file1, file2, self.args)
             stems = "_".join(path.stem[:60] for path in (pair.path1, pair.path2))
@@ -236,8 +236,8 @@ class Page:
 
 
 def sweep(folder: Path, age: float) -> None:
-    """Remove what lies below `folder` and nobody has written or taken up for `age` seconds."""
-    for path in sorted(folder.rglob("*"), reverse=True):  # what is inside of a folder before it
+    """Remove what lies below `folder` and was not written or moved for `age` seconds."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # a folder after its files
         with suppress(OSError):  # moved meanwhile, or a folder that is not empty
             if time.time() - path.stat().st_ctime > age:
                 path.rmdir() if path.is_dir() else path.unlink()
@@ -255,9 +255,9 @@ def keep_swept(folder: Path, age: float) -> None:
 
 
 def quiet_blocks(gr) -> type:
-    """gradio.Blocks that answers a request it cannot take with one line in the log.
+    """gradio.Blocks that logs a request it cannot take as one line.
 
-    Gradio would print a traceback, as for an error of ours.
+    Gradio itself would print a traceback, as for an error of ours.
     """
 
     class QuietBlocks(gr.Blocks):

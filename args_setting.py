@@ -15,6 +15,7 @@ DATA_DIR = ROOT / "HMIFDatasets"  # of the data set
 
 MODULES = ("casf", "aff", "sfef", "blend")  # what a network can be trained without
 
+VERSION = "0.1.0"  # of the software, as in CITATION.cff
 # task -> folder of source 1 (source 2 is always MRI); the published names
 TASKS = {"CT-MRI": "CT", "PET-MRI": "PET", "SPECT-MRI": "SPECT"}
 ALL_TASKS = (*TASKS, "all")
@@ -249,6 +250,29 @@ class VolumeArgs(WeightsArgs):
     dicom: Path | None = setting(
         None, "new folder for the fused slices as a DICOM series, by highdicom; names nobody"
     )
+    moved: Path | None = setting(
+        None,
+        "NIfTI file for the source without the grid: resampled onto it, in its own unit (SUV, "
+        "Bq/ml, HU, or as stored)",
+        metavar="FILE",
+    )
+    transform: Path | None = setting(
+        None,
+        "file for the transform, by its ending: .tfm or .txt (ITK), .mat (FSL), .lta (FreeSurfer), "
+        ".aff12.1D (AFNI)",
+        metavar="FILE",
+    )
+    labels: Path | None = setting(
+        None,
+        "a segmentation of either source (whole numbers, or DICOM SEG): it comes along onto the "
+        "grid of the result, as <out>_labels",
+        metavar="FILE",
+    )
+    labels_of: str = setting(
+        "auto",
+        "which source --labels belongs to; auto: its grid or DICOM frame of reference tells",
+        choices=("auto", "1", "2"),
+    )
     keep_patient: bool = setting(
         False, "copy patient and study from the DICOM source that has the grid"
     )
@@ -261,9 +285,9 @@ class VolumeArgs(WeightsArgs):
     )
     register: str = setting(
         "auto",
-        "rigid: move source 2 onto source 1; check: only measure; off; or an ITK transform or a "
-        "DICOM spatial registration; auto: check in one frame of reference, else rigid; images "
-        "also: similarity, and auto is off",
+        "rigid: move source 2 onto source 1; check: only measure; off; or a file with a transform "
+        "of ITK, FSL, FreeSurfer, AFNI or DICOM; auto: check in one frame of reference, else "
+        "rigid; images also: similarity, and auto is off",
         metavar="auto|off|check|rigid|FILE",
     )
     via: Path | None = setting(
@@ -272,7 +296,7 @@ class VolumeArgs(WeightsArgs):
     force: str = setting(
         "",
         "fuse although something is in doubt: of modality, space, place, overlap, registration, "
-        "with commas between; without a name all of them",
+        "units, patient, with commas between; without a name all but patient",
         nargs="?",
         const="all",
         metavar="WHAT",
@@ -324,7 +348,13 @@ class StudyArgs(VolumeArgs):
         None, "CSV with the columns img1, img2 and settings of a case", positional=True
     )
     bids: Path | None = setting(
-        None, "BIDS folder: *_ct and *_pet with *_T1w and *_T2w of one subject and session"
+        None, "BIDS folder: *_ct and *_pet with *_T1w, *_T2w and *_FLAIR of one subject"
+    )
+    participant_label: tuple[str, ...] = setting(
+        (), "--bids: only these subjects, with or without sub-", nargs="+", metavar="LABEL"
+    )
+    session_label: tuple[str, ...] = setting(
+        (), "--bids: only these sessions, with or without ses-", nargs="+", metavar="LABEL"
     )
     dir1: Path | None = setting(None, "two folders: source 1, images or volumes")
     dir2: Path | None = setting(None, "two folders: source 2, paired by file name")

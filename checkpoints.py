@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
-# A resumed run may differ in these, as they do not change what is trained.
-FREE = ("DEVICE", "threads", "data_dir", "save_dir", "workers", "resume", "minutes", "compile")
-FREE += ("save_every", "name", "overwrite", "epoch", "stages", "patch_size", "batch_size")
-FREE += ("cooldown", "val_every", "patience")
+# A resumed run may differ in these settings: they do not change the epochs that are done.
+FREE = (
+    *("DEVICE", "threads", "data_dir", "save_dir", "name", "overwrite", "resume", "minutes"),
+    *("workers", "compile", "save_every", "val_every", "patience", "cooldown"),
+    *("epoch", "stages", "patch_size", "batch_size"),  # see `past`
+)
 
 
 PROGRESS = {"epoch": int, "best": (int, float), "waited": int, "rows": list}  # types of its fields
@@ -62,9 +64,11 @@ class Run(NamedTuple):
     stages: list[Stage]
     out: Path  # what its files begin with, such as modelsave/compact_CT-MRI
     started: float  # time.time(); --minutes counts from here
+    data: str = ""  # `TrainPairs.digest` of the pairs to train on
 
     @property
     def epochs(self) -> int:
+        """How many epochs the run has in all."""
         return sum(stage.epochs for stage in self.stages)
 
     def file(self, ending: str) -> Path:
@@ -86,13 +90,13 @@ def stages_of(args: TrainArgs) -> list[Stage]:
         return [Stage(args.patch_size, args.batch_size, args.epoch, False)]
     stages = []
     for text in args.stages:
-        found = re.fullmatch(r"(\d{1,5})x(\d{1,5})x(\d{1,6})(:frozen)?", text)
-        numbers = tuple(map(int, found.groups()[:3])) if found else (0,)
+        match = re.fullmatch(r"(\d{1,5})x(\d{1,5})x(\d{1,6})(:frozen)?", text)
+        numbers = tuple(map(int, match.groups()[:3])) if match else (0,)
         if 0 in numbers:
             raise UserError(
                 f"stage {text!r}, expected PATCHxBATCHxEPOCHS as in 64x8x200, or 256x4x10:frozen"
             )
-        stages.append(Stage(*numbers, bool(found[4])))
+        stages.append(Stage(*numbers, bool(match[4])))
     return stages
 
 
@@ -111,8 +115,8 @@ class Progress:
     def __init__(self, epoch: int = 0, best: float = math.inf, waited: int = 0, rows=()):
         self.epoch = epoch  # how many are done
         self.best = best  # smallest shortfall so far, see evaluation/floors.py
-        self.waited = waited  # validations since then
-        self.rows = list(rows)  # what each epoch measured
+        self.waited = waited  # validations since the best one
+        self.rows = list(rows)  # of each epoch: what was measured, by name
 
     @property
     def seconds(self) -> float:
@@ -125,7 +129,7 @@ class Progress:
         self.rows.append(row)
 
     def judge(self, kind: str, measured: dict[str, float]) -> bool:
-        """Add what a validation measured to the last epoch; whether it is the best so far."""
+        """Add what a validation measured to the last epoch; True if it is the best so far."""
         self.rows[-1] |= {f"{kind}_{name}": value for name, value in measured.items()}
         better = measured["shortfall"] < self.best
         self.best = min(self.best, measured["shortfall"])
@@ -156,10 +160,11 @@ def start_of_files(args: TrainArgs) -> Path:
 def save_checkpoint(run: Run, state: TrainState, progress: Progress) -> None:
     """Write all that --resume needs; a kill at any moment leaves the old file or the new one.
 
-    No state of random generators is in it: what is random in an epoch follows from its number.
+    It needs no state of random generators: what is random in an epoch follows from its number.
     """
     states = {name: part.state_dict() for name, part in state._asdict().items()}
-    done = {"stages": past(run.stages, progress.epoch), "progress": vars(progress)}
+    stages = past(run.stages, progress.epoch)
+    done = {"stages": stages, "progress": vars(progress), "data": run.data}
     with whole_file(run.file("_last.pt")) as file:
         torch.save({"state": states, "settings": plain(run.args), "run": done}, file)
 
@@ -178,8 +183,8 @@ def past(stages: list[Stage], epoch: int) -> list[list]:
 def load_checkpoint(run: Run, state: TrainState) -> Progress:
     """Put `state` back to what a checkpoint keeps; returns how far the run has come.
 
-    It is read to the CPU, where AdamW keeps its step counts: on a GPU, each step would wait for
-    every one of them. The parts copy the rest to their own device.
+    It is read to the CPU. AdamW keeps its step counts there: on a GPU, each step would wait for
+    every one of them. The parts copy all else to their own device.
 
     Raises UserError if there is none, if it is damaged, or if a setting has changed. What is still
     to come of the stages may change.
@@ -187,16 +192,20 @@ def load_checkpoint(run: Run, state: TrainState) -> Progress:
     path = run.file("_last.pt")
     if not path.is_file():
         raise UserError(f"{path}: no such file, so there is no run to resume")
-    settings, states, done, progress = parts_of_checkpoint(path)
+    saved = parts_of_checkpoint(path)
+    progress = saved.progress
     now = plain(run.args)
-    settings = plain(TrainArgs()) | settings  # what an older version did not know
+    # Settings that are newer than the file count as the defaults.
+    settings = plain(TrainArgs()) | saved.settings
     changed = [
         f"{name} is {now.get(name)!r} and was {settings.get(name)!r}"
         for name in {**settings, **now}
         if name not in FREE and unordered(now.get(name)) != unordered(settings.get(name))
     ]
-    if past(run.stages, progress.epoch) != done:
-        changed.append(f"the first {progress.epoch} epochs were {named(done)}")
+    if saved.data != run.data:
+        changed.append("the pairs to train on are others than they were")
+    if past(run.stages, progress.epoch) != saved.stages:
+        changed.append(f"the first {progress.epoch} epochs were {named(saved.stages)}")
     if changed:
         weights = run.file(".safetensors")
         raise UserError(
@@ -205,8 +214,8 @@ def load_checkpoint(run: Run, state: TrainState) -> Progress:
         )
     for name, part in state._asdict().items():
         try:
-            check_part(part, states[name])
-            part.load_state_dict(states[name])
+            check_part(part, saved.states[name])
+            part.load_state_dict(saved.states[name])
         except Exception:  # of another network, or crafted: tensors of any kind, words, nothing
             raise UserError(f"{path}: damaged, its {name} does not fit this run") from None
     return progress
@@ -240,8 +249,18 @@ def check_part(part, saved: dict) -> None:
             raise ValueError(f"{name} is complex")
 
 
-def parts_of_checkpoint(path: Path) -> tuple[dict, dict, list[list[int]], Progress]:
-    """Settings, states by part, stages that are done, and how far the run has come.
+class Saved(NamedTuple):
+    """What a checkpoint keeps."""
+
+    settings: dict
+    states: dict  # of the parts of `TrainState`, by their names
+    stages: list[list]  # those that are done, see `past`
+    progress: Progress
+    data: str  # see `Run`
+
+
+def parts_of_checkpoint(path: Path) -> Saved:
+    """What a checkpoint file keeps.
 
     Raises UserError for a file that has none of these, or has them of other types.
     """
@@ -249,6 +268,7 @@ def parts_of_checkpoint(path: Path) -> tuple[dict, dict, list[list[int]], Progre
         saved = load_plain(path)
         settings, states = saved["settings"], saved["state"]
         done, progress = saved["run"]["stages"], Progress(**saved["run"]["progress"])
+        data = str(saved["run"]["data"])
         sound = isinstance(settings, dict) and isinstance(states, dict)
         sound &= all([*map(type, stage)] == [int, int, int, bool] for stage in done)
         sound &= all(isinstance(getattr(progress, name), kind) for name, kind in PROGRESS.items())
@@ -260,16 +280,16 @@ def parts_of_checkpoint(path: Path) -> tuple[dict, dict, list[list[int]], Progre
             f"{path}: damaged, or not a checkpoint of this version of train_asfe.py; begin a new "
             "run from its weights: --init WEIGHTS --name NEW"
         )
-    return settings, states, done, progress
+    return Saved(settings, states, done, progress, data)
 
 
 def unordered(value):
-    """A setting as it is compared: the order of a list, as of --loss_weights, means nothing."""
+    """A setting for a comparison: the order of a list, as of --loss_weights, does not count."""
     return sorted(value, key=repr) if isinstance(value, list) else value
 
 
 def plain(args: TrainArgs) -> dict:
-    """The settings as numbers, words and lists of them; of a path its last name."""
+    """The settings as numbers, words and lists of them; a path is its last name."""
     plain_types = {Path: lambda path: path.name, tuple: list}
     values = asdict(args).items()
     return {

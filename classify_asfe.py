@@ -23,7 +23,17 @@ if __name__ == "__main__":  # before the imports that take seconds
 import cv2
 import numpy as np
 
-from dataset import PEOPLE, Pair, Who, identify, images_in, match_pairs, read_pair, task_pairs
+from dataset import (
+    PEOPLE,
+    Pair,
+    Who,
+    decode_pair,
+    identify,
+    images_in,
+    match_pairs,
+    read_pair,
+    task_pairs,
+)
 from evaluation.classify import (
     all_others,
     by_person,
@@ -38,7 +48,7 @@ from evaluation.classify import (
 )
 from evaluation.features import extractor, radiomics
 from evaluation.trivial import mean
-from images import EXTENSIONS, luma8_of, read_luma8, to_uint8, write_png
+from images import EXTENSIONS, luma8, luma8_of, read_luma8, to_uint8, write_png
 from inference import optimise
 from weights import load_model
 
@@ -83,12 +93,9 @@ def inputs(lumas: tuple, fused: np.ndarray | None, features) -> dict[str, np.nda
 
 
 def read_pair8(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-    """Lumas of both sources; UserError if their sizes differ."""
-    lumas = read_luma8(pair.path1), read_luma8(pair.path2)
-    if lumas[0].shape != lumas[1].shape:
-        sides = ["x".join(map(str, luma.shape)) for luma in lumas]
-        raise UserError(f"{pair.path1} is {sides[0]}, {pair.path2} is {sides[1]}, expected equal")
-    return lumas
+    """Lumas (H, W) of both sources in 8 bits; UserError if their sizes differ."""
+    luma1, luma2 = map(luma8, decode_pair(pair))
+    return luma1, luma2
 
 
 def read_fused8(path: Path, lumas: tuple[np.ndarray, np.ndarray]) -> np.ndarray:

@@ -11,6 +11,7 @@ import ctypes
 import difflib
 import gc
 import io
+import math
 import os
 import platform
 import shutil
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from args_setting import (
     ALL_TASKS,
     EXTENSIONS,
+    VERSION,
     ClassifyArgs,
     MetricArgs,
     StudyArgs,
@@ -52,20 +54,21 @@ class UserError(ValueError):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, but an error is one line (and, as ever, exit code 2), and no flag is guessed."""
+    """argparse, but an error is one line with exit code 2, and no flag is guessed."""
 
     def error(self, message: str):
+        """Print what is wrong in one line and exit with 2."""
         if message.startswith("unrecognized arguments: --"):
             message = self.suggest(message.split()[2].partition("=")[0])
         self.exit(2, f"{self.prog}: error: {visible(message)}\n")
 
     def suggest(self, flag: str) -> str:
-        """What to say of a flag that is none: those that begin like it, else the most similar."""
+        """The message for an unknown flag: it names the flags that begin like it or are similar."""
         name = flag[2:].replace("-", "_")
         names = [action.dest for action in self._actions if action.option_strings]
-        meant = [n for n in names if n.startswith(name)]
-        meant = meant or difflib.get_close_matches(name, names, 1)
-        ask = f"is {' or '.join(f'--{n}' for n in meant)} meant?" if meant else "see --help"
+        similar = [n for n in names if n.startswith(name)]
+        similar = similar or difflib.get_close_matches(name, names, 1)
+        ask = f"is {' or '.join(f'--{n}' for n in similar)} meant?" if similar else "see --help"
         return f"there is no flag {flag}, {ask}"
 
 
@@ -76,6 +79,7 @@ def make_parser(cls: type, description: str = "") -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"ASFE-Fusion {VERSION}")
     hints = typing.get_type_hints(cls)
     for f in fields(cls):
         extras = dict(f.metadata)
@@ -101,7 +105,7 @@ def make_parser(cls: type, description: str = "") -> argparse.ArgumentParser:
 
 
 def plain_type(hint):
-    """Path | None -> Path: argparse wants something it can call; None is only ever a default."""
+    """The type that argparse can call: Path for `Path | None`, int for `tuple[int, ...]`."""
     if isinstance(hint, types.UnionType):
         return next(t for t in typing.get_args(hint) if t is not type(None))
     return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
@@ -115,6 +119,8 @@ def parse_args(cls: type, argv: list[str] | None = None, description: str = ""):
     for f in fields(cls):  # argparse does not check a default that was edited in args_setting.py
         value, choices = getattr(args, f.name), f.metadata.get("choices")
         each = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
+        if any(isinstance(v, float) and not math.isfinite(v) for v in each):
+            parser.error(f"{f.name} is {value}, expected a finite number")
         if choices and not set(each) <= set(choices):
             parser.error(f"{f.name} is {value!r}, expected one of {', '.join(choices)}")
         if "minimum" in f.metadata and not value >= f.metadata["minimum"]:
@@ -123,11 +129,13 @@ def parse_args(cls: type, argv: list[str] | None = None, description: str = ""):
 
 
 def command_line(cls: type, description: str, check: Callable | None = None):
-    """`parse_args` of a command, to be called before it imports what takes seconds to load.
+    """`parse_args` of a command. Call it before the imports that take seconds.
 
-    So --help and what is wrong with the flags come at once, also paths that are not there.
-    `check(args)` may raise UserError of flags that do not go together. Until `run_script`, Python
-    looks for no garbage: imports make none, and looking takes a tenth of the start.
+    So --help, wrong flags and missing paths are answered at once. `check(args)` may raise UserError
+    for flags that do not go together.
+
+    Python's garbage collector is off until `run_script`. Imports leave no garbage, and collecting
+    takes a tenth of the start.
     """
     args = parse_args(cls, None, description)
     run_script(check_inputs, args)
@@ -159,14 +167,14 @@ def check_inputs(args) -> None:
                 raise UserError(f"{path}: no such {kind}")
 
 
-# Unicode's categories of control and format characters, surrogates, separators of lines, and what
-# has no character yet
+# Unicode's categories of control and format characters, surrogates, separators of lines, and codes
+# without a character.
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 ASCII = str.maketrans({"↑": "^", "↓": "v", "→": ">", "×": "x", "–": "-", "…": "..."})
 
 
 def print_anywhere() -> None:
-    """Have a terminal that lacks a character, as one of cp1252 lacks ↑, print another for it."""
+    """Let a terminal without a character print another one; with code page 1252 it lacks ↑."""
     codecs.register_error("asfe", in_ascii)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -201,7 +209,7 @@ def say(*lines: object) -> None:
 def run_script(main: Callable, args) -> None:
     """Run a command's `main(args)`; what the user can mend ends in one line and exit code 2."""
     if not gc.isenabled():  # see `command_line`
-        gc.freeze()  # what was imported stays to the end, where Python need not look at it either
+        gc.freeze()  # modules stay until the end, so the collector need not look at them
         gc.enable()
     try:
         main(args)
@@ -214,12 +222,15 @@ def run_script(main: Callable, args) -> None:
 
 
 def setup_runtime(args) -> "torch.device":
-    """What comes before any work: memory, numbers, `args.threads`; the device of `args.DEVICE`."""
+    """Set up the process before any work; returns the device of `args.DEVICE`.
+
+    It sets how memory is kept, how subnormal numbers are treated, and `args.threads`.
+    """
     import torch  # not on top: see there
 
     keep_freed_memory()
-    # Subnormal numbers slow a CPU down and carry no information. First of all, because a thread
-    # inherits this setting from the one that starts it, and those that run do not hear of it.
+    # Subnormal numbers slow a CPU down and carry no information: they become 0.
+    # A thread takes this setting from the thread that starts it. So set it before any other starts.
     torch.set_flush_denormal(True)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -227,17 +238,18 @@ def setup_runtime(args) -> "torch.device":
 
 
 def keep_freed_memory() -> None:
-    """Have glibc, where it is the C library, reuse what is freed from here on, not return it.
+    """Tell glibc to keep freed memory for reuse; nothing happens with another C library.
 
-    Otherwise a pass on a CPU gets its maps of tens of MB from the system anew, page by page, which
-    is about a tenth of its time, and a third in a thread of its own, as on the page: the memory of
-    such threads is returned in any case, so all share that of the first. See mallopt(3).
+    A pass on a CPU needs maps of tens of MB. If each pass got them from the system anew, page by
+    page, that would take a tenth of its time. In a thread other than the first, as on the page, it
+    would take a third: glibc always returns the memory of such a thread. So all threads share the
+    memory of the first. See mallopt(3).
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: what is larger comes and goes on its own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the end that may stay
-        libc.mallopt(-8, 1)  # M_ARENA_MAX
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: larger pieces come directly from the system
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free bytes at the end that are kept
+        libc.mallopt(-8, 1)  # M_ARENA_MAX: one pool of memory for all threads
 
 
 def pick_device(name: str) -> "torch.device":
@@ -253,7 +265,7 @@ def pick_device(name: str) -> "torch.device":
     try:
         device = torch.device(name)
     except RuntimeError:
-        device = torch.device("meta")  # as wrong as any other that follows
+        device = torch.device("meta")  # is refused below
     if device.type not in ("cpu", *absent):
         raise UserError(f"DEVICE is {name!r}, expected auto, cpu, cuda, cuda:N or mps")
     if absent.get(device.type) or (device.index or 0) >= max(torch.cuda.device_count(), 1):
@@ -266,7 +278,10 @@ def pick_device(name: str) -> "torch.device":
 
 @contextmanager
 def temporary_folder(prefix: str) -> Iterator[Path]:
-    """A folder that goes with the program; those of programs that were killed go before."""
+    """A folder that is removed when the program ends.
+
+    First it removes the folders that killed programs have left.
+    """
     remove_left(prefix)
     with tempfile.TemporaryDirectory(prefix=prefix) as folder:
         held = lock(Path(folder))
@@ -280,10 +295,10 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
 def remove_left(prefix: str, age: float = 10) -> None:
     """Remove the temporary folders of programs that no longer run.
 
-    One younger than `age` seconds may be of a program that starts just now and holds it soon.
+    A folder younger than `age` seconds stays: its program may have just started, and hold it soon.
     """
     for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        with suppress(OSError):  # it goes meanwhile, or is another user's
+        with suppress(OSError):  # somebody else removes it, or it is another user's
             old = time.time() - folder.lstat().st_ctime > age
             if old and not folder.is_symlink() and (held := lock(folder)) is not None:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -291,9 +306,9 @@ def remove_left(prefix: str, age: float = 10) -> None:
 
 
 def lock(folder: Path) -> int | None:
-    """Hold a folder as long as this program lives, however it ends.
+    """Lock a folder until this program ends, also if it is killed.
 
-    Returns the descriptor that holds it; None if another program does, or if the system cannot.
+    Returns the descriptor of the lock; None if another program has it, or on Windows.
     """
     try:
         import fcntl  # not on Windows
@@ -318,7 +333,7 @@ IMAGES = (SPLIT, FOLDERS, ONE_PAIR)
 
 
 class Use(NamedTuple):
-    """Where some settings have an effect. Those of a command that no row names have one always."""
+    """Where some settings have an effect. A setting that no row names always has one."""
 
     names: str  # of settings, with spaces between
     modes: tuple[str, ...]
@@ -341,7 +356,8 @@ USES = {
         Use("force", (VOLUME_PAIR,)),
         Use("force", (ONE_PAIR,), beside="register"),
         Use("series1 series2 where frame affine axis tile", (VOLUME_PAIR,)),
-        Use("png mosaic dicom nan_to_zero grid", (VOLUME_PAIR,)),
+        Use("png mosaic dicom moved transform labels nan_to_zero grid", (VOLUME_PAIR,)),
+        Use("labels_of", (VOLUME_PAIR,), beside="labels"),
         Use("keep_patient", (VOLUME_PAIR,), beside="dicom"),
         Use("overlap", (VOLUME_PAIR,), beside="tile"),
         Use("window", (VOLUME_PAIR,), tasks=("CT-MRI",)),
@@ -371,7 +387,7 @@ USES = {
         Use("overwrite", ("training",), without="resume"),
     ),
 }
-CASES = (ONE_PAIR, VOLUME_PAIR)  # what a case of a study is
+CASES = (ONE_PAIR, VOLUME_PAIR)  # a case of a study is one of these
 USES[StudyArgs] = tuple(
     use._replace(modes=tuple(mode for mode in use.modes if mode in CASES))
     for use in USES[TestArgs]
@@ -385,9 +401,9 @@ def changed(args) -> set[str]:
 
 
 def without_effect(cls: type, mode: str, task: str, given: Iterable[str]) -> dict[str, str]:
-    """Of the given settings those that have no effect, and why, in the order of their names."""
+    """The given settings that have no effect, by name in order, each with the reason."""
     given = set(given)
-    found = {}
+    reason_of = {}
     for name in sorted(given):
         rows = [use for use in USES[cls] if name in use.names.split()]
         here = [use for use in rows if mode in use.modes]
@@ -395,14 +411,14 @@ def without_effect(cls: type, mode: str, task: str, given: Iterable[str]) -> dic
         if rows and not here:
             modes = dict.fromkeys(mode for use in rows for mode in use.modes)
             doing = "fuses" if mode in MODES else "is"
-            found[name] = f"is for {' and '.join(modes)}, but this {doing} {mode}"
+            reason_of[name] = f"is for {' and '.join(modes)}, but this {doing} {mode}"
         elif here and all(reasons):
-            found[name] = reasons[0]
-    return found
+            reason_of[name] = reasons[0]
+    return reason_of
 
 
 def why_not(use: Use, task: str, given: set[str]) -> str:
-    """Why the settings of a row have no effect in its modes; empty if they have one."""
+    """Why the settings of a row have no effect, in a mode of the row; empty if they have one."""
     if task not in use.tasks:
         return f"is for {' and '.join(use.tasks)}, but the task is {task}"
     if use.beside and use.beside not in given:
@@ -432,16 +448,16 @@ def check_uses(args, mode: str) -> None:
 
 
 def check_metrics(args: MetricArgs) -> None:
-    """UserError if it is not said what to measure, or if a setting has no effect on that."""
+    """UserError if no flag says what to measure, or if a setting has no effect on that."""
     either("fused", "findings")(args)
     if args.findings and args.one_source:
         raise UserError("give one of --findings and --one_source, not both")
-    ways = ("findings", "one_source", "fused")
-    check_uses(args, f"--{next(name for name in ways if getattr(args, name))}")
+    modes = ("findings", "one_source", "fused")
+    check_uses(args, f"--{next(name for name in modes if getattr(args, name))}")
 
 
 def check_classify(args: ClassifyArgs) -> None:
-    """UserError unless one of three is asked for, and if a setting has no effect on it."""
+    """UserError unless exactly one of three modes is asked for, or if a setting has no effect."""
     either("labels", "exploratory", "leakage")(args)
     [asked, *more] = (name for name in ("labels", "exploratory", "leakage") if getattr(args, name))
     if more:
@@ -456,7 +472,10 @@ def check_training(args: TrainArgs) -> None:
 
 # --- what test_asfe.py fuses -----------------------------------------------------------------
 
-VOLUMES = tuple(".nii .nii.gz .hdr .img .img.gz .mgz .mgh .mha .mhd .nrrd .nhdr .dcm .ima".split())
+VOLUMES = (
+    *(".nii", ".nii.gz", ".hdr", ".img", ".img.gz"),
+    *(".mgz", ".mgh", ".mha", ".mhd", ".nrrd", ".nhdr", ".dcm", ".ima"),
+)
 
 
 def mode_of(args: TestArgs) -> str:
@@ -476,7 +495,7 @@ def mode_of(args: TestArgs) -> str:
 
 
 def is_volume(path: Path) -> bool:
-    """Whether a path is for volumes/: by its name, a folder (DICOM), or DICOM's mark in it."""
+    """Whether a path is a volume: a folder (of DICOM files), a volume's name, or DICOM's mark."""
     if path.is_dir() or path.name.lower().endswith(VOLUMES):
         return True
     return path.suffix.lower() not in EXTENSIONS and path.is_file() and has_dicom_mark(path)
@@ -489,7 +508,7 @@ def has_dicom_mark(path: Path) -> bool:
 
 
 def stem_of(path: Path) -> str:
-    """A file's name without the ending of its format, also a double one: "ct" of "ct.nii.gz"."""
+    """A file's name without the ending of its format: "ct" of "ct.png" and of "ct.nii.gz"."""
     ends = [end for end in (*VOLUMES, *EXTENSIONS) if path.name.lower().endswith(end)]
     return path.name[: -len(max(ends, key=len))] if ends else path.name
 
@@ -501,17 +520,34 @@ def check_mode(args: TestArgs) -> str:
     return mode
 
 
+ONE_PAIRS = {  # settings that a study has not for all of its cases, and what it has
+    "mosaic": "a study writes one for each volume",
+    "labels": "in a study it is a column of the table",
+    "transform": "in a study it is a column of the table",
+}
+
+
+def check_bids(args: StudyArgs) -> None:
+    """UserError if settings do not go with a BIDS folder, or without one."""
+    if (args.participant_label or args.session_label) and args.bids is None:
+        raise UserError("--participant-label and --session-label are for --bids")
+    if args.moved and args.bids:
+        raise UserError("--moved is for a table or two folders, --bids writes it in any case")
+
+
 def check_study(args: StudyArgs) -> None:
     """UserError if the settings do not go together."""
-    ways = [args.table, args.bids, args.dir1 and args.dir2]
-    if sum(way is not None for way in ways) != 1 or bool(args.dir1) != bool(args.dir2):
+    inputs = [args.table, args.bids, args.dir1 and args.dir2]
+    if sum(i is not None for i in inputs) != 1 or bool(args.dir1) != bool(args.dir2):
         raise UserError("give a table, or --bids, or --dir1 with --dir2")
     if args.out is None and args.bids is None:
         raise UserError("--out is missing, expected the folder for the fused pairs")
     if args.inside and args.table is None:
         raise UserError("--inside is for a table")
-    if args.mosaic:
-        raise UserError("--mosaic is for one pair, a study writes one for each volume")
+    check_bids(args)
+    for name, why in ONE_PAIRS.items():
+        if getattr(args, name):
+            raise UserError(f"--{name} is for one pair, {why}")
     if bool(args.scheduler) and bool(args.scheduler_file):
         raise UserError("give --scheduler or --scheduler-file, not both")
     if (args.scheduler or args.scheduler_file) and (args.jobs or args.memory):

@@ -162,8 +162,8 @@ def task_pairs(
 
 def as_told(pairs: list[Pair], levels: Sequence[str], page: Sequence[int] = ()) -> list[Pair]:
     """The pairs as `--levels` and `--page` want them read, see `images.readings`."""
-    told = images.readings(levels, page)
-    return [pair._replace(readings=told) for pair in pairs]
+    readings = images.readings(levels, page)
+    return [pair._replace(readings=readings) for pair in pairs]
 
 
 def decode_pair(pair: Pair, doubts: Doubts | None = None) -> tuple[Pixels, Pixels]:
@@ -189,17 +189,17 @@ def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
 class TrainPairs(torch.utils.data.Dataset):
     """Augmented crops of all pairs, which stay in memory as 8-bit luma.
 
-    An item is (images, name): both sources as (2, patch, patch) float32 in [0, 1]. How it is cut
-    follows from `seed`, `epoch` and its index alone: the same after a resume and in any process.
-    `patch` and `epoch` may be set anew between epochs; `workers` processes cut the patches. Raises
-    UserError for an image that is smaller than `smallest` pixels on a side.
+    An item is (images, name): both sources as (2, patch, patch) float32 in [0, 1]. How an item is
+    cut and varied follows from `seed`, `epoch` and its index alone. So it is the same after a
+    resume and in any process. `patch` and `epoch` may be set between epochs; `workers` processes
+    cut the patches. Raises UserError for an image that is smaller than `smallest` pixels on a side.
     """
 
     def __init__(self, pairs: list[Pair], smallest: int, seed: int = 0, workers: int = 0):
         self.names = [pair.name for pair in pairs]
         self.tasks = [task_of(pair) for pair in pairs]
         self.images = []
-        self.doubts = Doubts("all")  # of levels; of what modality they are, the user knows
+        self.doubts = Doubts("all")  # about levels only, not about modalities
         for pair in pairs:
             sources = decode_pair(pair, self.doubts)
             lumas = [to_uint8(images.luma_and_chroma(pixels)[0]) for pixels in sources]
@@ -211,6 +211,14 @@ class TrainPairs(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def digest(self) -> str:
+        """SHA-256 of the names and pixels of all pairs: what a resumed run must find again."""
+        total = hashlib.sha256()
+        for name, pair in zip(self.names, self.images, strict=True):
+            total.update(f"{name} {tuple(pair.shape)}".encode())
+            total.update(pair.numpy())
+        return total.hexdigest()
 
     def __getitem__(self, i: int) -> tuple[Tensor, str]:
         with torch.random.fork_rng(devices=[]):
@@ -249,9 +257,10 @@ def augment(images: Tensor, patch: int) -> Tensor:
 
 
 def vary(images: Tensor) -> Tensor:
-    """(2, H, W) with another contrast and gamma of each source, and up to a pixel between them.
+    """(2, H, W) with another contrast and gamma of each source, and a shift of up to a pixel.
 
-    So scanners differ, and so registered scans still lie apart. Each change is made half the time.
+    Contrast and gamma stand for other scanners, the shift for what a registration leaves. Each
+    change is made half the time.
     """
     gamma = torch.where(torch.rand(2) < 0.5, torch.empty(2).uniform_(0.7, 1.4), 1.0)
     contrast = torch.where(torch.rand(2) < 0.5, torch.empty(2).uniform_(0.7, 1.0), 1.0)
@@ -281,7 +290,7 @@ class Split(NamedTuple):
     train: list[Pair]
     val: list[Pair]  # validated on
     left_out: list[Pair]  # neither trained nor validated on
-    who: dict[Pair, Who]  # of each pair; empty if nobody is held back, as names need not tell then
+    who: dict[Pair, Who]  # of each pair; empty if nobody is held back: then names need not tell it
 
 
 def case_of(pair: Pair, pattern: str = CASE_PATTERN) -> str:
@@ -291,8 +300,8 @@ def case_of(pair: Pair, pattern: str = CASE_PATTERN) -> str:
     does not fit, or the pattern is no expression with a group.
     """
     try:
-        if (found := re.fullmatch(pattern, pair.name)) and found[1]:
-            return found[1]
+        if (match := re.fullmatch(pattern, pair.name)) and match[1]:
+            return match[1]
     except (re.error, IndexError):
         wanted = "a regular expression with the case in brackets"
         raise UserError(f"case_pattern is {pattern!r}, expected {wanted}") from None
@@ -305,7 +314,7 @@ def case_of(pair: Pair, pattern: str = CASE_PATTERN) -> str:
 def people(root: Path) -> dict[tuple[str, str], str]:
     """The person of each (task, case) that people.csv lists: that of the data folder, else ours.
 
-    Of the HMIF set three cases of PET-MRI are one head, and two people are in two tasks. A case
+    In the HMIF set, three cases of PET-MRI show one head, and two people are in two tasks. A case
     that is not listed is a person of its own.
     """
     path = Path(root) / PEOPLE.name
@@ -332,7 +341,8 @@ def identify(
 ) -> dict[Pair, Who]:
     """Whose each pair is, of pairs by task; see `people` and `case_of`.
 
-    In HMIF each task has its own numbers. With another `pattern`, a case is one in all tasks.
+    With the pattern of HMIF, a number in two tasks is two people. With another `pattern`, it is the
+    same person.
     """
     listed = people(root)
     found = {}
@@ -460,17 +470,17 @@ def validation_people(sizes: dict[str, Counter], share: float) -> set[str]:
 
 
 def split_lines(split: Split) -> list[str]:
-    """What a run prints of who does not train: the cases by setting, and what a task lacks."""
+    """The lines of a run on who is held out: the cases of each setting, and what a task lacks."""
     lines, present = [], {w.task for w in split.who.values()}
     if not present:
         return ["nobody is held out for validation"]
     for what, pairs in (("left out", split.left_out), ("held out for validation", split.val)):
         if pairs:
-            found = [split.who[pair] for pair in pairs]
-            count = len({w.person for w in found})
+            shown = [split.who[pair] for pair in pairs]
+            count = len({w.person for w in shown})
             lines.append(
                 f"{what}: {len(pairs)} pairs of {count} {'person' if count == 1 else 'people'}, "
-                f"cases {case_names(found, len(present) > 1)}"
+                f"cases {case_names(shown, len(present) > 1)}"
             )
     for task in (task for task in TASKS if task in present):
         trained, held = (
@@ -530,9 +540,9 @@ def _sha256(path: Path) -> str | None:
 
 
 def check(root: Path) -> tuple[list[str], list[str]]:
-    """What is there, a line for each folder, and a line for each thing that is wrong.
+    """Two lists of lines: what is there, by folder, and what is wrong.
 
-    An image outside of the set's folders is never read, so it is named but not wrong: the
+    An image outside of the set's folders is never read. So it is named, but it is not wrong: the
     published collection has one.
     """
     sums, found, wrong = hmif_sums(), [], []

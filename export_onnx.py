@@ -7,10 +7,12 @@ The file computes what `ASFEFusion.fuse` does: inputs `img1` and `img2`, output 
 (batch, 1, height, width) float32 in [0, 1], from 16 x 16 up; mirroring to the multiple that the
 network needs, cropping and clipping are inside. `onnx_example.py` runs it without PyTorch.
 
-Before the file gets its name, ONNX Runtime computes it on three sizes, and numbers that differ by
-more than `TOLERANCE` are an error. What exporters get wrong is spelled out below with matrix
-products, for the exported copy only: Fourier transforms (ONNX has them on one axis and without an
-inverse to real numbers) and shapes that are Python integers.
+Before the file gets its name, ONNX Runtime computes it on three sizes. Numbers that differ by more
+than `TOLERANCE` are an error.
+
+Exporters get two things wrong, so the exported copy has them in other words. Fourier transforms are
+matrix products: ONNX has transforms on one axis only, without an inverse to real numbers. Shapes
+are computed in the graph, not as Python integers.
 
 Legend: as in network.py; K = W/2+1 frequencies along W.
 """
@@ -78,7 +80,8 @@ class Fourier:
         z = z.unflatten(3, (2, self.m)).permute(0, 1, 3, 4, 2, 5)  # (B, C, c, k2, k1, K)
         return z.flatten(3, 4).flatten(1, 2)
 
-    def inverse(self, z: Tensor) -> Tensor:  # (B, 2C, H, K) or fewer columns -> (B, C, H, W)
+    def inverse(self, z: Tensor) -> Tensor:
+        """(B, 2C, H, K), or fewer columns than K, -> (B, C, H, W)."""
         columns = z.shape[3]
         first, second = self.first.transpose(0, 1), self.second.transpose(1, 2)
         z = z.unflatten(2, (self.m, self.p)).unflatten(1, (-1, 2))  # (B, C, c, k2, k1, K)
@@ -184,7 +187,7 @@ def export(model: ASFEFusion, metadata: dict) -> bytes:
     file = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # on Python integers that are constants: they are
-        # by tracing: torch.export takes minutes to reason about these shapes, for the same numbers
+        # By tracing: torch.export takes minutes to reason about these shapes, with equal results.
         torch.onnx.export(
             PortableFusion(model),
             pair,

@@ -1,12 +1,13 @@
-"""Jobs of fusing: what a run may write, checked in one place, and pairs of images.
+"""What a run may write, checked in one place; and the fusion of pairs of images.
 
-A request says what one job needs, and a result what became of it. Nothing here prints.
-`fuse_images` is for images; volumes/ has `fuse_volumes`, and checks its outputs here, too.
+Two sections: first the plan of outputs, which images and volumes share, then `fuse_images`.
+volumes/ has `fuse_volumes`. A request says what one job needs, a result what became of it. Nothing
+here prints.
 
-Every source is decoded once. Bad input should leave no output, so all pairs are decoded before the
-first image is written, as long as their pixels fit into AHEAD bytes. Of a larger folder the rest is
-checked by its headers before anything is written, and decoded as its turn comes. An image that
-turns out to be damaged then ends the run with a line that names it, and what was written stays.
+Every source is decoded once. Bad input should leave no output. So pairs are decoded before the
+first image is written, until their pixels fill AHEAD bytes. The other pairs of a large folder are
+checked by their headers at that time, and decoded later, one by one. If one of them turns out to be
+damaged, the run ends with a line that names it, and what was written stays.
 
 Legend: B pairs that go through the network together, H W pixels; images as in images.py.
 """
@@ -61,7 +62,7 @@ class Output(NamedTuple):
     path: Path
     flag: str = "--out"  # what names it, for messages
     names: str | None = None  # of a folder: the names of its files, as a regular expression
-    replaces: bool = False  # any file of its name, not only what an earlier run has listed
+    replaces: bool = False  # may replace any file of its name, also one that no run of ours listed
 
 
 @dataclass(frozen=True)
@@ -114,20 +115,20 @@ class Plan:
                     )
 
     def earlier(self) -> set[str]:
-        """What earlier runs into the same result have listed.
+        """The files that earlier runs into the same result have listed.
 
-        A run that was killed while its files got their names has left its sidecar under the name
-        that it had until then.
+        A run that was killed while it renamed its files has left its sidecar under a temporary
+        name. That list counts, too.
         """
         result = self.outputs[0].path
-        found = [listed(path, result) for path in (self.sidecar, part_of(self.sidecar))]
-        return set().union(*(f for f in found if listed_as(result, self.sidecar) in f))
+        lists = [listed(path, result) for path in (self.sidecar, part_of(self.sidecar))]
+        return set().union(*(names for names in lists if listed_as(result, self.sidecar) in names))
 
     def stale(self, written: Iterable[Path]) -> list[Path]:
-        """Files that an earlier run listed and this one does not write, as far as they are there.
+        """Existing files that an earlier run listed and this run does not write.
 
-        They would pass for files of this run. Those in folders that this run does not name, and
-        outside of the sidecar's, cannot be found. A source is never among them.
+        They would look like files of this run, so they are to be removed. A source is never among
+        them. Files outside of the sidecar's folder are found only in folders that this run names.
         """
         kept = {os.path.realpath(path) for path in (*written, *self.sources)}
         earlier = self.earlier()
@@ -161,14 +162,14 @@ def check_plans(plans: Sequence[Plan]) -> None:
         plan.check_in_the_way()
 
 
-SOFTWARE = "ASFE-Fusion"  # in a sidecar: it is one of ours
+SOFTWARE = "ASFE-Fusion"  # marks a sidecar as one of ours
 OUTSIDE = "elsewhere:"  # in a list of files: the path is not told, only its hash
 
 
 def listed_as(path: Path, sidecar: Path) -> str:
     """How a sidecar lists a file: by its path from the sidecar's folder.
 
-    The path of a file that lies elsewhere could say whose it is. Its hash stands for it.
+    A path outside of that folder may contain a patient's name. So its hash is listed instead.
     """
     whole, folder = Path(os.path.realpath(path)), os.path.realpath(sidecar.parent)
     if whole.is_relative_to(folder):
@@ -177,9 +178,9 @@ def listed_as(path: Path, sidecar: Path) -> str:
 
 
 def listed(sidecar: Path, result: Path) -> set[str]:
-    """What a sidecar of ours lists; nothing if there is none.
+    """The files that a sidecar of ours lists; empty if there is none.
 
-    Older ones have no list. They count as those of `result`, with what such a run had beside it.
+    Old sidecars have no list. For them it is `result` and what a run of that time wrote beside it.
     """
     try:
         content = json.loads(sidecar.read_text(encoding="utf-8"))
@@ -261,10 +262,10 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 
 def sidecars_of(source: Path) -> list[str]:
-    """The JSON files of a source's folder and stem, where BIDS and dcm2niix describe it.
+    """The JSON files that could describe a source: of its folder and stem, as BIDS has them.
 
-    Whether they exist makes no difference: one of ours would seem to describe the source. A link
-    has one beside it, and its target another. A folder has none.
+    They need not exist: a new one of ours would seem to describe the source. For a link it is one
+    beside the link and one beside its target. A folder has none.
     """
     if source.is_dir():
         return []
@@ -273,15 +274,18 @@ def sidecars_of(source: Path) -> list[str]:
 
 
 # What --force can name.
-FORCED = ("modality", "space", "place", "overlap", "registration")
+FORCED = ("modality", "space", "place", "overlap", "registration", "units", "patient")
 
 
 def forced_by(text: str) -> frozenset[str]:
-    """What `--force` names, with commas between; UserError if it names anything else."""
+    """What `--force` names, with commas between; UserError if it names anything else.
+
+    "all" is all but two patients, who must be named.
+    """
     names = [name.strip() for name in text.split(",") if name.strip()]
     if wrong := [name for name in names if name not in (*FORCED, "all")]:
         raise UserError(f"--force names {wrong[0]!r}, expected all, or of {', '.join(FORCED)}")
-    return frozenset(FORCED if "all" in names else names)
+    return frozenset({*FORCED} - {"patient"} | {*names} - {"all"} if "all" in names else names)
 
 
 # --- pairs of images -------------------------------------------------------------------------
@@ -310,7 +314,7 @@ class ImageRequest:
 
     @property
     def keeps_transform(self) -> bool:
-        """Whether the given transform lies already where it would be written: it stays as it is."""
+        """Whether the given transform is the file that would be written; then it stays as it is."""
         place = self.out.with_name(self.out.stem + COMPANIONS["transform"])
         given = self.transform and os.path.realpath(self.transform)
         return given == os.path.realpath(place)
@@ -341,16 +345,23 @@ def image_request_from(pair: Pair, words: Mapping[str, Any]) -> ImageRequest:
 
     Raises UserError for words that make no request.
     """
-    how, transform = str(words["register"]), None
-    if how not in WAYS_OF_IMAGES:
-        if not Path(how).is_file():
+    way, transform = str(words["register"]), None
+    if way == "auto":
+        way = "off"
+    elif way not in WAYS_OF_IMAGES:
+        if not Path(way).is_file():
             ways = ", ".join(WAYS_OF_IMAGES)
-            raise UserError(f"--register is {how}, expected {ways}, or a transform's file")
-        how, transform = "file", Path(how)
-    how, forced = "off" if how == "auto" else how, forced_by(words["force"])
-    files = {"pair": pair, "out": words["out"], "transform": transform}
-    options = {"task": words["task"], "register": how, "stretch": words["stretch"]}
-    return ImageRequest(**files, **options, forced=forced)
+            raise UserError(f"--register is {way}, expected {ways}, or a transform's file")
+        way, transform = "file", Path(way)
+    return ImageRequest(
+        pair,
+        words["out"],
+        task=words["task"],
+        register=way,
+        transform=transform,
+        forced=forced_by(words["force"]),
+        stretch=words["stretch"],
+    )
 
 
 @dataclass(frozen=True)
@@ -399,8 +410,8 @@ def fuse_images(
 ) -> Iterator[FusedImage]:
     """Fuse pairs of images, write each fused image, and yield each result in the given order.
 
-    What can be checked is checked before this function returns: outputs, and sources as far as the
-    head of this file says. The images are made as one asks for them.
+    Outputs and sources are checked before this function returns; the head of this file says how
+    far. The images are fused while the caller iterates.
 
     Args:
         model: a network, as of `weights.load_weights`.
@@ -430,17 +441,17 @@ def fuse_images(
 
 def _decode_ahead(requests: Sequence[ImageRequest]) -> list[_Decoded]:
     """The first pairs, until their pixels have AHEAD bytes."""
-    found, size = [], 0
+    decoded, size = [], 0
     for request in requests:
         if size >= AHEAD:
             break
-        found.append(_decoded(request))
-        size += sum(pixels.values.nbytes for pixels in found[-1].sources)
-    return found
+        decoded.append(_decoded(request))
+        size += sum(pixels.values.nbytes for pixels in decoded[-1].sources)
+    return decoded
 
 
 def _check_headers(request: ImageRequest) -> tuple[int, int]:
-    """The size of source 1; UserError for what the headers of a pair tell, without decoding it."""
+    """The size of source 1; UserError if the headers of a pair show that it cannot be fused."""
     pair = request.pair
     size1, size2 = map(header_size, (pair.path1, pair.path2), pair.readings)
     if not request.registers:
@@ -492,16 +503,18 @@ def _registered(pair: _Decoded) -> _Decoded:
     request, (source1, source2) = pair.request, pair.sources
     luma1, _ = luma_and_chroma(source1)
     luma2, chroma2 = luma_and_chroma(source2)
-    how = request.register, request.transform, request.forced
-    found = register_image(luma1, luma2, chroma2, *how)
-    shift = Shift(found.moved_pixels, found.text is not None, tuple(found.doubts))
-    if found.text is None:
+    registered = register_image(
+        luma1, luma2, chroma2, request.register, request.transform, request.forced
+    )
+    applied = registered.text is not None
+    shift = Shift(registered.moved_pixels, applied, tuple(registered.doubts))
+    if not applied:
         return _Decoded(request, pair.sources, pair.odd, shift)
-    moved = stored(found.luma, found.chroma, source2.values.dtype)
+    moved = stored(registered.luma, registered.chroma, source2.values.dtype)
     extras = {
         "moved source 2": png_bytes(moved.values),
-        "transform": found.text,
-        "overlay": png_bytes(found.picture),
+        "transform": registered.text,
+        "overlay": png_bytes(registered.picture),
     }
     return _Decoded(request, (source1, moved), pair.odd, shift, extras)
 

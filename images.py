@@ -63,10 +63,10 @@ def is_image(path: Path) -> bool:
 
 
 class Quiet:
-    """Libraries do not comment on odd files while one is read: our error says enough.
+    """Keeps libraries from printing while a file is read; our own error says what is wrong.
 
-    What is switched belongs to the whole process. So the first reader switches it and the last one
-    switches it back, also where several threads read at once.
+    The switch counts for the whole process, and several threads may read at once. So the first
+    reader switches, and the last one switches back.
     """
 
     def __init__(self, switch: Callable[[ExitStack], None]):
@@ -144,7 +144,7 @@ def read_uint8(path: Path, reading: Reading = AS_STORED) -> np.ndarray:
 
 
 def luma_and_chroma(pixels: Pixels) -> tuple[np.ndarray, np.ndarray | None]:
-    """The two of decoded pixels, as `read_image` returns them."""
+    """Luma and chroma of decoded pixels, as `read_image` returns them."""
     values, black, white = pixels
     if values.ndim == 3 and is_grey(values):
         values = values[..., 0]
@@ -199,8 +199,9 @@ def pixels_of(
 def opened(path: Path, data: bytes, page: int | None = None) -> Image.Image:
     """An image as Pillow opens it, its pixels not yet decoded.
 
-    What it will cost is known from its headers, before they are believed. `page`, from 1, is the
-    one whose pixels count. UserError for too much; any other error for what is no image.
+    Before anything is decoded, the headers are checked against limits.py. `page`, from 1, is the
+    page whose pixels count. Raises UserError for too much, and any other error for what is no
+    image.
     """
     limits.check_jpeg(path, data)
     limits.check_png(path, data)
@@ -226,9 +227,9 @@ def header_size(path: Path, reading: Reading = AS_STORED) -> tuple[int, int]:
             image = opened(path, data, reading.page)
             turn_to_page(image, path, reading.page)
             width, height = image.size
-            # Pillow would decode a PNG to look for EXIF behind its pixels
-            told = image.format != "PNG" or "exif" in image.info
-            turn = image.getexif().get(ORIENTATION, 1) if told else 1
+            # In a PNG without EXIF before its pixels, Pillow would decode all to look behind them.
+            has_exif = image.format != "PNG" or "exif" in image.info
+            turn = image.getexif().get(ORIENTATION, 1) if has_exif else 1
         except UserError:
             raise
         except Exception:  # a parser of strange bytes may stumble in any way
@@ -322,9 +323,10 @@ def levels_of(
 def declared_white(values: np.ndarray, image: Image.Image, data: bytes) -> int:
     """The white that a file of 16 bits declares; 65535 if it declares none, or a wrong one.
 
-    TIFF: BitsPerSample, and MaxSampleValue where it is that of a number of bits; other values of it
-    are statistics of the image (TIFF 6.0, page 37). PNG: sBIT, unless the values have been scaled
-    to 16 bits, as the specification wants it (PNG, 11.3.2.7 and 13.12).
+    TIFF: by BitsPerSample; also by MaxSampleValue if it is the largest value of some number of
+    bits, as 4095. Any other MaxSampleValue is a statistic of the image (TIFF 6.0, page 37). PNG: by
+    sBIT, unless the values were scaled to 16 bits, as the specification asks for (PNG, 11.3.2.7 and
+    13.12).
     """
     if image.format == "TIFF":
         bits, white = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0], 0
@@ -365,7 +367,7 @@ def parse_levels(text: str) -> str | tuple[int, int]:
 
 
 def readings(levels: Sequence[str], page: Sequence[int] = ()) -> tuple[Reading, Reading]:
-    """How to read source 1 and 2, by `--levels` and `--page`; UserError if there is no such way."""
+    """How to read source 1 and 2, by `--levels` and `--page`; UserError for wrong values."""
     for name, values in (("levels", levels), ("page", page)):
         if len(values) > 2:
             raise UserError(f"{name} has {len(values)} values, expected one, or one a source")
@@ -392,6 +394,14 @@ class Doubts:
                 f"dark {source}",
                 f"{path}: 16 bits, but no value above {most}, and white is 65535; if {likely} is "
                 f"white, give --levels {flag}",
+            )
+        brightest = max(black, white)
+        if not isinstance(reading.levels, str) and 0 < most < brightest / 8:
+            bits = 8 * values.dtype.itemsize
+            self._note(
+                f"levels {source}",
+                f"{path}: {bits} bits, no value above {most}, but --levels says that {brightest} "
+                "is white, so it is nearly black; --levels auto takes the file's own",
             )
         colour = values.ndim == 3 and np.ptp(values, axis=2).max() > 0.1 * abs(white - black)
         if colour and modality in ("CT", "MRI"):
@@ -457,10 +467,10 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which takes the place of `path` once all of it is on the disk.
+    """A file to write to; it gets the name `path` once all of it is on the disk.
 
-    A run that is killed leaves the old file or the new one. An error, also that of a full disk,
-    leaves the old file alone.
+    A run that is killed leaves the old file or the new one. After an error, such as a full disk,
+    the old file is as it was.
     """
     part = part_of(path)
     try:
@@ -470,7 +480,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         part.replace(path)
     except (OSError, RuntimeError) as error:
-        # of a full disk it names no file, else the wrong one; torch.save hides it behind another
+        # The error names no file or the temporary one, so it is raised anew. torch.save raises a
+        # RuntimeError in its place, and has the OSError as context.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
@@ -492,9 +503,9 @@ def write_together(
 ) -> None:
     """Write files that belong together: all of them or, after an error, none.
 
-    Each is complete on the disk before the first gets its name. The names come in the dictionary's
-    order, one right after the other. Before that the files of `remove` go, which would not belong
-    to the new ones. An OSError names the file that could not be written.
+    All are complete on the disk, under temporary names, before the first gets its own name. Then
+    the files of `remove`, which do not belong to the new ones, are removed. Then the new files get
+    their names, in the dictionary's order. An OSError names the file that could not be written.
     """
     parts = {path: part_of(path) for path in writers}
     path = None

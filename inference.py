@@ -1,14 +1,14 @@
 """An equivalent of the network that is faster and smaller on a CPU.
 
-`network.py` is the definition; whatever only makes it faster is here, behind `optimise`, and tests
-hold the results equal to 1e-5. docs/speed.md says what each part is worth, and what was tried and
-is worth too little.
+`network.py` is the definition. What only makes it faster is here, behind `optimise`. Tests hold the
+results equal to 1e-5. docs/speed.md says how much time each part saves, and what was tried in vain.
 
-* BlurPool: the largest of four neighbours as two maxima.
-* Fusion: an inverse transform is linear, so that one serves the sum of both modalities' spectra.
-* SFEF: both softmaxes share their logits, where no exponential can overflow.
-* Decoder: BatchNorm moves into the weights of the convolution before it, maps that would be joined
-  for a convolution each meet their own part of its weights, and the activation works in place.
+* BlurPool: the largest of four neighbours is computed as two maxima.
+* Fusion: the inverse transform is linear. So the spectra of both modalities are added first, and
+  transformed back once.
+* SFEF: both softmaxes share their logits, if no exponential can overflow.
+* Decoder: BatchNorm becomes part of the convolution before it. Maps are not joined before a
+  convolution: each meets its own part of the weights. The activation works in place.
 
 Legend: as in network.py.
 """
@@ -24,17 +24,17 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from network import SFEF, ASFEFusion, BlurPool, ConvBlock, Decoder, FusionModule
 
 LARGEST_EXPONENT = 80  # exp(80) is 6e34, and float32 ends at 3e38
-LARGEST_LOGITS = 2**23  # fewer in number: the C library keeps no piece of memory of 32 MB
+LARGEST_LOGITS = 2**23  # at most so many: glibc does not reuse a piece of memory of 32 MB
 
 
 def optimise(model: ASFEFusion) -> ASFEFusion:
     """An equivalent of `model` that is faster on a CPU; on another device the model itself.
 
-    A new model in evaluation mode that shares the parameters and buffers of `model`. `forward` and
-    `fuse` give what the model's do, to 1e-5, and never write into their arguments. With gradients
-    enabled, in training mode, under autocast and in another type than float32 it computes as the
-    definition does. To move or cast it, do so with
-    `model` and optimise that. Hooks on modules inside may not fire.
+    It is a new model in evaluation mode that shares the parameters and buffers of `model`. Its
+    `forward` and `fuse` give the same as the model's, to 1e-5, and never write into their
+    arguments. With gradients enabled, in training mode, under autocast and in another type than
+    float32 it computes as the definition does. To move or cast it, move or cast `model` and call
+    this again. Hooks on inner modules may not fire.
     """
     if next(model.parameters()).device.type != "cpu":
         return model
@@ -87,7 +87,7 @@ class FastSFEF(SFEF):
         gamma = self.norm.gamma * x.shape[1] ** 0.5
         slots = self.slot_norm(self.slot_embeds).flatten(0, 1) * gamma  # (E*S, d)
         tokens = F.normalize(x.flatten(2).mT, dim=2)  # (B, N, d), without their gamma
-        # As tokens have length one, no logit is larger than its slot is long; and a sum is of N.
+        # Tokens have length one, so a logit is at most the length of its slot. A sum has N terms.
         exponent = slots.norm(dim=1).max() + math.log(tokens.shape[1])
         many = tokens.shape[0] * tokens.shape[1] * len(slots) >= LARGEST_LOGITS
         if many or exponent > LARGEST_EXPONENT:

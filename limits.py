@@ -101,7 +101,7 @@ def read_table(path: Path) -> str:
 
 
 class Unpacked(gzip.GzipFile):
-    """A file of gzip, unpacked as it is read. Nobody gets beyond `most` of its bytes."""
+    """A file of gzip, unpacked as it is read; TooMuchError for more than `most` bytes."""
 
     def __init__(self, path: Path, most: int):
         super().__init__(path, "rb")
@@ -115,6 +115,7 @@ class Unpacked(gzip.GzipFile):
             )
 
     def read(self, size: int | None = -1) -> bytes:
+        """At most `size` unpacked bytes; all that is left without it."""
         left = max(self.most - self.tell(), 0) + 1
         data = super().read(left if size is None or size < 0 else min(size, left))
         self._check(self.tell())
@@ -129,6 +130,7 @@ class Unpacked(gzip.GzipFile):
         return filled
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a place among the unpacked bytes."""
         if whence == io.SEEK_SET:
             self._check(offset)
         return super().seek(offset, whence)
@@ -160,6 +162,7 @@ class Inflated(io.RawIOBase):
                 )
 
     def read(self, size: int = -1) -> bytes:
+        """At most `size` unpacked bytes; all that is left without it."""
         end = self.most + 1 if size is None or size < 0 else self.at + size
         self._unpack_to(end)
         data = bytes(memoryview(self.known)[self.at : end])
@@ -167,10 +170,12 @@ class Inflated(io.RawIOBase):
         return data
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a place among the unpacked bytes."""
         self.at = offset if whence == io.SEEK_SET else self.at + offset
         return self.at
 
     def tell(self) -> int:
+        """The place among the unpacked bytes."""
         return self.at
 
 
@@ -182,6 +187,7 @@ class Elements:
         self.left = self.most
 
     def counted(self, file: io.BufferedIOBase) -> "CountedFile":
+        """The file, with its elements counted as it is read."""
         return CountedFile(file, self)
 
 
@@ -197,6 +203,7 @@ class CountedFile:
         self.name = getattr(file, "name", None)
 
     def read(self, size: int = -1) -> bytes:
+        """At most `size` bytes; WholeError without a size, TooMuchError for too many elements."""
         if size is None or size < 0:
             raise WholeError
         self.elements.left -= 1
@@ -376,6 +383,7 @@ def product(shape: Sequence[int]) -> int:
 
 
 def sides(shape: Sequence[int]) -> str:
+    """A shape for a message, as "256x192x40"."""
     return "x".join(map(str, shape))
 
 
@@ -522,6 +530,7 @@ def text(path: Path) -> str:
 
 
 def words(path: Path) -> list[str]:
+    """The words of a small file of the system."""
     return text(path).split()
 
 

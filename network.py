@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from args_setting import SIZES, ModelSize
+from cli import UserError
 
 HEADS = {"image": 1, "blend": 2, "bands": 6}  # head -> channels that the decoder makes for it
 STRONG = 0.08  # mean absolute detail, of the range, that a blend keeps beside any other
@@ -56,7 +57,7 @@ class BlurPool(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        # Not stored with the weights, so it has values also under torch.device("meta").
+        # On the CPU, so it has values also under torch.device("meta"): no file of weights has it.
         row = torch.tensor([1.0, 3.0, 3.0, 1.0], device="cpu")
         kernel = torch.outer(row, row).expand(channels, 1, 4, 4) / 64
         self.register_buffer("filt", kernel, persistent=False)
@@ -88,7 +89,7 @@ class Encoder(nn.Module):
 
 
 class PatchEmbed(nn.Conv2d):
-    """A p x p convolution of stride p, computed as the product of weights and patches it is."""
+    """A p x p convolution of stride p, computed as a product of weights and patches."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, N, D)
         p = self.stride[0]
@@ -155,14 +156,15 @@ class AFF(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.inverse(self.masked(self.transform(x.float())), x.shape[2], x.shape[3])
 
-    def masked(self, z: Tensor) -> Tensor:  # (B, 2C, H, K) -> (B, 2C, H, K)
+    def masked(self, z: Tensor) -> Tensor:
+        """A spectrum mixed over its channels and masked: (B, 2C, H, K) -> (B, 2C, H, K)."""
         z = F.relu(self.bn(self.conv(z)))
         pooled = torch.cat([z.mean(1, keepdim=True), z.amax(1, keepdim=True)], 1)
         return z * torch.sigmoid(self.mask(pooled))  # the mask is (B, 1, H, K)
 
     def transform(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, 2C, H, K): real and imaginary parts, c0.re, c0.im, c1.re, …"""
-        # Transforms run along neighbours in memory, convolutions like the channels to be those.
+        # A transform is fast along neighbours in memory; in channels last, channels are neighbours.
         x = x.permute(0, 2, 1, 3).contiguous()  # (B, H, C, W)
         z = torch.fft.rfft2(x, dim=(1, 3), norm=self.fft_norm)  # complex (B, H, C, K)
         return torch.view_as_real(z.transpose(2, 3).contiguous()).flatten(3).permute(0, 3, 1, 2)
@@ -191,9 +193,10 @@ class SFEF(nn.Module):
     """Spatial and frequency experts fusion: a soft mixture of experts over the pixels.
 
     Puigcerver, Riquelme, Mustafa, Houlsby: "From sparse to soft mixtures of experts" (ICLR 2024).
-    With logits L = tokens slots^T, a slot takes in softmax over the tokens of L^T, times tokens
-    (dispatch), and a token softmax over the slots of L, times what the experts return (combine).
-    Both are attentions without 1/sqrt(d), so the N x E*S logits need not exist as a whole.
+    The logits are L = tokens slots^T. Dispatch: a slot's input is the tokens, weighted by the
+    softmax of L over the tokens. Combine: a token's output is what the experts return for the
+    slots, weighted by the softmax of L over the slots. Both are attentions without 1/sqrt(d), so
+    the N x E*S logits need not exist as a whole.
     """
 
     def __init__(self, dim: int, experts: int, slots: int, residual: bool):
@@ -225,7 +228,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class FusionModule(nn.Module):
     """SFEF(concat[CASF(x, y), AFF2(x) + AFF1(y)]) at one scale (AFF numbers as published).
 
-    Where `size` leaves one out, x + y, the spatial part or a 1x1 convolution takes its place.
+    `size` may leave modules out. Then x + y takes the place of CASF, the spatial part that of AFF,
+    and a 1x1 convolution that of SFEF.
     """
 
     def __init__(self, channels: int, patch: int, size: ModelSize, aff: str):
@@ -303,7 +307,7 @@ class ASFEFusion(nn.Module):
             raise ValueError(f"img1 and img2 have shapes {got}, expected (B, 1, H, W) twice")
         if img1.shape[2] % self.multiple or img1.shape[3] % self.multiple:
             raise ValueError(f"images are {sides(img1)}, expected multiples of {self.multiple}")
-        # As one batch, so that BatchNorm trains on the joint statistics that it uses at test.
+        # As one batch: so BatchNorm trains on joint statistics of both images, as it uses later.
         scales = self.encoder(torch.cat([img1, img2]))  # four of (2B, C, H, W), x then y
         fused = [m(*scale.chunk(2)) for m, scale in zip(self.fusion, scales, strict=True)]
         return self.head(self.decoder(*fused), img1, img2)
@@ -333,6 +337,7 @@ class ASFEFusion(nn.Module):
 
         Returns a float32 tensor of the input's shape, on the model's device, in [0, 1]. Raises
         ValueError for shapes that differ or are too small, values out of range or not finite.
+        UserError, which is a ValueError too, for a result that is not finite.
         """
         device = next(self.parameters()).device
         a, b = as_batch("img1", img1, device), as_batch("img2", img2, device)
@@ -345,6 +350,8 @@ class ASFEFusion(nn.Module):
         finally:  # each module as it was: a trainer may have frozen some
             for module, mode in modes.items():
                 module.training = mode
+        if not torch.isfinite(out).all():
+            raise UserError("the fused image has values that are not finite: damaged weights?")
         if stretch:
             low, high = out.amin((1, 2, 3), keepdim=True), out.amax((1, 2, 3), keepdim=True)
             out = (out - low) / (high - low).clamp(min=torch.finfo(out.dtype).tiny)
@@ -380,7 +387,7 @@ def blend(img1: Tensor, img2: Tensor) -> Tensor:
 
 
 def bands(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Details of up to some 4 pixels, of up to some 16, and the rest, which add up to the images.
+    """Details of up to about 4 pixels, of up to about 16, and the rest; their sum is the images.
 
     (B, C, H, W) -> three of (B, C, H, W).
     """
@@ -401,7 +408,7 @@ def strong_details(detail: Tensor, window: int) -> Tensor:
 
 
 def low_pass(img: Tensor, factor: int) -> Tensor:
-    """(B, C, H, W) without what is smaller than some 2 `factor` pixels."""
+    """(B, C, H, W) without details that are smaller than about 2 `factor` pixels."""
     coarse = F.avg_pool2d(F.avg_pool2d(img, factor), 3, 1, 1, count_include_pad=False)
     return F.interpolate(coarse, scale_factor=factor, mode="bilinear")
 
@@ -416,5 +423,6 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     return x
 
 
-def sides(t: Tensor) -> str:  # for messages, as "256x192"
+def sides(t: Tensor) -> str:
+    """Height and width of (…, H, W) for a message, as "256x192"."""
     return f"{t.shape[-2]}x{t.shape[-1]}"

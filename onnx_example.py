@@ -11,11 +11,13 @@ import onnxruntime
 
 
 def stop(message: str) -> None:
+    """Print an error in one line and end with exit code 2."""
     print("onnx_example.py: error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
 
 
-def read(path: str) -> np.ndarray:  # (H, W, 3) RGB in [0, 1]
+def read(path: str) -> np.ndarray:
+    """An image of 8 bits as RGB, (H, W, 3) in [0, 1]; ends the program if it is none."""
     image = cv2.imread(path, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
     if image is None:
         stop(f"{path}: no such file, or not an image")
@@ -44,7 +46,10 @@ try:
 except Exception as error:  # its exceptions have no class in common
     stop(f"{network}: {error}")
 colour = images[0] - luma1[..., None]  # what colour adds to the luma of PET or SPECT
-image = ((fused[0, 0, ..., None] + colour).clip(0, 1) * 255).round().astype("uint8")
+luma = fused[0, 0, ..., None].clip(0, 1)
+room = np.where(colour > 0, 1 - luma, luma)  # up to white or down to black, of each channel
+share = np.minimum(1, room / np.maximum(np.abs(colour), 1e-9)).min(axis=2, keepdims=True)
+image = ((luma + share * colour) * 255).round().astype("uint8")  # luma and hue stay
 if not cv2.imwrite(out, cv2.cvtColor(image, cv2.COLOR_RGB2BGR)):
     stop(f"{out}: cannot be written")
 print(f"fused image: {out}")

@@ -1,8 +1,8 @@
-"""Drawn from formulas: heads as CT, MRI, PET and SPECT would show them, and shapes of findings.
+"""Heads drawn from formulas, as CT, MRI, PET and SPECT would show them.
 
-The heads are for the demo and the tests, where no patient image may be: skull, cortex, ventricles
-and a lesion with a calcified spot. The colour tables resemble those of the Harvard Whole Brain
-Atlas. The shapes are planted into images, in training and to measure what a fusion keeps of them.
+They are for the demo and the tests, where no patient's image may be. They have skull, cortex,
+ventricles and a lesion with a calcified spot. The colour tables resemble those of the Harvard Whole
+Brain Atlas.
 
 Legend: H = W = `side` pixels; a tissue map is (H, W) with the tissue's share of a pixel, in [0, 1].
 """
@@ -77,7 +77,7 @@ def draw_tissues(side: int, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     y, x = (np.mgrid[:side, :side] + 0.5) / side * 2 - 1
     turn = np.arctan2(y, x)
-    # the cortex is folded: sulci cut in from outside, white matter bulges out between them
+    # The cortex is folded: sulci cut in from outside, and white matter bulges out between them.
     phase = rng.uniform(0, 2 * np.pi, 3)
     folds = np.sin(17 * turn + 2.5 * np.sin(4 * turn + phase[0]) + phase[1])
     folds = folds + 0.5 * np.sin(31 * turn + phase[2])
@@ -101,7 +101,7 @@ def draw_tissues(side: int, seed: int) -> dict[str, np.ndarray]:
     calcification = _ellipse(at, (0.30, 0.01), (0.026, 0.020))
 
     shares, left = {}, np.ones_like(x)
-    for name, mask in (  # the first that covers a pixel has it
+    for name, mask in (  # of several at a pixel, the first one in this list has it
         ("calcification", calcification),
         ("lesion", lesion),
         ("csf", ventricles),
@@ -116,36 +116,8 @@ def draw_tissues(side: int, seed: int) -> dict[str, np.ndarray]:
     return shares
 
 
-SHAPES = ("disc", "blob", "ring", "line")
-
-
-def finding(
-    shape: str, sides: tuple[int, int], centre: tuple[float, float], radius: float, turn: float = 0
-) -> np.ndarray:
-    """The share that a finding has of each pixel: (H, W) float32 in [0, 1], its edges soft.
-
-    Args:
-        shape: "disc"; "blob", a gaussian; "ring", hollow by half; "line", a third as wide as long.
-        centre: row and column, in pixels.
-        radius: of the disc and the ring, twice the blob's sigma, half the line's length; in pixels.
-        turn: angle of the line, in radians.
-    """
-    y, x = np.ogrid[: sides[0], : sides[1]]
-    y, x = y - np.float32(centre[0]), x - np.float32(centre[1])
-    distance = np.hypot(x, y)
-    if shape == "blob":
-        return np.exp(-2 * (distance / radius) ** 2).astype(np.float32)
-    if shape == "line":
-        along, across = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
-        distance = np.maximum(np.abs(along), radius - radius / 3 + np.abs(across))
-    disc = np.clip((radius - distance) / 2 + 0.5, 0, 1)  # falls over two pixels
-    if shape == "ring":
-        disc = disc - np.clip((radius / 2 - distance) / 2 + 0.5, 0, 1)
-    return disc.astype(np.float32)
-
-
 def seed_of(*parts) -> int:
-    """One seed for a few numbers and names, the same on any machine; of 64 bits."""
+    """A seed of 64 bits that follows from numbers and names, the same on any machine."""
     digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big")
 

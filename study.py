@@ -10,13 +10,12 @@ not done again: stop it at any moment and start it again. report.html shows ever
 the cases out and restarts what dies; see docs/study.md. Settings: args_setting.py.
 """
 
-import json
 import logging
-import os
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from cli import (
     run_script,
     say,
     visible,
+    without_effect,
 )
 
 if __name__ == "__main__":  # before the imports that take seconds
@@ -38,7 +38,9 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 from tqdm import tqdm
 
+import limits
 from images import writable_folder, write_bytes
+from studies.bids import description, find_pairs, ignored
 from studies.cases import Case, Listing, find_cases
 from studies.report import write_report
 from weights import load_model
@@ -47,13 +49,12 @@ try:
     import dask
     from distributed import Client, KilledWorker, LocalCluster, as_completed
     from distributed.comm import CommClosedError
-    from distributed.system import MEMORY_LIMIT
 except ModuleNotFoundError as error:
     missing = error.name
 else:
     missing = None
 
-LEAST = 2  # GB of a process: with 1, two slices of 32 x 32 did not fit beside PyTorch
+LEAST = 2  # GB of a process: PyTorch and two slices of 32 x 32 did not fit into 1
 CONNECT = 20  # seconds that a cluster may take to answer
 # Of Dask, for the processes of this machine. A case whose worker died is tried once more. A worker
 # holds one case and nothing in store, so that no other case has part in a death. A worker never
@@ -66,7 +67,7 @@ CONFIG = {
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.terminate": 0.95,
-    # Ctrl-C reaches every process of the terminal; the run ends its workers, so they need no word.
+    # Ctrl-C reaches every process of the terminal. Workers ignore it: the run itself ends them.
     "distributed.worker.preload": ["import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"],
 }
 
@@ -80,7 +81,10 @@ def main(args: StudyArgs) -> None:
     check_weights(args, cases)
     writable_folder(out)
     if args.bids:
-        write_bytes(out / "dataset_description.json", description(args.bids).encode())
+        for line in find_pairs(listing_of(args, out).choice).left_out:
+            say(line)
+        write_bytes(out / "dataset_description.json", description(args.bids, out).encode())
+        write_bytes(out / ".bidsignore", ignored().encode())
     records: dict[str, dict] = {}
     with workers(args, jobs) as client:
         try:
@@ -102,24 +106,47 @@ SHARED = {f.name for f in fields(VolumeArgs)} | {"stretch"}  # count for all cas
 def cases_of(args: StudyArgs) -> tuple[Path, list[Case]]:
     """The folder of everything that is written, and the cases that the settings ask for."""
     out = (args.out or args.bids / "derivatives" / "asfe-fusion").absolute()
-    where = args.table, args.bids, args.dir1, args.dir2, args.skip_unmatched, args.inside
     words = {name: getattr(args, name) for name in SHARED}
     columns = columns_of(StudyArgs, SHARED)
     columns |= dict.fromkeys(("img1", "img2"), Column(Path, None, None, None))
     columns["name"] = Column(str, None, None, None)
-    return out, find_cases(Listing(out, *where), words, columns)
+    no_effect = partial(without_effect, StudyArgs)
+    return out, find_cases(listing_of(args, out), words, columns, no_effect)
+
+
+def listing_of(args: StudyArgs, out: Path) -> Listing:
+    """Where the pairs are."""
+    return Listing(
+        out,
+        args.table,
+        args.bids,
+        args.dir1,
+        args.dir2,
+        skip_unmatched=args.skip_unmatched,
+        participants=args.participant_label,
+        sessions=args.session_label,
+        inside=args.inside,
+    )
 
 
 def shares(args: StudyArgs) -> tuple[StudyArgs, int]:
     """The settings with the threads and GB of each process here, and how many processes."""
     if args.scheduler or args.scheduler_file:
         return args, 0
-    cores = os.cpu_count() or 1
+    cores, granted = limits.granted_cores(), limits.granted_memory() / 1e9
     jobs = args.jobs or max(1, cores // 2)
-    threads = args.threads or max(1, cores // jobs)
     if 0 < (args.memory or 0) < LEAST:
         raise UserError(f"--memory is {args.memory:g}, expected at least {LEAST} (GB)")
-    memory = args.memory or MEMORY_LIMIT / 1e9 / jobs
+    if not args.memory and granted / jobs < LEAST:
+        if args.jobs:
+            raise UserError(
+                f"--jobs is {jobs}, but of {granted:.1f} GB each would have {granted / jobs:.1f}, "
+                f"expected at least {LEAST}: give fewer"
+            )
+        jobs = max(1, int(granted // LEAST))
+        print(f"{jobs} at a time, as there are {granted:.1f} GB and each case needs {LEAST}")
+    threads = args.threads or max(1, cores // jobs)
+    memory = args.memory or granted / jobs
     return StudyArgs(**{**vars(args), "threads": threads, "memory": memory}), jobs
 
 
@@ -133,18 +160,6 @@ def check_weights(args: StudyArgs, cases: list[Case]) -> None:
         if key not in seen:
             load_model(*key, "cpu")
         seen.add(key)
-
-
-def description(bids: Path) -> str:
-    """dataset_description.json of the derivatives of a BIDS folder."""
-    code = {"Name": "ASFE-Fusion", "Description": "fused CT or PET and MRI"}
-    content = {
-        "Name": f"Fused volumes of {bids.resolve().name}",
-        "BIDSVersion": "1.10.0",
-        "DatasetType": "derivative",
-        "GeneratedBy": [code],
-    }
-    return json.dumps(content, indent=1) + "\n"
 
 
 @contextmanager

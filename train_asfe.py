@@ -85,6 +85,7 @@ def main(args: TrainArgs) -> None:
 
     # data and model
     pairs, held = load_pairs(run, processes)
+    run = run._replace(data=pairs.digest())
     check_settings(run, pairs, held, processes)
     torch.manual_seed(args.seed)
     model = make_model(run, processes.device)
@@ -128,7 +129,7 @@ def finish_epoch(
     progress: Progress,
     board: SummaryWriter,
 ) -> bool:
-    """Save and validate when it is time, write down what was measured; whether the run may stop."""
+    """Save, validate and write down what was measured; True if the run may stop."""
     args, model = run.args, state.averaged.module
     ends = progress.epoch == run.epochs
     stop = 0 < args.minutes * 60 <= time.time() - run.started
@@ -161,7 +162,7 @@ def train_epoch(
     state: TrainState,
     processes: Processes,
 ) -> dict[str, float]:
-    """Go through the pairs once; the means of loss and terms, learning rate and throughput."""
+    """Go through the pairs once; returns means of loss and terms, learning rate and throughput."""
     started = time.time()
     pairs.epoch, pairs.patch = epoch, stage.patch
     state.model.train()
@@ -213,7 +214,7 @@ def make_step(
     def gradients(images: Tensor) -> dict[str, float]:
         means = 0.0
         for k, part in enumerate(images.chunk(parts)):
-            # Processes exchange gradients once in a step, with its last part.
+            # Processes exchange their gradients once in a step, after its last part.
             waits = processes.world > 1 and k + 1 < parts
             with network.no_sync() if waits else nullcontext():
                 loss, terms = loss_of(part)
@@ -256,7 +257,7 @@ def memory_hint(batch: int, patch: int) -> Iterator[None]:
 
 
 def keep_good(model: ASFEFusion, run: Run) -> str:
-    """Save the averaged weights of a run that fails, if they are sound; what to tell of it."""
+    """Save the averaged weights of a run that fails, if they are finite; returns words on it."""
     path = run.file("_stopped.safetensors")
     try:
         save_weights(model, path, {"stopped": True})
@@ -306,7 +307,8 @@ def picture_of(model: ASFEFusion, chosen: list[Tensor]) -> np.ndarray:
 def validate(model: ASFEFusion, chosen: list[tuple[str, Tensor]]) -> dict[str, float]:
     """Metrics, values of one source and shortfall of whole pairs: a task and its images (2, H, W).
 
-    A task has the means over its images, then the worse source of each; of several tasks the mean.
+    For each task it takes the means over the images. `kept` and `conspicuous` are those of the
+    source with the lower mean. The result is the mean over the tasks.
     """
     rows: dict[str, list[dict[str, float]]] = {}
     for task, images in chosen:  # in 0..255
@@ -316,8 +318,8 @@ def validate(model: ASFEFusion, chosen: list[tuple[str, Tensor]]) -> dict[str, f
         values |= one_source(source1 / 255, source2 / 255, fused / 255)._asdict()
         rows.setdefault(task, []).append(values)
     tasks = []
-    for task, found in rows.items():
-        means = {name: nanmean([row[name] for row in found]) for name in found[0]}
+    for task, of_images in rows.items():
+        means = {name: nanmean([row[name] for row in of_images]) for name in of_images[0]}
         for name in ("kept", "conspicuous"):
             means[name] = min(means.pop(f"{name}1"), means.pop(f"{name}2"))
         tasks.append(means | {"shortfall": shortfall(task, means)})
@@ -339,7 +341,7 @@ def batchnorms(model: nn.Module) -> list[nn.BatchNorm2d | nn.SyncBatchNorm]:
 def recompute_batchnorm(model: ASFEFusion, images: list[Tensor]) -> None:
     """Replace the running statistics by plain means over whole images (2, H, W), not augmented.
 
-    Of many images, some that are spread evenly are enough.
+    It takes at most BATCHNORM_PAIRS of the images, evenly spread.
     """
     norms = batchnorms(model)
     device = next(model.parameters()).device
@@ -384,7 +386,7 @@ def wrap(model: ASFEFusion, args: TrainArgs, processes: Processes) -> nn.Module:
 
 
 def agreed(stop: bool, processes: Processes) -> bool:
-    """What the first process decides, in all of them."""
+    """Whether all processes stop: the first one decides."""
     if processes.world == 1:
         return stop
     flag = torch.tensor(float(stop), device=processes.device)
@@ -471,8 +473,8 @@ def make_state(model: ASFEFusion, run: Run, pairs: int) -> TrainState:
 def learning_rate(step: int, steps: int, warmup: int, cooldown: float) -> float:
     """Share of the highest learning rate: up in a line, level, down in a cosine.
 
-    It rises over `warmup` steps and falls over the last `cooldown` of them all, a share. While it
-    is level, nothing depends on the number of steps, so that a run can still be made longer.
+    It rises over `warmup` steps. It falls over the last steps: `cooldown` is their share of all.
+    While it is level it does not depend on the number of steps, so a run can still be made longer.
     """
     falling = cooldown * steps
     before = steps - falling
@@ -481,7 +483,7 @@ def learning_rate(step: int, steps: int, warmup: int, cooldown: float) -> float:
 
 
 def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
-    """For AveragedModel; begins as a plain mean of the weights, so that early ones fade soon."""
+    """The update for AveragedModel; it begins as a plain mean, so early weights fade soon."""
 
     def update(averages: list[Tensor], new: list[Tensor], count: Tensor) -> None:
         torch._foreach_lerp_(averages, new, max(9 / (10 + int(count)), 1 - decay))
@@ -490,7 +492,7 @@ def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor
 
 
 def set_precision(name: str, device: torch.device) -> torch.dtype | None:
-    """Set the arithmetic of float32 products; the type of mixed precision, None without."""
+    """Set the arithmetic of float32 products; returns the type of mixed precision, or None."""
     if name == "auto":  # bf16 only where the hardware has it: emulated, it is slower than fp32
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bf16" if native else "fp32"

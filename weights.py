@@ -46,7 +46,7 @@ RENAMED = tuple(
 )
 # Stored by the published code but never used in its forward pass, or rebuilt from a formula here.
 UNUSED = re.compile(r"\.QKV_Block\d\.(attn\.proj|norm2|mlp)\.|\.down_anti\.filt$")
-# The least and the most that a network in a file may have of each; the published one is within.
+# The least and the most that a file may ask for. The published network is within these bounds.
 BOUNDS = {
     "channels": (2, 1024),
     "tail": (2, 1024),
@@ -66,7 +66,7 @@ def shipped_path(size: str, task: str) -> Path:
 
 
 class Trained(NamedTuple):
-    """Which trained network: what the settings of a command that loads one have, too."""
+    """Which trained network to load; the fields are those of WeightsArgs."""
 
     weights: Path | None = None  # its file; None: the shipped one
     size: str = "compact"
@@ -179,7 +179,7 @@ def halved(key: str, value: Tensor) -> Tensor:
 def parts_of(size: ModelSize) -> tuple[str, list[str]]:
     """The name of a size in SIZES, else "custom", and those of MODULES that it is without."""
     for name, whole in SIZES.items():
-        # to leave out what is not there changes nothing
+        # A module counts only if the whole size has it: else leaving it out changes nothing.
         lacks = [m for m in MODULES if size.without([m]) == size and whole.without([m]) != whole]
         if whole.without(lacks) == size:
             return name, lacks
@@ -210,7 +210,10 @@ def described_by(metadata: dict, path: Path) -> ASFEFusion:
 
 
 class WithoutDraws(TorchFunctionMode):
-    """No normal numbers are drawn, whose rules on "meta" are in modules that load for seconds."""
+    """Leaves initial values out: no normal numbers are drawn.
+
+    On "meta" PyTorch would load modules for them, which takes seconds.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is nn.init.normal_:
@@ -232,10 +235,15 @@ def check_widths(size: ModelSize) -> None:
 
 
 def check_finite(state: dict[str, Tensor], name: str) -> None:
-    """UserError that names the first tensor with a value that is not finite."""
+    """UserError that names the first tensor with a value that no network can compute with.
+
+    That is a value that is not finite, or a negative variance.
+    """
     for key, value in state.items():
         if not torch.isfinite(value).all():
             raise UserError(f"{name}: {key} has values that are not finite")
+        if key.endswith("running_var") and (value < 0).any():
+            raise UserError(f"{name}: {key} has negative variances")
 
 
 def check_state(own: dict[str, Tensor], state: dict[str, Tensor], path: Path) -> None:
@@ -265,7 +273,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
             raise ValueError(f"a header of {header} bytes")
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get("asfe", "null"))
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            names = file.keys()  # the file itself cannot be iterated
+            state = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, RecursionError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"weights {path}: damaged or not safetensors ({reason})") from None

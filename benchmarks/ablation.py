@@ -33,7 +33,7 @@ from network import MIN_SIDE, ASFEFusion
 from train_asfe import spread, validate
 from weights import load_weights
 
-LEFT_OUT = ("2", "16", "37", "3", "4", "9", "10", "11")  # three cases of CT-MRI, five of SPECT-MRI
+LEFT_OUT = ("CT:2", "CT:16", "CT:37", "SPECT:3", "SPECT:4", "SPECT:9", "SPECT:10", "SPECT:11")
 SLICES = 12  # of those people, for each task
 VARIANTS = {  # name -> flags of train_asfe.py
     "whole": [],
@@ -55,7 +55,7 @@ def train(folder: Path, name: str, seed: int, args: argparse.Namespace) -> Path:
     """Train a variant, or go on with it; the weights' file."""
     stem = f"{name.replace(' ', '_')}_{seed}"
     flags = ["--task", "all", "--seed", seed, "--name", stem, "--save_dir", folder, "--val", 0]
-    flags += ["--leave_out", *LEFT_OUT, "--stages", f"{args.patch}x8x{args.epochs}"]
+    flags += ["--leave_out", *LEFT_OUT, "--stages", f"{args.patch}x{args.batch}x{args.epochs}"]
     flags += ["--val_every", args.epochs]
     flags += ["--threads", 1, "--DEVICE", "cpu", "--data_dir", args.data_dir, *VARIANTS[name]]
     if (folder / f"{stem}_last.pt").exists():
@@ -146,6 +146,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=positive, default=[1, 2, 3])
     parser.add_argument("--epochs", type=positive, default=32)
+    parser.add_argument("--batch", type=positive, default=8, help="pairs in a step")
     parser.add_argument("--patch", type=positive, default=64, help="side of a crop, in pixels")
     parser.add_argument("--data_dir", type=Path, default=TrainArgs().data_dir)
     args = parser.parse_args(argv)

@@ -135,13 +135,14 @@ def onnx_session(model: ASFEFusion, images: Tensor, threads: int) -> Callable[[]
 def training_step(model: ASFEFusion, images: Tensor, precision: str) -> Callable[[], None]:
     """A step of train_asfe.py with its default recipe."""
     import train_asfe  # not on top, as its packages would count as memory of fusing
-    from checkpoints import Stage
+    from checkpoints import Run, Stage
 
     args = TrainArgs(precision=precision)
     amp = train_asfe.set_precision(precision, images.device)
     batch = images.squeeze(2).transpose(0, 1).contiguous()  # (B, 2, side, side)
     stages = [Stage(batch.shape[-1], len(batch), 1000, frozen=False)]
-    state = train_asfe.make_state(model.train(), args, stages, pairs=len(batch))
+    run = Run(args, stages, out=Path("unused"), started=0)
+    state = train_asfe.make_state(model.train(), run, pairs=len(batch))
     alone = train_asfe.Processes(rank=0, world=1, device=images.device)
     return partial(train_asfe.make_step(model, state, args, amp, alone), batch)
 

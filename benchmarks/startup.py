@@ -42,6 +42,7 @@ from cli import command_line, run_script
 args = command_line(TestArgs, "")
 now = mark("flags", now)
 import fusing
+import network
 import test_asfe
 now = mark("imports", now)
 def timed(owner, attribute, name):
@@ -55,7 +56,7 @@ def timed(owner, attribute, name):
 timed(fusing, "decode", "reading")
 timed(test_asfe, "load_model", "weights")
 timed(test_asfe, "optimise", "weights")
-timed(test_asfe.ASFEFusion, "fuse", "first pass")
+timed(network.ASFEFusion, "fuse", "first pass")
 timed(fusing, "write_together", "writing")
 run_script(test_asfe.main, args)
 import json

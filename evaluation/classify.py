@@ -82,8 +82,8 @@ def by_person(values: ndarray, who: ndarray) -> ndarray:
 def vote(features: ndarray, truth: ndarray, who: ndarray, count: int, seed: int) -> ndarray:
     """(P,) votes, positive for label 1: the mean decision value of a person's images.
 
-    The folds are made from the labels that are given. So labels and their shuffles are treated
-    alike, which the permutation test needs.
+    The folds are made from the given labels. So true and shuffled labels are treated alike, which
+    the permutation test needs.
     """
     index = np.unique(who, return_inverse=True)[1]
     folds = stratified_folds(truth, who, count, seed)

@@ -12,7 +12,6 @@ Legend: lumas are (H, W) uint8. A rank is 1 for the best method. Values are (ima
 """
 
 import math
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +27,7 @@ from numpy import ndarray
 from scipy import stats
 from tqdm import tqdm
 
+import limits
 from args_setting import TASKS
 from cli import UserError, visible
 from dataset import Pair, images_in
@@ -50,7 +50,7 @@ class Sample(NamedTuple):
 
 
 class StoredSample(NamedTuple):
-    """The same as their files store them."""
+    """A pair of sources and what each method fused of it, as their files store them."""
 
     source1: Pixels
     source2: Pixels
@@ -120,7 +120,7 @@ def resampled_means(values: ndarray, persons: Sequence[str], seed: int) -> ndarr
     """(N, M) values of N images -> (RESAMPLES, M) means, each over as many people, drawn anew.
 
     A person who is drawn brings all of their images. NaN where none of them has a value, and
-    everywhere if there is one person only: of how people differ, one says nothing.
+    everywhere if there is one person only, who cannot show how people differ.
     """
     names, who = np.unique(persons, return_inverse=True)
     if len(names) < 2:
@@ -171,7 +171,7 @@ def compare_methods(
 def compare_samples(
     metrics: dict[str, Metric], named: dict[str, Sample], jobs: int = 0, title: str = ""
 ) -> Comparison:
-    """Evaluate what is at hand, by the names of the images; `jobs` and the rest as above.
+    """Evaluate lumas by the names of the images; `jobs` as in `compare_methods`.
 
     Raises UserError if every image is too small for every metric.
     """
@@ -184,8 +184,8 @@ def compare_samples(
 
 
 def in_processes(work: Callable[[T], dict], items: Sequence[T], jobs: int, title: str) -> list:
-    """`work` of each item, in this order, in `jobs` processes (0: one for each core)."""
-    jobs = min(jobs or os.cpu_count() or 1, len(items))
+    """`work` of each item, in this order, in `jobs` processes (0: one for each granted core)."""
+    jobs = min(jobs or limits.granted_cores(), len(items))
     bar = {"total": len(items), "desc": title, "unit": "pair", "leave": False, "disable": None}
     with OPENCV_ON_ONE_THREAD:  # the cores share out the pairs, not the rows of one image
         if jobs == 1:
@@ -198,8 +198,8 @@ class OneThread:
     """OpenCV on one thread inside of `with`, on as many as before after it.
 
     OpenCV has one such number for the whole process, and several threads may be inside at once: the
-    first to enter notes the number, the last to leave restores it. A process that is forked while
-    OpenCV has more threads crashes when it sets the number, so fork inside, too.
+    first to enter notes the number, the last to leave restores it. If a process is forked while
+    OpenCV has more threads, the new process crashes when it sets the number. So fork inside, too.
     """
 
     def __init__(self):

@@ -1,5 +1,6 @@
-"""Frozen features of images: of a trained backbone where its weights lie on this machine, else
-radiomic ones.
+"""Frozen features of images: those of a trained backbone, or radiomic ones.
+
+The backbone needs its weights on this machine.
 
 The backbone is torchvision's ResNet-18 (He et al., CVPR 2016), its weights those of ImageNet. The
 radiomic features are a histogram, uniform local binary patterns (Ojala et al., IEEE TPAMI 2002) and

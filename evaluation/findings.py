@@ -1,23 +1,23 @@
 """What a fusion keeps of a finding that is planted into one source.
 
-A soft disc is planted into one source, brighter or darker by a quarter of the range, inside of the
-head. The pair is fused without and with it. Its contrast is the mean of the disc less the mean of
-the ring around it; what counts is how the contrast changed:
+A soft disc is planted into one source, inside of the head. It is brighter or darker by a quarter of
+the range. The pair is fused without it and with it. The contrast of the disc is its mean less the
+mean of the ring around it. What counts is how the disc changed that contrast:
 
     share = change of contrast in the fused image / change of contrast in the source
 
-1 keeps the finding as it was, 0 loses it, below 0 turns it around. More than 1 counts as 1: gain is
-no merit. d' is the change of contrast over the standard deviation of the ring without the finding:
-how far it stands out from what lies around it.
+At 1 the finding is as it was, at 0 it is lost, and below 0 it is inverted. More than 1 counts as 1:
+gain is no merit. d' is the change of contrast over the standard deviation of the ring without the
+finding. It says how far the finding stands out from what lies around it.
 
     visible = d' in the fused image / d' in the source
 
-is the same after any gain of the fused image, and also counts up to 1. In a colour image the
-contrast is also a distance in CIELAB. docs/metrics.md has every constant.
+A gain of the fused image does not change this value. It also counts up to 1. In a colour image the
+contrast is also measured as a distance in CIELAB. docs/metrics.md has every constant.
 
-Positions follow from the seed and the name of the pair, so they are the same for every method. This
-needs a method that can be run: a function of two lumas, see evaluation/methods.py. What only one
-source shows in the real image is measured by evaluation/one_source.py, which needs no such method.
+Positions follow from the seed and the name of the pair, so they are the same for every method. The
+method must be one that can be run: a function of two lumas, see evaluation/methods.py. A folder of
+fused images is judged by evaluation/one_source.py: by what only one source shows in real images.
 
 Legend: lumas are (H, W) float32 in [0, 1].
 """
@@ -39,7 +39,7 @@ from dataset import Pair, read_pair
 from evaluation.compare import interval, resampled_means
 from evaluation.methods import Method
 from images import to_uint8
-from phantom import finding, seed_of
+from phantom import seed_of
 
 CONTRAST = 0.25  # of the range
 RADII = (3, 6)  # of the discs, pixels
@@ -49,7 +49,7 @@ GAP, RING = 2, 5  # pixels between a disc and its ring, and the width of the rin
 HEAD, RIM = 0.05, 20  # the head is where a source is brighter; pixels of scalp and skull around it
 WORST_OF = ("visible", "colour")  # values whose worst kind a table shows
 TITLES = {"visible": "visible, worst kind", "colour": "worst colour"}
-ROOM = 0.8  # the least share of the contrast that must fit between black and white in the source
+ROOM = 0.8  # share of the contrast that must fit between the source's value and black or white
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,7 @@ def measure_kind(method: Method, slice_: Slice, kind: Kind, seed: int) -> list[P
 
 
 def at_most_one(share: float) -> float:
+    """A share, where gain is no merit."""
     return min(float(share), 1.0)
 
 
@@ -210,9 +211,23 @@ def plant_discs(sources: ndarray, kind: Kind, centres: list[tuple[int, int]]) ->
     """(2, H, W) with a disc of the kind at each centre, clipped to [0, 1]."""
     planted = sources.copy()
     for centre in centres:
-        share = finding("disc", sources.shape[1:], centre, kind.radius)
+        share = soft_disc(sources.shape[1:], centre, kind.radius)
         planted[kind.source] += kind.sign * CONTRAST * share
     return planted.clip(0, 1)
+
+
+def soft_disc(sides: tuple[int, int], centre: tuple[float, float], radius: float) -> ndarray:
+    """The share that a disc has of each pixel, (H, W) float32 in [0, 1]; its edge is soft.
+
+    Args:
+        sides: height and width of the image, in pixels.
+        centre: row and column, in pixels.
+        radius: in pixels.
+    """
+    y, x = np.ogrid[: sides[0], : sides[1]]
+    y, x = y - np.float32(centre[0]), x - np.float32(centre[1])
+    share = np.clip((radius - np.hypot(x, y)) / 2 + 0.5, 0, 1)  # falls over two pixels
+    return share.astype(np.float32)
 
 
 def regions(
@@ -297,6 +312,7 @@ def worst_kind_interval(
 
 
 def two_digits(value: float) -> str:
+    """A value for the table; empty for NaN."""
     return "" if math.isnan(value) else f"{value:.2f}"
 
 

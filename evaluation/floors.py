@@ -1,7 +1,8 @@
 """What a fused image should reach at least, and how much of it is missing.
 
-The floors are what optimised pixels reach together, a little lowered (docs/training.md). A network
-is chosen by the sum of what it lacks, so no value is bought with another one beyond its floor.
+Pixels that are optimised directly reach all floors together; the floors are a little lower than
+their values (docs/training.md). A network is chosen by the sum of what it lacks. More than a floor
+does not count, so it cannot make up for a value that is too low.
 """
 
 import math

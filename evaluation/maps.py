@@ -49,6 +49,7 @@ class Metric(NamedTuple):
 
     @property
     def arrow(self) -> str:
+        """Which values are better: up for larger ones, down for smaller ones."""
         return "↑" if self.higher_is_better else "↓"
 
 
@@ -100,6 +101,7 @@ class Luma:
 
     @cached_property
     def level_sum(self) -> int:
+        """Sum of the grey levels of all pixels."""
         return int(self.values.sum())
 
     @cached_property
@@ -301,6 +303,7 @@ def pearson(covariance: float, variance1: float, variance2: float) -> float:
 
 
 def sigmoid(x: ndarray, gain: float, slope: float, centre: float) -> ndarray:
+    """gain / (1 + exp(slope (x - centre))), of the shape of x."""
     return gain / (1 + np.exp(slope * (x - centre)))
 
 

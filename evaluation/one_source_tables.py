@@ -1,7 +1,7 @@
 """Folders of fused images, judged by what only one source shows: values, table and maps.
 
-The measure is that of evaluation/one_source.py. A method has the means over its images; of the two
-sources, the one of which less is kept counts.
+The measure is that of evaluation/one_source.py. A method has the means over its images. Tables also
+have the value of the worse source: the one of which less is kept.
 
 Legend: H W pixels. Lumas are (H, W) float64 in [0, 1], not rounded again.
 """
@@ -107,6 +107,7 @@ def in_colour(pixels: Pixels) -> ndarray:
 
 
 def has_colour(pixels: Pixels) -> bool:
+    """Whether decoded pixels have three channels that differ anywhere."""
     return pixels.values.ndim == 3 and bool(np.ptp(pixels.values, axis=2).any())
 
 

@@ -28,8 +28,8 @@ def fitted(image: np.ndarray) -> np.ndarray:
     """The image, fitted into a square RGB cell of a contact sheet."""
     scale = CELL / max(image.shape[:2])
     size = [max(1, round(n * scale)) for n in image.shape[1::-1]]
-    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
-    image = cv2.resize(np.ascontiguousarray(image), size, interpolation=how)
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
+    image = cv2.resize(np.ascontiguousarray(image), size, interpolation=interpolation)
     image = image if image.ndim == 3 else cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
     cell = np.zeros((CELL, CELL, 3), np.uint8)
     top, left = (CELL - image.shape[0]) // 2, (CELL - image.shape[1]) // 2

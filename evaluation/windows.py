@@ -1,9 +1,17 @@
 """All 3x3 windows of an image, and the mutual information of two images' windows (FMI).
 
-A window's probability density (pdf) is that of a position 0..8 in it, in proportion to the grey
-level there above the window's lowest.
+A window is taken as a random position k = 0..8 in it. The probability (pdf) of a position is in
+proportion to its mass: its grey level less the lowest level of the window.
 
-Legend: N windows, k position in a window, F fused image, S source, H entropy in bits.
+Only the pdf of each window is known, not their joint pdf. It is a mix of two extremes. In one the
+positions are independent: the joint pdf is the product. In the other they are coupled as closely as
+the two pdfs allow: each goes through its positions in order, and mass meets mass. The coupling is
+not zero on a staircase of cells only, see `_staircase`.
+
+Source: Haghighat, Razian, AICT 2014.
+
+Legend: N windows, k position in a window, F fused image, S source, H entropy in bits; p pdf, cdf
+its cumulated sums.
 """
 
 from functools import lru_cache
@@ -61,7 +69,7 @@ def window_information(f: Windows, s: Windows) -> float:
     """Mean over the windows of 2 I/(H_F + H_S), up to 1."""
     equal = (f.mass == s.mass).all(axis=0) & (f.lowest == s.lowest)
     flat = (f.total == 0) & (s.total == 0)
-    # Elsewhere one pdf is flat or a single peak: the two are independent, and I is 0.
+    # In the windows that are left out, one pdf is flat or has a single position: I is 0 there.
     chosen = np.flatnonzero((f.position_variance > 0) & (s.position_variance > 0) & ~equal)
     total = float(np.count_nonzero(equal | flat))
     for start in range(0, len(chosen), CHUNK):
@@ -76,7 +84,7 @@ def _normalised_information(f: Windows, s: Windows) -> float:
     """Sum of 2 I/(H_F + H_S) over windows with two or more positions each."""
     mass_f, mass_s = f.mass.astype(np.float64), s.mass.astype(np.float64)
     correlation = 9 * np.einsum("kn,kn->n", mass_f, mass_s) - f.total * s.total
-    # Coupling of least correlation: the one of greatest correlation with one window reversed.
+    # A negative correlation wants the opposite coupling. Reversing one window has the same effect.
     mass_s = np.where(correlation < 0, mass_s[::-1], mass_s)
     p_f, p_s = mass_f / f.total, mass_s / s.total
     cdf_f, cdf_s = _cumulated(mass_f) / f.total, _cumulated(mass_s) / s.total
@@ -84,9 +92,10 @@ def _normalised_information(f: Windows, s: Windows) -> float:
     for row in cdf_f:
         covariance += np.minimum(row, cdf_s).sum(axis=0)
     spread = f.position_variance / s.mass_variance * (s.position_variance / f.mass_variance)
+    # The share of the coupling in the mix; the mix then has the correlation of the two windows.
     phi = np.abs(correlation) * np.sqrt(spread) / (f.total * s.total * covariance)
 
-    # The coupling lives on a staircase of 17 cells; elsewhere the joint pdf is the product alone.
+    # Beside the 17 cells of the staircase the joint pdf is (1 - phi) times the product.
     mass, product = _staircase(p_f, p_s, cdf_f, cdf_s)
     product *= 1 - phi
     joint = phi * mass + product
@@ -107,12 +116,18 @@ def _cumulated(mass: ndarray) -> ndarray:
 def _staircase(
     p_f: ndarray, p_s: ndarray, cdf_f: ndarray, cdf_s: ndarray
 ) -> tuple[ndarray, ndarray]:
-    """Mass of the coupling of greatest correlation, and p_f·p_s, on the 17 cells of its path."""
+    """The coupling of greatest correlation, and the product p_f·p_s, on its 17 cells: (17, N) each.
+
+    A cell is a pair of positions (k of F, k of S). The path begins at (0, 0). The cdf that reaches
+    its next value first takes the next step, so each step moves one position on, and after 16 steps
+    the path is at (8, 8). What the two cdfs have in common grows along the path; the mass of a cell
+    is by how much it grows there.
+    """
     n = p_f.shape[1]
-    beyond = np.full((1, n), 2.0)
+    beyond = np.full((1, n), 2.0)  # more than any cdf: nothing steps beyond position 8
     cdf_f, cdf_s = np.vstack([cdf_f, beyond]).ravel(), np.vstack([cdf_s, beyond]).ravel()
     p_f, p_s = p_f.ravel(), p_s.ravel()
-    at_f, at_s = np.arange(n), np.arange(n)
+    at_f, at_s = np.arange(n), np.arange(n)  # places in the flat arrays: k * N + window
     edges, product = np.zeros((18, n)), np.empty((17, n))
     for k in range(17):
         end_f, end_s = cdf_f.take(at_f, mode="clip"), cdf_s.take(at_s, mode="clip")

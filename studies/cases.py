@@ -1,20 +1,18 @@
 """The cases of a study: from a table, a BIDS folder or two folders, checked before one runs.
 
-Sources: BIDS 1.10, https://bids-specification.readthedocs.io (entities, derivatives); for CT, whose
-suffix is still a proposal there, the names that BEP 024 has.
+A BIDS folder is in bids.py.
 """
 
 import csv
+import math
 import pickle
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import limits
-from args_setting import StudyArgs
 from cli import (
     ONE_PAIR,
     VOLUME_PAIR,
@@ -23,11 +21,11 @@ from cli import (
     UserError,
     is_volume,
     stem_of,
-    without_effect,
 )
 from dataset import Pair, match_files
 from fusing import ImageRequest, check_plans, image_request_from
 from images import is_image
+from studies.bids import Choice, of_bids
 from weights import Trained
 
 if TYPE_CHECKING:  # its packages are an extra
@@ -35,8 +33,9 @@ if TYPE_CHECKING:  # its packages are an extra
 
 # Settings that say where and how fast, not what: a table has no column for them.
 ELSEWHERE = {"DEVICE", "threads", "data_dir", "png", "mosaic"}
-OUTPUTS = {"dicom"}  # columns whose paths need not be there
-FOLDERS = {"png", "dicom"}  # flags that name a folder, in which each case has one of its name
+OUTPUTS = {"dicom", "moved", "transform"}  # columns whose paths need not be there
+# Flags that name a folder, in which each case has one of its name, or a file with this ending.
+FOLDERS = {"png": "", "dicom": "", "moved": ".nii.gz"}
 WORDS = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 RECORDS = ".study"  # folder of the records, in the folder of the outputs
 Found = tuple[str, dict[str, Any]]  # the name of a case, and its own words by the names of flags
@@ -52,7 +51,14 @@ class Listing:
     dir1: Path | None = None
     dir2: Path | None = None
     skip_unmatched: bool = False  # two folders: leave out files without a partner
+    participants: tuple[str, ...] = ()  # of a BIDS folder: their labels; none: all
+    sessions: tuple[str, ...] = ()  # the same of sessions
     inside: bool = False  # refuse paths that lie outside of the table's folder
+
+    @property
+    def choice(self) -> Choice:
+        """What counts of the BIDS folder."""
+        return Choice(self.bids, self.participants, self.sessions)
 
 
 class Runtime(NamedTuple):
@@ -82,17 +88,23 @@ class Case:
         return pickle.loads(data)
 
 
+# Of what is fused ("one pair of images", …), for which task and with which words given: the words
+# that have no effect, and why.
+NoEffect = Callable[[str, str, Iterable[str]], dict[str, str]]
+
+
 # --- finding them ----------------------------------------------------------------------------
 
 
 def find_cases(
-    listing: Listing, words: Mapping[str, Any], columns: dict[str, Column]
+    listing: Listing, words: Mapping[str, Any], columns: dict[str, Column], no_effect: NoEffect
 ) -> list[Case]:
     """The cases in order; all paths are absolute.
 
     Args:
         words: what counts for every case that has no own word for it, by the names of flags.
         columns: what a table may hold, and the default of each of these words.
+        no_effect: which of the given words have no effect, see `NoEffect`.
 
     Raises UserError for anything that would make a case fail for sure; nothing is written then.
     """
@@ -102,12 +114,11 @@ def find_cases(
     if listing.table:
         found = of_table(listing, columns)
     elif listing.bids:
-        task = words["task"]
-        found = of_bids(listing, task if task == "SPECT-MRI" else "PET-MRI")
+        found = of_bids(listing.choice, listing.out, words)
     else:
         found = of_folders(listing)
     cases = []
-    for name, words_here in words_of_cases(found, words, columns):
+    for name, words_here in words_of_cases(found, words, columns, no_effect):
         check_name(name, many=listing.bids is not None)
         cases.append(case_of(listing.out, name, words_here))
     check_cases(cases)
@@ -178,6 +189,8 @@ def value_of(column: Column, cell: str, where: str, folder: Path) -> Any:
         value = column.kind(cell)
     except ValueError:
         raise UserError(f"{where} is {cell!r}, expected a number") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} is {cell}, expected a finite number")
     if column.choices and value not in column.choices:
         raise UserError(f"{where} is {cell!r}, expected one of {', '.join(column.choices)}")
     if column.minimum is not None and not value >= column.minimum:
@@ -207,46 +220,13 @@ def of_folders(listing: Listing) -> Iterator[Found]:
 def is_source(path: Path) -> bool:
     """Whether a file of a folder is an image or a volume by its name.
 
-    The .img of a header is none of its own.
+    An .img beside an .hdr of its name is not: both are one volume, and the .hdr stands for it.
     """
     name = path.name.lower()
     if name.startswith("._"):
         return False
     second = name.endswith((".img", ".img.gz")) and path.with_name(f"{stem_of(path)}.hdr").exists()
     return is_image(path) or (name.endswith(VOLUMES) and not second)
-
-
-def of_bids(listing: Listing, pet_task: str) -> Iterator[Found]:
-    """Every CT and PET of a BIDS folder with every T1w and T2w of its subject and session.
-
-    The name is a derivative's: the entities of source 1, and `desc-fused` with those of source 2
-    that tell it from others of the session. `pet_task` is the task for a PET.
-    """
-    sessions = defaultdict(lambda: defaultdict(list))
-    for path in sorted(listing.bids.glob("sub-*/**/*.nii*")):
-        *entities, suffix = stem_of(path).split("_")
-        if suffix in ("ct", "pet", "T1w", "T2w") and path.name.endswith((".nii", ".nii.gz")):
-            who = tuple(e for e in entities if e.startswith(("sub-", "ses-")))
-            sessions[who][suffix].append((path, entities))
-    pairs = [
-        (suffix, source1, mri, source2)
-        for found in sessions.values()
-        for suffix in ("ct", "pet")
-        for source1 in found[suffix]
-        for mri in ("T1w", "T2w")
-        for source2 in found[mri]
-    ]
-    if not pairs:
-        raise UserError(
-            f"{listing.bids}: no session of a subject has *_ct or *_pet and *_T1w or *_T2w"
-        )
-    for suffix, (path1, entities1), mri, (path2, entities2) in pairs:
-        others = [e for e in entities2 if not e.startswith(("sub-", "ses-"))]
-        label = re.sub(r"[^A-Za-z0-9]", "", "".join(others)) + mri
-        name = "_".join([*entities1, f"desc-fused{label}", suffix])
-        folder = path1.relative_to(listing.bids).parent
-        task = "CT-MRI" if suffix == "ct" else pet_task
-        yield str(folder / name), {"img1": path1, "img2": path2, "task": task}
 
 
 def check_name(name: str, many: bool) -> None:
@@ -256,8 +236,16 @@ def check_name(name: str, many: bool) -> None:
         raise UserError(f"{name!r} cannot be a file's name, expected letters, digits, -, _, + or .")
 
 
+def placed(flag: str, value: Any, name: str) -> Any:
+    """What a shared word means for the case of a name: below a folder, each has its own place."""
+    return value / f"{name}{FOLDERS[flag]}" if flag in FOLDERS and value else value
+
+
 def words_of_cases(
-    found: Iterator[Found], shared: Mapping[str, Any], columns: dict[str, Column]
+    found: Iterator[Found],
+    shared: Mapping[str, Any],
+    columns: dict[str, Column],
+    no_effect: NoEffect,
 ) -> Iterator[Found]:
     """Each case with all of its words: its own, else those that all share.
 
@@ -267,8 +255,10 @@ def words_of_cases(
     idle: dict[str, str] = {}
     used: set[str] = set()
     for name, own in found:
-        words = {k: v / name if k in FOLDERS and v else v for k, v in shared.items()} | own
-        useless = no_use_for(words, columns)
+        words = {k: placed(k, v, name) for k, v in shared.items()} | own
+        given = {k for k, v in words.items() if k in columns and v != columns[k].default}
+        volumes = is_volume(words["img1"]) or is_volume(words["img2"])
+        useless = no_effect(VOLUME_PAIR if volumes else ONE_PAIR, words["task"], given)
         if named := sorted(useless.keys() & own.keys()):
             raise UserError(f"{name}: {named[0]} {useless[named[0]]}")
         idle |= useless
@@ -276,13 +266,6 @@ def words_of_cases(
         yield name, words | {k: columns[k].default for k in useless}
     if unused := sorted(idle.keys() - used):
         raise UserError(f"--{unused[0]} {idle[unused[0]]}")
-
-
-def no_use_for(words: dict[str, Any], columns: dict[str, Column]) -> dict[str, str]:
-    """The words of a case that have no effect on it, and why."""
-    volumes = is_volume(words["img1"]) or is_volume(words["img2"])
-    given = {k for k, v in words.items() if k in columns and v != columns[k].default}
-    return without_effect(StudyArgs, VOLUME_PAIR if volumes else ONE_PAIR, words["task"], given)
 
 
 def case_of(out: Path, name: str, words: dict[str, Any]) -> Case:

@@ -23,8 +23,8 @@ from images import read_uint8, write_bytes
 from studies.cases import Case
 
 WIDTH = 520  # pixels of a picture at most
-COLUMNS = ("name", "status", "task", "seconds", "moved_mm", "moved_pixels", "coverage_percent")
-COLUMNS += ("doubts", "message", "img1", "img2", "out")
+COLUMNS = ("name", "status", "task", "seconds", "moved_mm", "moved_pixels")
+COLUMNS += ("measured", "coverage_percent", "doubts", "message", "img1", "img2", "out")
 ORDER = ("failed", "not run", "done")
 STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; margin: 1.5em; background: #14161a; color: #e6e6e6 }
@@ -63,15 +63,17 @@ def row_of(case: Case, record: dict | None) -> dict:
     """The cells of a case; what was not found is empty."""
     record = record or {"status": "not run", "message": ""}
     found = record.get("found", {}) if record["status"] == "done" else {}
-    moved, pixels, share = (found.get(k) for k in ("moved_mm", "moved_pixels", "coverage"))
+    apart, pixels, share = (found.get(k) for k in ("apart_mm", "apart_pixels", "coverage"))
+    applied = found.get("applied", True)
     img1, img2, *_ = case.request.sources
     return {
         "name": case.name,
         "status": record["status"],
         "task": case.request.task,
         "seconds": record.get("seconds", ""),
-        "moved_mm": "" if moved is None else round(moved, 2),
-        "moved_pixels": "" if pixels is None else round(pixels, 2),
+        "moved_mm": round(apart, 2) if applied and apart is not None else "",
+        "moved_pixels": round(pixels, 2) if applied and pixels is not None else "",
+        "measured": "" if applied else measured(apart, pixels),
         "coverage_percent": "" if share is None else round(100 * share),
         "doubts": "; ".join(found.get("doubts", [])),
         "message": record["message"],
@@ -79,6 +81,14 @@ def row_of(case: Case, record: dict | None) -> dict:
         "img2": img2,
         "out": result_of(case),
     }
+
+
+def measured(mm: float | None, pixels: float | None) -> str:
+    """How far apart two sources were found that stayed where they are; empty if nobody looked."""
+    if mm is None and pixels is None:
+        return ""
+    found = f"{pixels:.2f} pixels" if mm is None else f"{mm:.2f} mm"
+    return f"measured {found} apart, not moved"
 
 
 def result_of(case: Case) -> Path:
@@ -127,6 +137,8 @@ def article(row: dict, case: Case, record: dict, out: Path) -> str:
         facts.append(f"moved {row['moved_mm']} mm")
     if row["moved_pixels"] != "":
         facts.append(f"moved {row['moved_pixels']} pixels")
+    if row["measured"]:
+        facts.append(row["measured"])
     if row["coverage_percent"] != "":
         facts.append(f"coverage {row['coverage_percent']} %")
     text = f"<p>{escape(' · '.join(facts))}</p>"

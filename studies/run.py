@@ -1,9 +1,9 @@
 """One case in a worker: fused unless it is done already, and written down either way.
 
-A case is done if its record is there, was made of the same request, inputs and weights, and the
-files that it names, those that were opened and those that were written, are as they were. The
-record is removed before a case runs and written after all else, so that a run killed in between
-starts that case again.
+A case is done if two things hold. Its record is of the same request, inputs and weights. And the
+files that the record names are as they were: those that were opened, and those that were written.
+The record is removed before a case runs, and written after all else. So if a run is killed in
+between, that case starts again.
 """
 
 import hashlib
@@ -86,22 +86,25 @@ def fuse(case: Case, digest: str) -> dict:
 def found_by(result: Any) -> dict:
     """What the report shows of a result; None where it does not apply.
 
-    The keys are moved_mm (of volumes: the mean distance over the head), moved_pixels (of images:
-    the mean distance over the image), coverage (of volumes: 0 to 1, the least share of the result's
-    field that a source covers), and doubts (lines).
+    The keys are apart_mm (of volumes: how far apart the sources were, the mean over the head),
+    apart_pixels (of images: the mean over the image), applied (False: it was only measured, nothing
+    moved), coverage (of volumes: 0 to 1, the least share of the result's field that a source
+    covers), and doubts (lines).
     """
     if isinstance(result, FusedImage):
         shift = result.shift
         odd = [line for lines in result.odd.values() for line in lines]
         return {
-            "moved_mm": None,
-            "moved_pixels": shift and shift.moved_pixels,
+            "apart_mm": None,
+            "apart_pixels": shift and shift.moved_pixels,
+            "applied": bool(shift and shift.applied),
             "coverage": None,
             "doubts": [*(shift.doubts if shift else ()), *odd],
         }
     return {
-        "moved_mm": result.moved_mm,
-        "moved_pixels": None,
+        "apart_mm": result.apart_mm,
+        "applied": result.registered.applied,
+        "apart_pixels": None,
         "coverage": min(result.coverage),
         "doubts": list(result.doubts),
     }
@@ -149,8 +152,8 @@ def read_record(path: Path) -> dict:
 def fingerprint(case: Case, digest: str) -> str:
     """SHA-256 of what a case's outputs depend on.
 
-    That is its request, with the content of the files that it names in place of their paths, where
-    its outputs lie to its record, and its weights, of which `digest` is the SHA-256.
+    That is the request, with the content of its files in place of their paths; the paths of the
+    outputs, as seen from the record; and the weights, of which `digest` is the SHA-256.
     """
     folder = case.record.parent
     content = {

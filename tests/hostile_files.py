@@ -78,10 +78,6 @@ def many_pages(count: int = 100_000) -> bytes:
     return page[:end] + struct.pack("<I", start) + page[end + 4 :] + links + bytes(6)
 
 
-def heavy_pages() -> bytes:
-    return heavy_tags()
-
-
 def huge_tile() -> bytes:
     """A TIFF of 64 x 64 pixels in a tile of 60,000 x 60,000."""
     data = bytearray(saved(Image.new("L", (64, 64)), "TIFF", compression="tiff_deflate"))

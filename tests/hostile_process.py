@@ -47,4 +47,4 @@ class Reader:
     def close(self) -> None:
         if self.process is not None:
             self.process.kill()
-            self.process.wait()
+            self.process.communicate()  # waits for its end, and closes its pipes

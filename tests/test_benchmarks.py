@@ -181,7 +181,7 @@ def test_ablation_measures_people_left_out_and_trains_on_the_others(tmp_path, mo
         write_task(tmp_path / "data", task, "train", names)
     for name, cases in (("LEFT_OUT", ("2", "3")), ("SLICES", 1)):
         monkeypatch.setattr(ablation, name, cases)
-    argv = "--runs", tmp_path / "runs", "--data_dir", tmp_path / "data", "--patch", 32
+    argv = "--runs", tmp_path / "runs", "--data_dir", tmp_path / "data", "--patch", 32, "--batch", 2
     args = ablation.parse([str(word) for word in (*argv, "--epochs", 1)])
     args.runs.mkdir()
     found = ablation.run("casf", 1, args)

@@ -137,7 +137,8 @@ COUNTS = {  # of test_asfe.py: the first letters of the modes, and of the tasks 
     "levels page": "t2o",
     "stretch metrics": "t2od",
     "register": "ov",
-    "series1 series2 where frame affine axis tile png mosaic dicom nan_to_zero grid force": "v",
+    "series1 series2 where frame affine axis tile nan_to_zero grid force": "v",
+    "png mosaic dicom moved transform labels": "v",
     "window": "v CT",
     "suv": "v PET",
     "colour via": "v PET SPECT",
@@ -164,7 +165,12 @@ def settings_of(cls, given: dict):
 def test_every_flag_of_every_mode_counts_or_is_refused(mode, task):
     """All flags of test_asfe.py, one by one, with every mode and task."""
     counts = {n: text.split() for names, text in COUNTS.items() for n in names.split()}
-    alone = {"keep_patient": "dicom", "overlap": "tile", "case_pattern": "cases"}
+    alone = {
+        "keep_patient": "dicom",
+        "overlap": "tile",
+        "labels_of": "labels",
+        "case_pattern": "cases",
+    }
     for field in fields(TestArgs):
         if field.name in ("img1", "img2", "dir1", "dir2", "demo", *alone):
             continue
@@ -189,6 +195,7 @@ def test_a_flag_beside_another_counts_only_with_it():
     for base, name, value, other, others_value in (
         (volumes, "keep_patient", True, "dicom", "folder"),
         (volumes, "overlap", 32, "tile", 128),
+        (volumes, "labels_of", "1", "labels", "seg.nii"),
         ({}, "case_pattern", "(.+)_.*", "cases", ("1",)),
         (pair, "force", "all", "register", "rigid"),
     ):
@@ -280,7 +287,8 @@ def test_the_table_of_uses_knows_every_setting_it_names():
     help_of_suv = " ".join(make_parser(args_setting.StudyArgs).format_help().split())
     assert "(for volumes, PET-MRI; default 15.0)" in help_of_suv
     named = {n for use in USES[TestArgs] for n in use.names.split()}
-    always = set("DEVICE size threads weights aff out img1 img2 dir1 dir2 demo".split())
+    always = {"DEVICE", "size", "threads", "weights", "aff", "out"}
+    always |= {"img1", "img2", "dir1", "dir2", "demo"}
     assert named | always == {f.name for f in fields(TestArgs)} and not named & always
 
 

@@ -476,7 +476,8 @@ def test_the_room_gets_images_and_functions(path):
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    modules = {module for module, _ in taken}
+    # `load_plain` is how any file of PyTorch is read here: within limits, and never as code.
+    modules = {module for module, name in taken if name != "load_plain"}
     assert not modules & {"weights", "network", "inference", "losses", "metrics", "checkpoints"}
     assert {name for module, name in taken if module == "args_setting"} <= {"TASKS"}
 

@@ -217,7 +217,7 @@ def test_validation_leaves_every_task_somebody_to_train_on(sizes, share, held):
 )
 def test_a_share_that_nobody_can_give_is_refused(sizes):
     sizes = {f"task {i}": Counter(counts) for i, counts in enumerate(sizes)}
-    with pytest.raises(ValueError, match="task .: val is 0.3, which its 2 people .*--val_cases"):
+    with pytest.raises(ValueError, match=r"task .: val is 0\.3, which its 2 people .*--val_cases"):
         validation_people(sizes, 0.3)
 
 
@@ -285,7 +285,7 @@ def test_what_a_setting_removes_is_told(tasks):
         split_of(tasks, val_cases=("7",))
     )
     everyone = ("CT:7", "CT:41", "21", "PET:25", "SPECT:25")
-    with pytest.raises(ValueError, match="no pairs to train on: left out: 14 pairs.*SPECT:30"):
+    with pytest.raises(ValueError, match=r"no pairs to train on: left out: 14 pairs.*SPECT:30"):
         split_of(tasks, leave_out=everyone, val_cases=("SPECT:30",))
 
 

@@ -22,6 +22,7 @@ from conftest import SHARED
 from task_files import write_task
 
 import args_setting
+import cli
 from args_setting import DATA_DIR, ROOT, SIZES, TASKS
 from cli import UserError, make_parser, parse_args, run_script
 from dataset import task_pairs
@@ -157,10 +158,7 @@ def settings_of(script: str):
     found = re.search(r"command_line\((\w+),[^\n]*?(?:, (check_\w+))?\)\n", text)
     if found is None:
         return None
-    check = None
-    if found[2]:
-        home = re.search(rf"from ([\w.]+) import [^\n]*\b{found[2]}\b", text)[1]
-        check = getattr(importlib.import_module(home), found[2])
+    check = getattr(cli, found[2]) if found[2] else None
     return getattr(args_setting, found[1]), check
 
 
@@ -227,6 +225,7 @@ def test_other_commands_name_what_is_there():
 def test_flags_among_the_words_exist():
     """Every --flag that a page names is one of a command of ours, or of those that pages use."""
     known = {"--nproc_per_node", "--index-url", "--nthreads", "--lifetime", "--lifetime-stagger"}
+    known |= {"--mov", "--dst", "--lta"}  # of FreeSurfer
     known |= {"--nanny", "--memory-limit", "--help", "--host", "--port", "--scheduler-file"}
     for path in ROOT.glob("*.py"):
         for cls in set(re.findall(r"command_line\((\w+),", path.read_text(encoding="utf-8"))):
@@ -322,6 +321,7 @@ LONG = {  # part of a command -> why it is not run here
     "benchmarks/metric_times": "measures for minutes",
     "benchmarks/loss_on_pixels": "measures for minutes",
     "benchmarks/registration": "measures for hours",
+    "benchmarks/results": "measures for minutes, see test_results.py",
     "benchmarks/volume_memory": "measures for minutes",
     "docs/": "draws the pictures of the documents anew",
     "/shared/": "of another machine",

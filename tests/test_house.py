@@ -1,6 +1,7 @@
 """The house keeps its order: what stands at the root, and who imports whom."""
 
 import ast
+import re
 from pathlib import Path
 
 from args_setting import ROOT
@@ -48,6 +49,66 @@ def test_every_file_at_the_root_has_its_layer():
     assert rooms == ROOMS
 
 
+COMMANDS = LAYERS[-1] - ROOMS
+
+
+def undocumented(path: Path) -> list[str]:
+    """Public functions, classes and methods of a file that have no docstring.
+
+    A method that replaces one of another library, as `forward` and `__init__`, is described by its
+    class. A command's `main(args)` is described by the file.
+    """
+    nodes = [("", node) for node in ast.parse(path.read_text(encoding="utf-8")).body]
+    lacking = []
+    for owner, node in nodes:
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            continue
+        if node.name.startswith("_") or node.name in ("forward", "main"):
+            continue
+        if ast.get_docstring(node) is None:
+            lacking.append(f"{path.relative_to(ROOT)}: {owner}{node.name}")
+        if isinstance(node, ast.ClassDef):
+            nodes += [(f"{node.name}.", inner) for inner in node.body]
+    return lacking
+
+
+def test_every_public_name_has_a_docstring():
+    rooms = ("volumes", "evaluation", "studies")
+    files = [path for path in FILES if path.parent == ROOT or path.parent.name in rooms]
+    assert [line for path in files for line in undocumented(path)] == []
+
+
+def test_a_file_without_docstrings_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr("test_house.ROOT", tmp_path)
+    path = tmp_path / "file.py"
+    path.write_text(
+        'def f():\n    pass\n\n\nclass A:\n    """A."""\n\n    def g(self):\n        pass\n'
+    )
+    assert undocumented(path) == ["file.py: f", "file.py: A.g"]
+
+
+FREE_OF_NOQA = ("B", "C901", "PLR", "PTH", "RET", "RUF", "SIM")  # rules without exceptions
+
+
+def exceptions(text: str) -> list[str]:
+    """The rules of FREE_OF_NOQA from which comments of a text make an exception."""
+    listed = re.findall(r"#\s*(?:ruff:\s*)?noqa(?::\s*([A-Z0-9, ]+))?", text)
+    rules = [rule.strip() for group in listed for rule in (group or "PLR").split(",")]
+    return [rule for rule in rules if rule.startswith(FREE_OF_NOQA)]
+
+
+def test_no_comment_makes_an_exception_from_the_rules():
+    assert {str(p): e for p in FILES if (e := exceptions(p.read_text(encoding="utf-8")))} == {}
+    assert "per-file-ignores" not in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_an_exception_from_the_rules_is_found():
+    mark = "no" + "qa"
+    assert exceptions(f"x = 1  # {mark}: E402, SIM118") == ["SIM118"]
+    assert exceptions(f"x = 1  # {mark}") == ["PLR"]
+    assert exceptions(f"import a as b  # {mark}: N813") == []
+
+
 def test_the_readme_stays_a_page():
     assert len((ROOT / "README.md").read_bytes()) <= 9000
 
@@ -57,9 +118,8 @@ def test_imports_point_one_way():
         layer = LAYER_OF.get(name.split(".")[0])
         for other in imported if layer is not None else ():
             assert LAYER_OF[other.split(".")[0]] <= layer, f"{name} imports {other}"
-    commands = LAYERS[-1] - ROOMS
     house = {name for name in GRAPH if name.split(".")[0] in LAYER_OF}
-    users = {name: GRAPH[name] & commands for name in house}
+    users = {name: GRAPH[name] & COMMANDS for name in house}
     assert not any(users.values()), f"a command is no library: {users}"
 
 

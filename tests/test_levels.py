@@ -337,3 +337,16 @@ def test_the_example_of_the_readme_fuses_colour(tmp_path, monkeypatch):
     assert chroma is not None and luma.shape == (48, 48)
     expected = read_image(tmp_path / "pet.png")[1]
     assert np.median(np.abs(chroma - expected)) < 0.01  # the colour of PET
+
+
+@pytest.mark.parametrize("bits", (8, 16))
+def test_levels_far_above_the_values_get_a_line(tmp_path, bits):
+    """0 to 4095 on 8 bits is black."""
+    path = tmp_path / "a.png"
+    cv2.imwrite(str(path), np.full((20, 20), 200, f"uint{bits}"))
+    for levels, told in (((0, 4095), True), ((0, 255), False), ("full", False), ("auto", False)):
+        doubts, reading = Doubts("CT-MRI"), Reading(levels)
+        doubts.add(path, decode(path, reading), 1, reading)
+        line = "; ".join(text for lines in doubts.lines.values() for text in lines)
+        assert ("--levels says that 4095 is white, so it is nearly black" in line) == told
+        assert f"{bits} bits, no value above 200" in line or not told

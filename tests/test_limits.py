@@ -16,17 +16,17 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("nibabel", reason="needs requirements-volumes.txt")
-import hostile_files as bad  # noqa: E402
-import SimpleITK as sitk  # noqa: E402, N813
-from hostile_process import Reader  # noqa: E402
-from volume_files import affine_of, numbered, write  # noqa: E402
+import hostile_files as bad
+import SimpleITK as sitk  # noqa: N813
+from hostile_process import Reader
+from volume_files import affine_of, numbered, write
 
-import images  # noqa: E402
-import limits  # noqa: E402
-from args_setting import ROOT, SIZES, ModelSize  # noqa: E402
-from cli import UserError  # noqa: E402
-from volumes.grid import Volume, cubic, low_passed, resample, straightened  # noqa: E402
-from volumes.io import read_volume  # noqa: E402
+import images
+import limits
+from args_setting import ROOT, SIZES, ModelSize
+from cli import UserError
+from volumes.grid import Volume, cubic, low_passed, resample, straightened
+from volumes.io import read_volume
 
 needs_proc = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="measures memory as Linux does"
@@ -145,7 +145,7 @@ def test_every_grid_that_is_made_has_a_limit():
     assert cubic(coarse, 3.3).data.size < limits.GRID_VOXELS, "the way out is one"
     sheared = np.eye(4)
     sheared[0, 2] = sheared[1, 2] = 60.0
-    with pytest.raises(UserError, match="sheared; at right angles it would have .* voxels"):
+    with pytest.raises(UserError, match=r"sheared; at right angles it would have .* voxels"):
         straightened(Volume(coarse.data, sheared))
     with pytest.raises(UserError, match="expected at most 1074 million"):
         resample(coarse, (10**6, 10**6, 10**6), np.eye(4))
@@ -164,7 +164,9 @@ def test_implausible_voxels_are_refused(tmp_path, side):
     affine[:3, 2] *= side / np.linalg.norm(affine[:3, 2])
     for form in ("nii", "mha", "nrrd", "dicom"):
         path = write(tmp_path / f"v {side}", numbered(), affine, form)
-        with pytest.raises(UserError, match="mm apart, expected 0.01 to 100 mm|one position|twice"):
+        with pytest.raises(
+            UserError, match=r"mm apart, expected 0\.01 to 100 mm|one position|twice"
+        ):
             read_volume(path)
 
 
@@ -244,7 +246,7 @@ def test_reading_leaves_the_libraries_as_they_were(tmp_path):
     with pytest.raises(ZeroDivisionError), images.quiet_decoders, images.quiet_decoders:
         assert cv2.utils.logging.getLogLevel() == cv2.utils.logging.LOG_LEVEL_SILENT
         assert not any(libtiff_handlers())
-        1 / 0  # noqa: B018
+        raise ZeroDivisionError
     after = cv2.utils.logging.getLogLevel(), list(warnings.filters), libtiff_handlers()
     assert after == before and sitk.ProcessObject.GetGlobalWarningDisplay() == display
     assert not logging.getLogger("PIL").disabled
@@ -379,6 +381,13 @@ def test_inflating_stops_at_the_limit():
     file.seek(5 * 10**6)
     with pytest.raises(limits.TooMuchError, match="unpacks to more"):
         file.read(8)
+
+
+def test_a_picture_far_into_an_animation_is_refused(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(bad.animation())
+    with pytest.raises(UserError, match="picture 4000 is too far on"):
+        images.decode(path, images.Reading(page=4000))
 
 
 def test_a_tiff_that_is_cut_is_left_to_its_reader():

@@ -12,6 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from args_setting import SIZES
+from cli import UserError
 from inference import optimise
 from network import AFF, SFEF, ASFEFusion, FusionModule, bands, blend, pad_to_multiple
 
@@ -365,6 +366,14 @@ def test_fuse_takes_arrays_and_integers(compact):
     read_only = img[:, ::-1].copy()[:, ::-1]
     read_only.setflags(write=False)
     assert torch.equal(fused, compact.fuse(read_only[0], read_only[1]))
+
+
+def test_a_result_that_is_not_finite_is_refused():
+    model = settled(ASFEFusion(NARROW))
+    with torch.no_grad():
+        model.decoder.outlayer.bias.fill_(torch.inf)
+    with pytest.raises(UserError, match="the fused image has values that are not finite"):
+        model.fuse(*torch.rand(2, 16, 16))
 
 
 def test_constant_images_give_no_nan(compact):

@@ -34,7 +34,7 @@ def call(in_process):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("onnx") / "pet.onnx"
-    export_onnx.main(ExportArgs(task="PET-MRI", out=path))
+    export_onnx.main(ExportArgs(task="all", out=path))
     return path
 
 
@@ -103,7 +103,7 @@ def test_the_file_fuses_sizes_it_was_not_checked_on(exported, shipped, size):
     img1, img2 = torch.rand(2, batch, 1, height, width)
     session = export_onnx.open_session(exported)
     described = json.loads(session.get_modelmeta().custom_metadata_map["asfe"])
-    assert described == {"size": "compact", "task": "PET-MRI", "aff": "full"}
+    assert described == {"size": "compact", "task": "all", "aff": "full"}
     (fused,) = session.run(None, {"img1": img1.numpy(), "img2": img2.numpy()})
     assert fused.shape == (batch, 1, height, width)
     assert np.abs(fused - shipped.fuse(img1, img2).numpy()).max() <= export_onnx.TOLERANCE
@@ -122,7 +122,7 @@ def test_the_example_writes_what_the_script_writes(exported, tmp_path):
     paths = [tmp_path / name for name in ("pet.png", "mri.png", "ours.png", "example.png")]
     for path, image in zip(paths, phantom_pair("PET-MRI", 100), strict=False):
         write_png(path, image)
-    test_asfe.main(TestArgs(task="PET-MRI", img1=paths[0], img2=paths[1], out=paths[2]))
+    test_asfe.main(TestArgs(task="all", img1=paths[0], img2=paths[1], out=paths[2]))
     command = [ROOT / "onnx_example.py", exported, paths[0], paths[1], paths[3]]
     # PyTorch is out of reach
     barred = "import sys, runpy; sys.modules['torch'] = None; sys.argv = sys.argv[1:];"

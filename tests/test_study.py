@@ -150,31 +150,6 @@ def test_a_row_wins_over_the_settings_of_the_study(table, tmp_path):
     assert Case.unpacked(case.packed()) == case
 
 
-def test_every_session_of_a_bids_folder(tmp_path):
-    bids = tmp_path / "bids"
-    names = ("sub-1/ses-a/pet/sub-1_ses-a_trc-FDG_pet", "sub-1/ses-a/anat/sub-1_ses-a_T1w")
-    names += ("sub-1/ses-a/anat/sub-1_ses-a_run-2_T1w", "sub-1/ses-b/anat/sub-1_ses-b_T2w")
-    names += ("sub-2/ct/sub-2_ct", "sub-2/anat/sub-2_T2w", "sub-3/ct/sub-3_ct")
-    names += ("derivatives/x/sub-2/ct/sub-2_ct",)
-    for name in names:
-        write_volume(bids / f"{name}.nii.gz", draw_pair(0)[0])
-    out, cases = study.cases_of(StudyArgs(bids=bids))
-    assert out == bids / "derivatives" / "asfe-fusion"
-    pet = "sub-1/ses-a/pet/sub-1_ses-a_trc-FDG_desc-fused{}_pet"
-    assert {case.name: case.request.task for case in cases} == {
-        pet.format("T1w"): "PET-MRI",
-        pet.format("run2T1w"): "PET-MRI",
-        "sub-2/ct/sub-2_desc-fusedT2w_ct": "CT-MRI",
-    }
-    assert {case.request.writing.out.parent for case in cases} == {
-        out / "sub-1/ses-a/pet",
-        out / "sub-2/ct",
-    }
-    assert json.loads(study.description(bids))["DatasetType"] == "derivative"
-    with pytest.raises(UserError, match="no session of a subject has"):
-        study.cases_of(StudyArgs(bids=tmp_path))
-
-
 def test_two_folders_of_images_or_volumes(tmp_path):
     for side, names in (("1", ("a.nii.gz", "b.png")), ("2", ("a.nii", "b.tif", "c.png"))):
         for name in names:
@@ -232,14 +207,21 @@ def fused_again(case: Case) -> bool:
 
 
 def test_what_is_done_is_not_done_again(table, tmp_path, brighter):
-    case = cases_of(tmp_path / "o", table=table, png=tmp_path / "o" / "png")[0]
+    folders = {flag: tmp_path / "o" / flag for flag in ("png", "moved")}
+    case = cases_of(tmp_path / "o", table=table, **folders)[0]
     assert fused_again(case) and not fused_again(case)
     assert not fused_again(replace(case, runtime=Runtime("cpu", 1)))
     other = with_levels(case, window="bone")
     assert fused_again(other) and not fused_again(other) and fused_again(case)
     write_volume(case.request.source2.path, draw_pair(7)[1])
     assert fused_again(case) and not fused_again(case)
-    for name in ("c00.nii.gz", "c00_mosaic.png", "c00.json", "png/c00/axial_0001.png"):
+    for name in (
+        "c00.nii.gz",
+        "c00_mosaic.png",
+        "c00.json",
+        "png/c00/axial_0001.png",
+        "moved/c00.nii.gz",
+    ):
         path = tmp_path / "o" / name
         path.write_bytes(path.read_bytes()[:-1])
         assert fused_again(case) and not fused_again(case), name
@@ -273,7 +255,7 @@ def test_a_registered_image_is_recorded_with_its_files(tmp_path, brighter):
     record = json.loads(case.record.read_text())
     ends = (".png", "_img2.png", ".tfm", "_registration.png", ".json")
     assert record["outputs"].keys() == {f"../a{end}" for end in ends}
-    assert record["found"]["moved_pixels"] == pytest.approx(5, abs=0.5)
+    assert record["found"]["apart_pixels"] == pytest.approx(5, abs=0.5)
     (tmp_path / "o" / "a.tfm").write_text("")
     assert fused_again(case)
     rows.append({"img1": "ct.png", "img2": "mri.png", "name": "a_img2"})
@@ -359,7 +341,7 @@ def test_report_has_failures_on_top_and_needs_nothing_else(tmp_path):
         write_png(out / f"fine_{end}.png", np.full((300, 1200, 3), 90, np.uint8))
     told = {"report": ["it covers 12% of the grid"], "registration": {"moved_mm": 99}}
     (out / "fine.json").write_text(json.dumps(told))  # the fields count, whatever it says
-    found = {"moved_mm": 3.456, "coverage": 0.871, "doubts": ["large <turn>"]}
+    found = {"apart_mm": 3.456, "coverage": 0.871, "doubts": ["large <turn>"]}
     files = {f"../fine_{end}.png": "" for end in ("mosaic", "registration")}
     records = {
         "calm": {"status": "done", "message": "", "seconds": 1.0},

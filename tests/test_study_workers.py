@@ -17,6 +17,7 @@ from study_files import rows_of, write_study, written
 pytest.importorskip("distributed", reason="needs requirements-study.txt")
 from distributed.comm import CommClosedError
 
+import limits
 import study
 from args_setting import ROOT, StudyArgs
 from cli import UserError, parse_args
@@ -203,12 +204,18 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path, monkeypatch, in_proce
     assert not (tmp_path / "out" / "report.html").exists()
 
 
-def test_a_cluster_that_goes_and_memory_for_nothing_are_one_line():
+def test_a_cluster_that_goes_and_memory_for_nothing_are_one_line(monkeypatch):
     class Future:
         def result(self):
             raise CommClosedError("Stream is closed")
 
     with pytest.raises(UserError, match="the cluster is gone; start again to go on"):
         study.result_of(Future(), None)
+    monkeypatch.setattr(limits, "granted_memory", lambda: 5e9)
+    monkeypatch.setattr(limits, "granted_cores", lambda: 16)
+    args, jobs = study.shares(StudyArgs())
+    assert (jobs, args.threads, args.memory) == (2, 8, 2.5)
+    with pytest.raises(UserError, match=r"--jobs is 4, but of 5\.0 GB each would have 1\.2"):
+        study.shares(StudyArgs(jobs=4))
     with pytest.raises(UserError, match=r"--memory is 0\.3, expected at least 2"):
         study.shares(StudyArgs(memory=0.3))

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import shutil
 import signal
 import subprocess
 import sys
@@ -368,8 +369,10 @@ def test_moving_average_begins_as_a_mean_and_ends_at_its_decay():
         (["--patch_size", -16], "patch_size is -16, expected at least 16"),
         (["--threads", -1], "threads is -1"),
         (["--lr", -1], "lr is -1.0"),
+        (["--lr", "inf"], "lr is inf, expected a finite number"),
+        (["--weight_decay", "nan"], "weight_decay is nan, expected a finite number"),
         (["--ema", 1], "ema is 1.0, expected less than 1"),
-        (["--val", 0.9], "leaves none of the 3 people"),
+        (["--val", 0.9], "leaving a task nobody to train on"),
         (["--val_cases", 7], "val_cases has '7', expected some of 1, 2, 3"),
         (["--leave_out", 1, 2, 3], "keep no pairs to train on"),
         (["--val_cases", 1, 2, 3], "keep no pairs to train on"),
@@ -411,6 +414,17 @@ def test_a_run_resumes_only_as_it_was(call, data, tmp_path):
         path.write_bytes(damaged)
         code, _, err = call(*argv, "--resume")
         assert code == 2 and "damaged, or not a checkpoint" in err and err.count("\n") == 1
+
+
+def test_a_run_does_not_go_on_with_other_pairs(call, data, tmp_path):
+    folder = shutil.copytree(data, tmp_path / "data")
+    argv = settings(folder, tmp_path / "save", "--epoch", 2, "--val_every", 9)
+    assert call(*argv, "--minutes", 1e-9)[0] == 0
+    task = folder / "CT-MRI" / "train"
+    shutil.copy(task / "CT" / "3000.png", task / "CT" / "3001.png")  # of a person who is trained on
+    shutil.copy(task / "CT" / "1000.png", task / "MRI" / "3001.png")
+    code, _, err = call(*argv, "--resume")
+    assert code == 2 and "the pairs to train on are others than they were" in err
 
 
 def test_the_order_of_loss_weights_means_nothing(call, data, tmp_path):

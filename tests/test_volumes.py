@@ -79,8 +79,9 @@ def test_the_function_returns_what_it_writes_and_says_what_it_does(heads, tmp_pa
     content = json.loads((tmp_path / "f.json").read_text())
     assert content["report"] == said and content["files"] == ["f.json", "f.nii.gz"]
     assert fused.coverage == (1, 1) and list(content["coverage"].values()) == [1, 1]
-    assert 0 <= fused.moved_mm < 3 and not fused.registered.applied and not fused.doubts
-    assert fused.moved_mm == content["registration"]["moved_mm"]
+    assert 0 <= fused.apart_mm < 3 and not fused.registered.applied and not fused.doubts
+    assert fused.moved_mm == content["registration"]["moved_mm"] == 0
+    assert fused.apart_mm == content["registration"]["apart_mm"]
     assert set(fused.read) == {heads["ct"], heads["mri"]}
     with pytest.raises(UserError, match="need img1, img2 and out"):
         request_from(words | {"img2": None})
@@ -205,9 +206,9 @@ def test_the_default_table_has_no_white_at_its_top():
     warm, hot = colours("warm"), colours("hot")
     assert np.ptp(warm[-1]) > 0.9 and np.ptp(hot[-1]) == 0
     assert np.ptp(warm[40:], axis=1).min() > 0.3 and warm[0].max() == 0
-    fused = colour_slice(np.ones((1, 2)), np.array([[0.0, 1.0]]), colour_table("warm"))
-    assert fused[0, 0].tolist() == [255] * 3, "a bright MRI stays white"
-    assert fused[0, 1].min() < 40, "a high uptake on it does not"
+    fused = colour_slice(np.full((1, 2), 0.8), np.array([[0.0, 1.0]]), colour_table("warm"))
+    assert np.ptp(fused[0, 0]) == 0, "a bright MRI stays grey"
+    assert np.ptp(fused[0, 1].astype(int)) > 100, "a high uptake on it does not"
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from volume_files import SHAPE, SPACING, affine_of, numbered, write
 from volumes.grid import RAS_LPS
 
 AFFINE, DATA = affine_of("identity"), numbered()
+WINDOW = ["--window", "2000,4000"]  # DATA is not in HU
 OFF = ["--register", "off"]  # for volumes that show nothing to register by
 
 
@@ -28,6 +29,10 @@ class Inputs:
 
     def args(self, *more, img1=None, img2=None) -> list:
         """The arguments of a run, on a good pair but for what is given."""
+        return self.plain(*WINDOW, *more, img1=img1, img2=img2)
+
+    def plain(self, *more, img1=None, img2=None) -> list:
+        """The same without a window, which is for CT."""
         return ["--img1", img1 or self.ct, "--img2", img2 or self.mri, "--out", self.out, *more]
 
     def series(self, **how) -> Path:
@@ -284,7 +289,7 @@ SPOILT: dict[str, tuple[str, Callable[[Inputs], list]]] = {
     "out png": ("ends in .nii.gz", lambda on: on.args("--out", on.path / "f.png")),
     "out is a source": ("is a source", lambda on: on.args("--out", on.ct)),
     "png in a source": (
-        "inside of one, choose another --png",
+        "is inside of a source, choose another --png",
         lambda on: on.args("--png", on.dicom / "png", img2=on.series()),
     ),
     "series of nifti": ("--series1 is for DICOM", lambda on: on.args("--series1", "1")),
@@ -297,7 +302,7 @@ SPOILT: dict[str, tuple[str, Callable[[Inputs], list]]] = {
         "--stretch is for the test split and two folders and one pair of images",
         lambda on: on.args("--stretch"),
     ),
-    "all": ("need to know what img1 is", lambda on: on.args("--task", "all")),
+    "all": ("need to know what img1 is", lambda on: on.plain("--task", "all")),
     "flag of volumes": ("--tile is for volumes", png_sources),
 }
 

@@ -149,6 +149,7 @@ def test_a_series_is_chosen_by_number_or_uid(call, brighter, tmp_path):
         path.rename(path.with_name(f"ct{path.name}"))
     write_series(tmp_path / "d", numbered() + 1, affine, "MR", series="1.2.11")
     pair = ["--img1", tmp_path / "d", "--img2", tmp_path / "d", "--out", tmp_path / "f.nii.gz"]
+    pair += ["--window", "2000,4000"]  # what is drawn is not in HU
     code, _, err = call(*pair)
     assert code == 2 and "--series1" in err
     assert "1: CT axial, 20 images of 28x24, 1.25x1.5x3 mm, contrast no; 2: MR" in err

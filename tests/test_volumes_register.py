@@ -164,6 +164,7 @@ def test_auto_checks_one_frame_and_registers_others(
     paths = []
     for name, modality, place in (("a", "CT", affine), ("b", "MR", away)):
         data = blob(place, [(0, 30, -10)])
+        data = 2 * data - 1000 if modality == "CT" else data  # in HU, with air around it
         if frames is None:
             paths.append(write(tmp_path / name, data, place, "nii"))
         else:
@@ -199,7 +200,7 @@ def test_a_companion_ct_is_registered_in_place_of_the_pet(
     code, _, err = call(*argv, "--via", heads["ct"], "--register", "off")
     assert code == 2 and "--via is for a registration" in err
     code, _, err = call(*argv, "--via", heads["ct"], "--task", "CT-MRI")
-    assert code == 2 and "--via is for PET and SPECT" in err
+    assert code == 2 and "--via is for PET-MRI and SPECT-MRI" in err
     target = tmp_path / "f.nii.gz"
     assert "is a source" in call(*argv, "--via", target)[2]
 

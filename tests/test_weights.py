@@ -67,6 +67,13 @@ def test_what_float16_cannot_hold_stays_float32(tmp_path):
     assert torch.equal(loaded.encoder.inlayer.weight, weight)
 
 
+def test_a_negative_variance_is_refused(tmp_path):
+    model = ASFEFusion(NARROW)
+    model.decoder.up1.bn2.running_var[0] = -1
+    with pytest.raises(UserError, match=r"decoder\.up1\.bn2\.running_var has negative variances"):
+        save_weights(model, tmp_path / "w.safetensors", {})
+
+
 def damaged(path: Path, kind: str, compact: ASFEFusion) -> str:
     """Write a file that must be refused; returns a part of the message."""
     if kind == "empty":
@@ -171,7 +178,7 @@ def test_metadata_nested_too_deep_are_refused(tmp_path):
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     model = ASFEFusion("compact")
     path = tmp_path / "w.safetensors"
-    for value in (torch.nan, 1e6):  # the second only in float16
+    for value in (torch.nan, torch.inf):
         nn.init.constant_(model.decoder.outlayer.weight, value)
         with pytest.raises(ValueError, match=r"decoder\.outlayer\.weight has values that are not"):
             save_weights(model, path, {})

@@ -4,9 +4,10 @@
 
 What a job needs is in requests.py. Both sources are registered where they need it, and the fused
 volume lies on the grid of one of them. Files are in io.py (with headers.py and uploads.py) and
-dicom.py (with series.py, planes.py, varying.py and suv.py), geometry in grid.py, registration in
-pair.py (with register.py, transforms.py and overlay.py; flat.py for images), intensities in
-intensity.py, the network in tiles.py, and what is written in outputs.py, pictures.py and
+dicom.py (with series.py, planes.py, stored.py, varying.py, nuclear.py, durations.py, suv.py,
+decay.py and quiet.py), geometry in grid.py, registration in pair.py (with register.py,
+transforms.py, programs.py and overlay.py; flat.py for images), intensities in intensity.py, the
+network in tiles.py, and what is written in outputs.py, pictures.py, exports.py, labels.py and
 derived.py. page.py is the tab of app.py, report.py what a run has to say. The packages for them
 are an extra, requirements-volumes.txt.
 
@@ -14,25 +15,29 @@ Legend: I J K voxels as stored; N slices of (H, W) pixels, see grid.py.
 """
 
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
-from args_setting import TASKS
 from cli import UserError
 from fusing import check_plans
+from images import png_bytes
 from network import MIN_SIDE, ASFEFusion
-from volumes.grid import Volume, pick_axis, slices
-from volumes.intensity import DICOM_MODALITY, Scaling, scaling_of
+from volumes.grid import Volume, pick_axis, pixel_sides, slices
+from volumes.intensity import DICOM_MODALITY, Scaling, scaling_of, units_doubt
 from volumes.io import read_volume
-from volumes.outputs import Fused, FusedVolume, check_dicom, write_outputs
+from volumes.labels import bring_labels, labels_nifti
+from volumes.outputs import Fused, FusedVolume, check_dicom, is_packed, write_outputs
 from volumes.pair import Registered, Sources, Together, bring_together, picture_of, register
+from volumes.pictures import square_size
 from volumes.report import Report
 from volumes.requests import Levels, Source, VolumeRequest, request_from
 from volumes.series import check_patients
 from volumes.tiles import check_tiles, fuse_slices
+from volumes.transforms import exported
 from volumes.varying import Choice
 
 __all__ = ["FusedVolume", "VolumeRequest", "fuse_volumes", "request_from", "use_threads"]
@@ -65,19 +70,23 @@ def fuse_volumes(
         raise UserError("--keep-patient needs a DICOM source that has the grid; leave it out")
     if not ready.registered.applied:
         plan = plan.without("transform")
-    if ready.picture is None:
+    if "overlay" not in ready.extras:
         plan = plan.without("overlay")
-    scalings = scale_pair(together, request.modality, request.levels, report)
+    scalings = ready.scalings
+    report.tell(*scale_lines(scalings, request.modality))
     luma, axis = empty(together, request.slicing.axis)
     fused = Fused(request, luma, axis, scalings, together, ready.registered)
     count, height, width = fused.stack.shape
     report.tell(f"{count} {fused.axis} slices of {height}x{width}")
+    size = square_size((height, width), pixel_sides(fused.affine, axis))
+    if request.writing.png and size != (height, width):
+        report.tell(f"--png: slices as {size[0]}x{size[1]}, so that pixels are square")
     plan.make_folders()
     sources = (together.source1, together.source2)
     stacks = tuple(slices(volume.data, fused.affine, fused.axis) for volume in sources)
     for done in fuse_slices(model, stacks, scalings, fused.stack, request.slicing):
         progress(done, count)
-    files = write_outputs(plan, fused, ready.picture, report.lines)
+    files = write_outputs(plan, fused, ready.extras, report.lines)
     return FusedVolume(
         **vars(fused),
         report=tuple(report.lines),
@@ -98,37 +107,62 @@ class Ready(NamedTuple):
 
     together: Together
     registered: Registered
-    picture: np.ndarray | None  # of the registration, uint8 RGB
     files: tuple[Path, ...]  # that were opened
+    scalings: tuple[Scaling, Scaling]  # of the sources as they came, whatever the grid
+    extras: dict[str, Callable[[], bytes]]  # content of files of the plan that needs the sources
 
 
 def prepare(request: VolumeRequest, report: Report) -> Ready:
     """Source 1 and source 2, registered and on one grid."""
     sources = read_sources(request, report)
+    scalings = scale_pair(sources, request.levels)
     registered = register(sources, request.registering, request.forced, report)
-    picture = picture_of(sources, registered)
+    extras = extras_of(request, sources, registered, report)
     unmoved = request.registering.keep_unmoved and registered.applied
     together = bring_together(sources, registered.matrix, request.grid, report, unmoved)
+    files_of_labels = []
+    if request.labels:
+        matrix = registered.matrix
+        labels = bring_labels(request.labels, sources, matrix, together, report)
+        packed = is_packed(request.plan().path("labels"))
+        extras["labels"] = partial(labels_nifti, labels, packed)
+        files_of_labels = labels.files
     volumes = (sources.source1, sources.source2, sources.via)
     files = [file for volume in volumes if volume is not None for file in volume.files]
     if request.registering.transform:
         files.append(request.registering.transform)
-    return Ready(together, registered, picture, tuple(files))
+    files += files_of_labels
+    return Ready(together, registered, tuple(files), scalings, extras)
+
+
+def extras_of(
+    request: VolumeRequest, sources: Sources, registered: Registered, report: Report
+) -> dict[str, Callable[[], bytes]]:
+    """The picture of a registration, and its transform for another program; by what they are."""
+    extras = {}
+    if (picture := picture_of(sources, registered)) is not None:
+        extras["overlay"] = partial(png_bytes, picture)
+    if path := request.writing.transform:
+        if not registered.applied:
+            report.tell("nothing was moved: the transform of --transform is the identity")
+        both = sources.source1, sources.source2
+        text = exported(path, registered.matrix, *both, request.modality)
+        extras["transform for a program"] = lambda: text
+    return extras
 
 
 def read_sources(request: VolumeRequest, report: Report) -> Sources:
     """Both sources and the companion CT, if there is one; UserError for two patients."""
     source1, source2 = (
-        read_source(source, number, request.task, request.forced, report)
+        read_source(source, number, request, report)
         for number, source in enumerate((request.source1, request.source2), 1)
     )
-    check_patients(source1.patient, source2.patient)
+    report.doubt(*check_patients(source1.patient, source2.patient, request.forced))
     report.tell(*unused_choices(request.source1, source1.chosen_by | source2.chosen_by))
     via = None
     if companion := request.registering.via:
-        via = read_volume(companion.path, None, "--via")
-        check_patients(source1.patient, via.patient)
-        make_finite(via, companion)
+        via = read_via(companion, request.task, request.forced, report)
+        report.doubt(*check_patients(source1.patient, via.patient, request.forced, "--via"))
     return Sources(source1, source2, via, request.modality)
 
 
@@ -149,35 +183,60 @@ def unused_choices(source: Source, chosen_by: Collection[str]) -> list[str]:
     ]
 
 
-def read_source(
-    source: Source, number: int, task: str, forced: Collection[str], report: Report
-) -> Volume:
+def read_source(source: Source, number: int, request: VolumeRequest, report: Report) -> Volume:
     """Source 1 or 2, by its number, with finite values.
 
     Raises UserError for another modality than the task expects, unless it is forced.
     """
-    name, kind = f"img{number}", TASKS[task] if number == 1 else "MRI"
+    name, kind = f"img{number}", request.modality if number == 1 else "MRI"
     choice = Choice(source.where, source.time, source.affine)
     volume = read_volume(source.path, source.series, f"--series{number}", choice)
     make_finite(volume, source)
     if volume.data.min() == volume.data.max():
         value = volume.data.flat[0]
         raise UserError(f"{source.path}: all voxels are {value:g}, there is nothing to fuse")
-    expected, doubt = DICOM_MODALITY[kind], ""
-    if volume.modality not in (None, expected):
-        doubt = f"its modality is {volume.modality}, {task} expects {expected}"
-        if "modality" not in forced:
-            raise UserError(
-                f"{source.path}: {doubt} as {name}; --force modality fuses all the same"
-            )
+    doubts = kind_doubts(volume, kind, request.task)
+    doubts += units_doubts(volume, request.levels.window) if kind == "CT" else []
+    lines = check_source(source.path, doubts, request.forced, name)
     report.tell(f"{name}: {kind}, {volume.describe()}")
     report.tell(*(f"{name}: {note}" for note in volume.notes))
-    if doubt:
-        report.doubt(f"{name}: forced (modality): {doubt}")
-    if kind == "CT" and volume.data.min() >= 0:
-        line = "no value below 0: is it in HU? --window can take another scale"
-        report.tell(f"{name}: {line}")
+    report.doubt(*lines)
     return volume
+
+
+def read_via(source: Source, task: str, forced: Collection[str], report: Report) -> Volume:
+    """The CT that is registered in the place of source 1; UserError if it is none."""
+    via = read_volume(source.path, None, "--via")
+    make_finite(via, source)
+    doubts = [*kind_doubts(via, "CT", task), *units_doubts(via, Levels().window)]
+    report.doubt(*check_source(source.path, doubts, forced, "--via"))
+    report.tell(*(f"--via: {note}" for note in via.notes))
+    return via
+
+
+def kind_doubts(volume: Volume, kind: str, task: str) -> list[tuple[str, str]]:
+    """The doubt that a volume's DICOM modality is another than expected, as for `passed_over`."""
+    expected = DICOM_MODALITY[kind]
+    if volume.modality in (None, expected):
+        return []
+    return [("modality", f"its modality is {volume.modality}, {task} expects {expected}")]
+
+
+def units_doubts(volume: Volume, window: str) -> list[tuple[str, str]]:
+    """The doubt that a CT is not in HU, or not in its window's unit, as for `passed_over`."""
+    doubt = units_doubt(volume.data, window)
+    return [("units", doubt)] if doubt else []
+
+
+def check_source(
+    path: Path, doubts: list[tuple[str, str]], forced: Collection[str], name: str
+) -> list[str]:
+    """Lines on doubts about one source; UserError for the first that is not forced."""
+    for what, doubt in doubts:
+        if what not in forced:
+            how = f" as {name}; --force modality fuses all the same" if what == "modality" else ""
+            raise UserError(f"{path}: {doubt}{how}")
+    return [f"{name}: forced ({what}): {doubt}" for what, doubt in doubts]
 
 
 def make_finite(volume: Volume, source: Source) -> None:
@@ -195,16 +254,20 @@ def make_finite(volume: Volume, source: Source) -> None:
     volume.notes.append(f"{line}: taken as 0")
 
 
-def scale_pair(
-    together: Together, kind: str, levels: Levels, report: Report
-) -> tuple[Scaling, Scaling]:
-    """The scalings of source 1, of `kind`, and source 2; for PET also why SUV is missing."""
-    scaling1 = scaling_of(together.source1, kind, levels.window, levels.suv)
-    scaling2 = scaling_of(together.source2, "MRI", levels.window, levels.suv)
-    report.tell(scaling1.text, scaling2.text)
-    if reason := scaling1.method.get("no_suv"):
-        report.tell(f"no SUV ({reason}): {kind} scaled to its maximum")
-    return scaling1, scaling2
+def scale_pair(sources: Sources, levels: Levels) -> tuple[Scaling, Scaling]:
+    """The scalings of source 1 and source 2, as they came."""
+    return (
+        scaling_of(sources.source1, sources.modality, levels.window, levels.suv),
+        scaling_of(sources.source2, "MRI", levels.window, levels.suv),
+    )
+
+
+def scale_lines(scalings: tuple[Scaling, Scaling], kind: str) -> list[str]:
+    """The scalings in lines, for PET also why SUV is missing."""
+    lines = [scaling.text for scaling in scalings]
+    if reason := scalings[0].method.get("no_suv"):
+        lines.append(f"no SUV ({reason}): {kind} scaled to its maximum")
+    return lines
 
 
 def empty(together: Together, axis: str) -> tuple[np.ndarray, str]:

@@ -13,11 +13,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pydicom
 from highdicom.sc import SCImage
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
+from pydicom.valuerep import DA, TM, PersonName
 
 from volumes.dicom import read_dataset_of
 from volumes.grid import RAS_LPS, slices
+from volumes.quiet import quiet
 
 # where rows and columns go, as volumes/grid.py turns the slices
 ORIENTATION = {"axial": ("L", "P"), "coronal": ("L", "F"), "sagittal": ("P", "F")}
@@ -34,6 +37,18 @@ PATIENT = {  # highdicom's name of an argument -> the field that is copied
     "study_time": "StudyTime",
     "referring_physician_name": "ReferringPhysicianName",
 }
+
+
+# What a field becomes: names from text, so that they are stored in the new character set.
+FORMS = {
+    "patient_name": PersonName,
+    "referring_physician_name": PersonName,
+    "patient_birth_date": DA,
+    "study_date": DA,
+    "study_time": TM,
+}
+SEXES = ("M", "F", "O")
+UTF8 = "ISO_IR 192"  # whatever the source has, every name can be written in it
 
 
 def series(
@@ -64,24 +79,49 @@ def series(
         ds.ImageOrientationPatient = [f"{v:.9g}" for v in directions.ravel()]
         ds.PixelSpacing = [f"{v:.9g}" for v in sides[:2]]
         ds.SpacingBetweenSlices = f"{sides[2]:.9g}"
-        file = io.BytesIO()
-        ds.save_as(file, enforce_file_format=True)
-        return file.getvalue()
+        return encoded(ds)
 
     slices_of = enumerate(zip(pictures, starts, strict=True), 1)
     return {f"{axis}_{n:04d}.dcm": partial(content, *one, n) for n, one in slices_of}
 
 
+@quiet()
+def encoded(ds: pydicom.Dataset) -> bytes:
+    """The bytes of a DICOM file."""
+    file = io.BytesIO()
+    ds.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
+@quiet()
 def patient_fields(patient: Path | None) -> dict:
-    """Arguments for highdicom: of a DICOM file's patient and study, or of nobody."""
+    """Arguments for highdicom: of a DICOM file's patient and study, or of nobody.
+
+    A field that is none by the standard, as a date of ten digits, stays empty.
+    """
     if patient is None:
         return {"study_instance_uid": generate_uid(prefix=None)}
     ds = read_dataset_of(patient, [*PATIENT.values()])
-    found = {argument: ds.get(field) or None for argument, field in PATIENT.items()}
+    found = {}
+    for argument, field in PATIENT.items():
+        text = str(ds.get(field) or "").strip()
+        found[argument] = FORMS.get(argument, str)(text) if is_valid(argument, text) else None
     found["study_instance_uid"] = found["study_instance_uid"] or generate_uid(prefix=None)
     return found
 
 
+def is_valid(argument: str, text: str) -> bool:
+    """Whether the text of a field is not empty, and one by the standard."""
+    try:
+        FORMS.get(argument, str)(text)
+    except (TypeError, ValueError):
+        return False
+    known = SEXES if argument == "patient_sex" else (text,)
+    uid = argument != "study_instance_uid" or UID(text).is_valid
+    return bool(text) and text in known and uid
+
+
+@quiet()  # highdicom's warnings quote a name
 def image(picture: np.ndarray, axis: str, number: int, series: str, who: dict) -> SCImage:
     """A slice (H, W) of stored luma, or (H, W, 3) RGB, as an image without a place yet."""
     grey = picture.ndim == 2
@@ -97,6 +137,7 @@ def image(picture: np.ndarray, axis: str, number: int, series: str, who: dict) -
         manufacturer="ASFE-Fusion",
         patient_orientation=ORIENTATION[axis],
         transfer_syntax_uid=ExplicitVRLittleEndian,
+        specific_character_set=UTF8,
         **who,
     )
     ds.ImageType = ["DERIVED", "SECONDARY"]

@@ -11,7 +11,6 @@ Legend: P planes, each a (rows, columns) image; I J K voxels of a volume, see vo
 """
 
 import struct
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -30,17 +29,23 @@ from pydicom.uid import (
 
 import limits
 from cli import UserError
+from volumes.decay import PRIVATE_TIMES
+from volumes.durations import mean_weights, sum_words
 from volumes.grid import Volume
+from volumes.nuclear import check_nuclear, frames_of, place_of
 from volumes.planes import Plane, Stack, evened, stack
+from volumes.quiet import quiet
 from volumes.series import (
     Headers,
     by_series,
     choose,
+    choose_ct,
     frame_count,
     once,
     patient_of,
     refuse_mosaic,
 )
+from volumes.stored import UNITS, rescale_of
 from volumes.suv import PHILIPS, suv_factor
 from volumes.varying import (
     ALL,
@@ -50,6 +55,7 @@ from volumes.varying import (
     Choice,
     by_time,
     chosen,
+    durations_of,
     fields_of,
     frame_fields,
     largest,
@@ -57,18 +63,21 @@ from volumes.varying import (
 
 # Only these are read from the headers at first. A patient's name is not among them; ID and date of
 # birth are compared and go nowhere.
-TAGS = """
-    SOPClassUID SOPInstanceUID PatientID PatientBirthDate
-    ImageType Modality SeriesInstanceUID SeriesNumber FrameOfReferenceUID Rows
-    Columns NumberOfFrames BitsAllocated SamplesPerPixel PhotometricInterpretation
-    ImagePositionPatient ImageOrientationPatient PixelSpacing
-    SliceThickness SpacingBetweenSlices RescaleSlope RescaleIntercept
-    SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence
-    DetectorInformationSequence ModalityLUTSequence Units DecayCorrection PatientWeight
-    RadiopharmaceuticalInformationSequence SeriesDate SeriesTime AcquisitionDate
-    AcquisitionTime SUVType ContrastBolusAgent
-""".split()
+TAGS = [
+    *("SOPClassUID", "SOPInstanceUID", "PatientID", "PatientBirthDate", "ImageType", "Modality"),
+    *("SeriesInstanceUID", "SeriesNumber", "FrameOfReferenceUID", "Rows", "Columns"),
+    *("NumberOfFrames", "BitsAllocated", "SamplesPerPixel", "PhotometricInterpretation"),
+    *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"),
+    *("SpacingBetweenSlices", "RescaleSlope", "RescaleIntercept", "SharedFunctionalGroupsSequence"),
+    *("PerFrameFunctionalGroupsSequence", "DetectorInformationSequence", "ModalityLUTSequence"),
+    *("Units", "DecayCorrection", "PatientWeight", "RadiopharmaceuticalInformationSequence"),
+    *("SeriesDate", "SeriesTime", "AcquisitionDate", "AcquisitionTime", "SUVType"),
+    *("ContrastBolusAgent", "CorrectedImage", "DecayCorrectionDateTime", "TimezoneOffsetFromUTC"),
+    *("Manufacturer", "PatientSex", "ActualFrameDuration", "RealWorldValueMappingSequence"),
+    "SliceVector",
+]
 TAGS += [*CONTRASTS, *TIME_FIELDS, 0x00190010, B_VALUE, *PHILIPS]
+TAGS += [tag for pair in PRIVATE_TIMES.values() for tag in pair]
 SIZE = ["Rows", "Columns", "NumberOfFrames", "BitsAllocated"]
 PIXELS = (0x7FE00008, 0x7FE00009, 0x7FE00010)  # tags of pixel data
 BARE = (b"\2\0", b"\x08\0", b"\0\x08")  # how DICOM without a preamble begins
@@ -86,7 +95,7 @@ UNREADABLE = (  # what pydicom and numpy raise for fields that are missing or ma
 # Values that are a measure (HU, Bq/ml, counts) stay what they are in MONOCHROME1, which is about
 # showing them. In other modalities, as MR, the picture that was meant is the inverted one.
 MEASURED = ("CT", "PT", "NM")
-UNITS = {"BQML": "Bq/ml", "CNTS": "counts", "GML": "SUV", "NM": "counts"}
+MAPPING = "RealWorldValueMappingSequence"
 PLUGINS = {
     "JPEG 2000": "pylibjpeg pylibjpeg-openjpeg",
     "JPEG": "pylibjpeg pylibjpeg-libjpeg",
@@ -95,6 +104,7 @@ PLUGINS = {
 }
 
 
+@quiet()  # pydicom's warnings quote the header's values
 def read_dicom(
     path: Path, series: str | None = None, flag: str = "--series1", choice: Choice = ALL
 ) -> Volume:
@@ -111,46 +121,80 @@ def read_dicom(
             a mosaic, slices missing or in several orientations, no position, damaged or compressed
             pixels that cannot be read.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom's quote the header's values
-        headers, strays = _read_headers(path)
-        headers = choose(path, by_series(headers), series, flag)
-        patient = patient_of(path, headers)
-        headers, copies = once(headers)
-        first = headers[0][1]
-        refuse_mosaic(path, first)
-        planes = [plane for file, ds in headers for plane in _planes(file, ds)]
-        planes, *notes = chosen(path, planes, choice.where)
-        planes, note = largest(path, planes)
-        times, when = by_time(path, planes, choice.time)
-        thickness = first.get("SliceThickness") or first.get("SpacingBetweenSlices") or 1
-        try:
-            stacks = [stack(path, planes, float(thickness)) for planes in times]
-        except UserError as error:
-            raise UserError(f"{error} ({note})" if note else error) from None
-        _check_series(path, stacks)
-        volume = Volume(_values(stacks, choice.time), stacks[0].affine)
-        volume.notes = [line for line in (*notes, note, when, stacks[0].note) if line]
-        volume.chosen_by = {flag for flag, line in (("where", notes[0]), ("frame", when)) if line}
-        volume.patient, volume.origin = patient, planes[0].path
-        volume.files = _files_below(path)
-        volume.frame_of_reference = str(first.get("FrameOfReferenceUID") or "") or None
-        volume.modality = str(first.get("Modality") or "") or None
-        try:
-            volume.suv, volume.no_suv = suv_factor([ds for _, ds in headers])
-        except UNREADABLE:
-            volume.no_suv = "its fields for SUV cannot be read"
-        if len(stacks) > 1 and choice.time == "sum":
-            volume.suv, volume.no_suv = None, "points in time were summed"
-        volume.unit = UNITS.get(str(first.get("Units") or first.get("Modality")), "")
+    headers, strays = _read_headers(path)
+    groups = by_series(headers)
+    is_via = flag == "--via"
+    headers = choose_ct(path, groups) if is_via else choose(path, groups, series, flag)
+    patient = patient_of(path, headers)
+    headers, copies = once(headers)
+    refuse_mosaic(path, headers[0][1])
+    volume = _volume_of(path, headers, choice)
+    volume.patient, volume.files = patient, _files_below(path)
     if copies:
         volume.notes.append(f"{copies} files are copies of others, counted once")
     if strays:
         volume.notes.append(f"{strays} files are not DICOM images, left out")
     _as_displayed(path, volume, {str(ds.PhotometricInterpretation) for _, ds in headers})
-    if len(stacks[0].planes) == 1:
+    if volume.data.shape[2] == 1:
         volume.notes.append("a single slice")
     return volume
+
+
+def _volume_of(path: Path, headers: Headers, choice: Choice) -> Volume:
+    """The volume of one series' files, without what is known of them beside geometry and values."""
+    planes = [plane for file, ds in headers for plane in _planes(file, ds)]
+    planes, *notes = chosen(path, planes, choice.where)
+    planes, note = largest(path, planes)
+    taken = {plane.path for plane in planes}
+    kept = [ds for file, ds in headers if file in taken]
+    times, when = by_time(path, planes, choice.time)
+    chosen_by = {flag for flag, line in (("where", notes[0]), ("frame", when)) if line}
+    told = planes[0].thickness or float(kept[0].get("SpacingBetweenSlices") or 0)
+    try:
+        stacks = [stack(path, planes, told or 1.0) for planes in times]
+    except UserError as error:
+        raise UserError(f"{error} ({note})" if note else error) from None
+    _check_series(path, stacks)
+    if len(times[0]) == 1 and not told:
+        notes.append("the thickness of its slice is not told, taken as 1 mm")
+    unit = planes[0].kind[2] or str(kept[0].get("Modality"))
+    counts = UNITS.get(unit) == "counts"
+    weights, how = _weights(times, choice.time, counts)
+    volume = Volume(_values(stacks, weights), stacks[0].affine)
+    volume.chosen_by = chosen_by
+    when = f"{when}: {how}" if how else when
+    volume.notes = [text for text in (*notes, note, when, stacks[0].note) if text]
+    volume.notes += dict.fromkeys(plane.note for plane in planes if plane.note)
+    volume.origin, volume.placed = planes[0].path, all(plane.placed for plane in planes)
+    volume.frame_of_reference, volume.modality = (text or None for text in planes[0].kind[:2])
+    volume.unit = UNITS.get(unit, "")
+    _tell_suv(volume, kept)
+    if len(stacks) > 1 and choice.time == "sum":
+        volume.suv, volume.no_suv = None, "points in time were summed"
+        volume.summed = not counts
+    return volume
+
+
+def _weights(times: list[list[Plane]], frame: str, counts: bool) -> tuple[np.ndarray, str]:
+    """What each point in time is multiplied with before they are added, and words on it."""
+    count = len(times)
+    if count == 1 or frame == "sum":
+        return np.ones(count), sum_words(count) if count > 1 and not counts else ""
+    if counts:
+        return np.full(count, 1 / count), "unweighted, as they are counts"
+    return mean_weights(durations_of(times), count)
+
+
+def _tell_suv(volume: Volume, headers: list[pydicom.Dataset]) -> None:
+    """Add to a volume what its headers tell of SUV."""
+    try:
+        volume.suv, line = suv_factor(headers)
+    except UNREADABLE:
+        volume.suv, line = None, "its fields for SUV cannot be read"
+    if volume.suv is None:
+        volume.no_suv = line
+    elif line:
+        volume.notes.append(line)
 
 
 # --- headers ---------------------------------------------------------------------------------
@@ -306,46 +350,22 @@ def _planes(file: Path, ds: pydicom.Dataset) -> list[Plane]:
         raise UserError(f"{file}: has a table of values, expected a rescale slope and intercept")
     count = frame_count(ds)
     if count > 1:
-        _check_nuclear(file, ds)
+        check_nuclear(file, ds)
     try:
         if "PerFrameFunctionalGroupsSequence" in ds:
-            return [_enhanced_plane(file, ds, i) for i in range(frame_count(ds))]
-        geometry = ds
-        if "ImagePositionPatient" not in ds and "DetectorInformationSequence" in ds:  # NM
-            geometry = ds.DetectorInformationSequence[0]
-        first = _plane(file, 0, geometry, geometry, ds, ds)
-        first = first._replace(fields=fields_of(ds))
-        if count == 1:
-            return [first]
-        if "RECON TOMO" not in ds.ImageType:
-            raise ValueError("frames without a position")
-        gap = float(ds.get("SpacingBetweenSlices") or ds.SliceThickness)
-        step = np.cross(*first.directions) * gap
-        return [first._replace(frame=i, position=first.position + i * step) for i in range(count)]
+            return [_enhanced_plane(file, ds, i) for i in range(count)]
+        place, placed = place_of(ds)
+        first = _plane(file, 0, place, place, ds)
+        first = _rescaled(first, ds, ds.get("RealWorldValueMappingSequence"), ds)
+        first = first._replace(fields=fields_of(ds), placed=placed)
+        return [first] if count == 1 else frames_of(first, ds)
+    except UserError:
+        raise
     except UNREADABLE:
         raise UserError(
             f"{file}: does not say where its image lies (position, orientation, pixel spacing); "
             "give the original slices of the scan"
         ) from None
-
-
-def _check_nuclear(file: Path, ds: pydicom.Dataset) -> None:
-    """UserError for frames of nuclear medicine that are views or gates, not slices."""
-    kind = str((*(ds.get("ImageType") or ()), "", "", "")[2]) if ds.get("Modality") == "NM" else ""
-    what = {
-        "TOMO": "raw views of a SPECT",
-        "GATED TOMO": "raw views of a gated SPECT",
-        "RECON GATED TOMO": "gated slices",
-        "GATED": "gated frames",
-        "DYNAMIC": "frames over time",
-        "STATIC": "planar images",
-        "WHOLE BODY": "planar images",
-    }.get(kind)
-    if what:
-        raise UserError(
-            f"{file}: its frames are {what} ({kind}), expected reconstructed slices (RECON TOMO); "
-            "choose that series of the same examination, or have it reconstructed"
-        )
 
 
 def _enhanced_plane(file: Path, ds: pydicom.Dataset, i: int) -> Plane:
@@ -358,10 +378,22 @@ def _enhanced_plane(file: Path, ds: pydicom.Dataset, i: int) -> Plane:
 
     measures = group("PixelMeasuresSequence")
     measures.Rows, measures.Columns = ds.Rows, ds.Columns
-    rescale = group("PixelValueTransformationSequence")
     position, orientation = group("PlanePositionSequence"), group("PlaneOrientationSequence")
-    plane = _plane(file, i, position, orientation, measures, rescale)
+    plane = _plane(file, i, position, orientation, measures)
+    mappings = next((g.RealWorldValueMappingSequence for g in groups if MAPPING in g), None)
+    plane = _rescaled(plane, group("PixelValueTransformationSequence"), mappings, ds)
     return plane._replace(fields=frame_fields(groups))
+
+
+def _rescaled(plane: Plane, rescale: pydicom.Dataset, mappings, ds: pydicom.Dataset) -> Plane:
+    """The plane with what its stored values stand for, see stored.py; `ds` is its file's header."""
+    slope, intercept, unit, note = rescale_of(plane.path, rescale, list(mappings or ()), ds)
+    if not np.isfinite([slope, intercept]).all():
+        raise ValueError("not finite")
+    kind = tuple(str(ds.get(name) or "") for name in ("FrameOfReferenceUID", "Modality"))
+    if unit and not ds.get("Units"):
+        ds.Units = unit  # for SUV
+    return plane._replace(slope=slope, intercept=intercept, note=note, kind=(*kind, unit))
 
 
 def _plane(
@@ -370,7 +402,6 @@ def _plane(
     position: pydicom.Dataset,
     orientation: pydicom.Dataset,
     measures: pydicom.Dataset,
-    rescale: pydicom.Dataset,
 ) -> Plane:
     """Frame `i` of a file, from the data sets that hold its fields.
 
@@ -380,7 +411,6 @@ def _plane(
     lengths = np.linalg.norm(directions, axis=1)
     if not np.allclose(lengths, 1, atol=1e-2) or abs(directions[0] @ directions[1]) > 1e-2:
         raise ValueError("not an orientation")
-    slope, intercept = rescale.get("RescaleSlope"), rescale.get("RescaleIntercept")
     plane = Plane(
         file,
         i,
@@ -388,8 +418,8 @@ def _plane(
         directions / lengths[:, None],
         np.array(measures.PixelSpacing, dtype=float).reshape(2),
         (int(measures.Rows), int(measures.Columns)),
-        1.0 if slope is None else float(slope),
-        0.0 if intercept is None else float(intercept),
+        1.0,
+        0.0,
         float(measures.get("SliceThickness") or 0),
     )
     if not all(np.isfinite(v).all() for v in plane[2:9]) or plane.spacing.min() <= 0:
@@ -400,29 +430,31 @@ def _plane(
 # --- pixels ----------------------------------------------------------------------------------
 
 
-def _values(stacks: list[Stack], frame: str) -> np.ndarray:
-    """Rescaled values (I, J, K) float32 of a stack, or the mean or sum of several."""
-    data = _pixels([stack.planes for stack in stacks])
-    if frame == "mean" and len(stacks) > 1:
-        data /= len(stacks)
+def _values(stacks: list[Stack], weights: np.ndarray) -> np.ndarray:
+    """Rescaled values (I, J, K) float32 of a stack, or several times their weights, added."""
+    data = _pixels([stack.planes for stack in stacks], weights)
     return data if stacks[0].at is None else evened(data, stacks[0].at)
 
 
-def _pixels(times: list[list[Plane]]) -> np.ndarray:
-    """Sum of the rescaled values (I, J, P) float32 of ordered planes; each file is opened once."""
+def _pixels(times: list[list[Plane]], weights: np.ndarray) -> np.ndarray:
+    """The weighted sum of the rescaled values (I, J, P) float32 of ordered planes.
+
+    Each file is opened once.
+    """
     planes = times[0]
     volume = np.zeros((len(planes), *planes[0].size), np.float32)
     scaled = np.empty(planes[0].size, np.float32)
-    wanted: dict[Path, dict[int, tuple[int, Plane]]] = {}  # file -> frame -> index of the plane
-    for planes in times:
+    # file -> frame -> index of the plane, the plane, and its weight
+    wanted: dict[Path, dict[int, tuple[int, Plane, float]]] = {}
+    for planes, weight in zip(times, weights, strict=True):
         for k, plane in enumerate(planes):
-            wanted.setdefault(plane.path, {})[plane.frame] = k, plane
+            wanted.setdefault(plane.path, {})[plane.frame] = k, plane, float(weight)
     for path, here in wanted.items():
         for i, pixels in enumerate(_decoded(path)):
             if i in here:
-                k, plane = here[i]
-                np.multiply(pixels, plane.slope, out=scaled, casting="unsafe")
-                scaled += plane.intercept
+                k, plane, weight = here[i]
+                np.multiply(pixels, plane.slope * weight, out=scaled, casting="unsafe")
+                scaled += plane.intercept * weight
                 volume[k] += scaled
     return volume.T
 

@@ -1,7 +1,7 @@
 """Registration of two images: a shift, a turn and, if asked, a scale.
 
-The search is register.py's, in two dimensions. Lengths are in pixels of image 1; both images are
-taken to have pixels of one size, unless a scale is asked for.
+The search is that of register.py, in two dimensions. Lengths are in pixels of image 1. Unless a
+scale is asked for, the pixels of both images are taken to be of one size.
 
 Legend: images as in images.py; points are (n, 2), x and y in pixels, y down.
 """
@@ -31,11 +31,10 @@ from volumes.register import (
     ranked,
     shrunk,
 )
-from volumes.transforms import matrix_of, read_transform, text_of
+from volumes.transforms import SCALES, matrix_of, read_transform, text_of
 
 SIDE = 256.0  # mm that the longest side is taken to have in the search
 TURNS = (0, -15, 15, -30, 30)  # degrees
-SCALES = (0.5, 2.0)
 
 
 class Moved(NamedTuple):
@@ -96,6 +95,7 @@ def register_image(
 
 
 def flat_image(luma: np.ndarray, pixel: float) -> sitk.Image:
+    """An ITK image of a luma (H, W), with pixels of `pixel` mm of the search."""
     image = sitk.GetImageFromArray(np.ascontiguousarray(luma, np.float32))
     image.SetSpacing((pixel, pixel))
     return image
@@ -110,7 +110,8 @@ def grid_points(image: sitk.Image) -> np.ndarray:
 
 def search(image1: sitk.Image, image2: sitk.Image, scaled: bool) -> tuple[sitk.Transform, list]:
     """The best transform from points of image 1 to those of image 2, and the doubts about it."""
-    # with a margin of black, or a scale could gain by moving what does not fit out of the image
+    # Image 2 gets a margin of black. Without it, a scale could gain by moving what does not fit out
+    # of the image.
     margin = [n // 2 for n in image2.GetSize()]
     darkest = float(sitk.GetArrayViewFromImage(image2).min())
     padded, levels = sitk.ConstantPad(image2, margin, margin, darkest), []
@@ -129,7 +130,7 @@ def search(image1: sitk.Image, image2: sitk.Image, scaled: bool) -> tuple[sitk.T
     if not finer:
         return identity(scaled), ["the finer search failed"]
     best = ranked(finer)[0]
-    doubts = disagreement(best, finer, points)
+    doubts = disagreement(best, finer, points, (image1.GetSpacing()[0], "pixels"))
     last = optima(levels[2], [best.transform])
     best = last[0] if last else best
     if best.rounds >= ROUNDS:
@@ -138,6 +139,7 @@ def search(image1: sitk.Image, image2: sitk.Image, scaled: bool) -> tuple[sitk.T
 
 
 def identity(scaled: bool) -> sitk.Transform:
+    """A transform that moves nothing; one with a scale if `scaled`."""
     return sitk.Similarity2DTransform() if scaled else sitk.Euler2DTransform()
 
 

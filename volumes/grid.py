@@ -49,7 +49,8 @@ class Volume:
     suv: float | None = None  # body-weight SUV of a value of 1
     no_suv: str = "the file has no DICOM fields"  # why `suv` is None
     unit: str = ""  # of the values, where DICOM tells it: SUV, Bq/ml or counts
-    patient: tuple[str, str] | None = field(default=None, repr=False)  # to be compared only
+    summed: bool = False  # concentrations of several times, added up
+    patient: tuple[str, ...] | None = field(default=None, repr=False)  # to be compared only
     origin: Path | None = None  # a DICOM file of it
     files: list[Path] = field(default_factory=list, repr=False)  # that its reader opened
     notes: list[str] = field(default_factory=list)
@@ -116,10 +117,10 @@ def common(a: Volume, b: Volume) -> float:
 
 
 def low_passed(moving: Volume, affine: np.ndarray) -> Volume:
-    """`moving` without what a coarser grid cannot hold, along those of its axes where that is so.
+    """`moving` after a low-pass along each of its axes on which the new grid is coarser.
 
-    Point by point, stripes finer than the new voxels would come out as other stripes. UserError
-    for a step so long that the low-pass would take minutes.
+    Without it, stripes finer than the new voxels would show as other stripes. UserError for a step
+    so long that the low-pass would take minutes.
     """
     axes = moving.affine[:3, :3] / moving.spacing
     step = np.linalg.norm(axes.T @ affine[:3, :3], axis=1) / moving.spacing  # in moving's voxels
@@ -132,6 +133,15 @@ def low_passed(moving: Volume, affine: np.ndarray) -> Volume:
     return replace(moving, data=ndimage.gaussian_filter(moving.data, sigma, mode="nearest"))
 
 
+def set_place(image: sitk.Image, affine: np.ndarray) -> None:
+    """Tell an ITK image where it lies, by a RAS affine."""
+    lps = RAS_LPS @ affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+
+
 def resample(moving: Volume, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
     """`moving` on another grid, (I, J, K) float32: linear; its minimum where it has no voxel.
 
@@ -141,12 +151,8 @@ def resample(moving: Volume, shape: tuple[int, ...], affine: np.ndarray) -> np.n
     limits.check_grid("the grid would have", shape, way, limits.VOXELS)
     source = sitk.GetImageFromArray(moving.data.T)
     grid = sitk.Image([int(n) for n in shape], sitk.sitkUInt8)
-    for image, ras in ((source, moving.affine), (grid, affine)):
-        lps = RAS_LPS @ ras
-        spacing = np.linalg.norm(lps[:3, :3], axis=0)
-        image.SetSpacing(spacing.tolist())
-        image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
-        image.SetOrigin(lps[:3, 3].tolist())
+    set_place(source, moving.affine)
+    set_place(grid, affine)
     fill = float(moving.data.min())
     moved = sitk.Resample(source, grid, sitk.Transform(), sitk.sitkLinear, fill, sitk.sitkFloat32)
     return sitk.GetArrayFromImage(moved).T
@@ -191,7 +197,10 @@ def _orthogonal(volume: Volume) -> np.ndarray:
 
 
 def passed_over(doubts: list[tuple[str, str]], forced: Collection[str]) -> list[str]:
-    """Doubts, as what to force and a line, as lines; UserError for those that are not forced."""
+    """Lines for the doubts that are forced; UserError for doubts that are not.
+
+    A doubt is a pair: what to force, and a line.
+    """
     left = dict.fromkeys(what for what, _ in doubts if what not in forced)
     if left:
         lines = "; ".join(line for what, line in doubts if what in left)
@@ -204,7 +213,7 @@ def place_doubts(source1: Volume, source2: Volume) -> list[tuple[str, str]]:
 
     A registration does not help: left and right would be in doubt.
     """
-    line = "does not say where it is in the patient (no sform, qform, space)"
+    line = "does not say where it is in the patient (no sform, qform, space or position)"
     pairs = (("img1", source1), ("img2", source2))
     return [("place", f"{name} {line}") for name, volume in pairs if not volume.placed]
 

@@ -1,8 +1,8 @@
 """Headers of MetaImage and NRRD, checked before ITK reads them.
 
-ITK's readers of both were written for files of friends: with a dimension of -1 or 1000, or fields
-of the wrong length, they write where they must not, and the whole program dies. So all that has a
-length or a number is looked at here. What a field means is left to ITK.
+ITK's readers of both trust the header. With a dimension of -1 or 1000, or fields of the wrong
+length, they write where they must not, and the whole program crashes. So every length and number is
+checked here. What a field means is left to ITK.
 
 Sources: MetaImage's reference (itk.org/Wiki/MetaIO/Documentation), the definition of NRRD
 (teem.sourceforge.net/nrrd/format.html).

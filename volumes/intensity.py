@@ -22,6 +22,11 @@ WINDOWS = {"wide": (450, 1100), "brain": (40, 80), "bone": (600, 2800), "subdura
 PERCENTILES = (0.5, 99.5)
 SAMPLES = 2_000_000  # voxels that decide on percentiles, at most about
 DICOM_MODALITY = {"CT": "CT", "PET": "PT", "SPECT": "NM", "MRI": "MR"}  # from our names
+AIR = (-1200, -800)  # HU that air has, with noise
+# shares of a CT's voxels: at least in its window, at least near air, at most below air
+IN_WINDOW, NEAR_AIR, BELOW_AIR = 0.005, 0.005, 0.05
+NOISY, FILLED = 0.7, 0.9  # of the field: a mask with noise in it, perhaps; and more than a head
+SMOOTH = 2.0  # voxels, of the Gaussian that takes noise away
 STORED_ONE = 32767  # a fused luma of 1, as the int16 that is stored
 
 
@@ -57,7 +62,7 @@ def scaling_of(volume: Volume, kind: str, window: str, suv: float) -> Scaling:
 
 
 def is_usable(low: float, high: float) -> bool:
-    """Whether float32, in which volumes are scaled, can tell the two and their difference."""
+    """Whether float32, in which volumes are scaled, holds both values and their difference."""
     with np.errstate(over="ignore"):
         ends = np.float32([low, high, high - low])
     return bool(np.isfinite(ends).all() and ends[2] > 0)
@@ -78,21 +83,54 @@ def ct_scaling(window: str) -> Scaling:
     return Scaling(low, high, f"CT {low:g}..{high:g} HU", method)
 
 
+def units_doubt(data: np.ndarray, window: str) -> str:
+    """Why a CT (I, J, K) does not look as if it was in HU, or in the window's unit; else empty.
+
+    A window in numbers may be in another unit, so air is looked for only where it has a name.
+    """
+    scaling, values = ct_scaling(window), data[sampling(data)].ravel()
+    found = f"its values go from {data.min():g} to {data.max():g}"
+    how = "give --window LEVEL,WIDTH in its own values, or --force units takes them as HU"
+    inside = float(((values > scaling.low) & (values < scaling.high)).mean())
+    if inside < IN_WINDOW:
+        window = f"{scaling.low:g} to {scaling.high:g}"
+        return f"{found}, and {inside:.1%} of them lie in the window of {window} HU; {how}"
+    lowest = values.min()
+    if (
+        lowest < AIR[0] and (values == lowest).mean() > IN_WINDOW
+    ):  # what is beyond the scanner's field
+        values = values[values > lowest]
+    near = float(((values >= AIR[0]) & (values <= AIR[1])).mean())
+    below = float((values < AIR[0]).mean())
+    if window in WINDOWS and (near < NEAR_AIR or below > BELOW_AIR):
+        return f"{found}, and {near:.1%} of them are near -1000 HU, as air is; {how}"
+    return ""
+
+
+def sampling(data: np.ndarray) -> tuple[slice, ...]:
+    """Which of many voxels (I, J, K) are looked at: about SAMPLES, evenly."""
+    step = max(1, int(np.ceil((data.size / SAMPLES) ** (1 / 3))))
+    return tuple(slice(None, None, step if n > 4 * step else 1) for n in data.shape)
+
+
 def mri_scaling(data: np.ndarray) -> Scaling:
     """The percentiles of PERCENTILES among the voxels of the head, (I, J, K).
 
     Raises UserError if all voxels are equal.
     """
-    step = max(1, int(np.ceil((data.size / SAMPLES) ** (1 / 3))))
-    sample = data[tuple(slice(None, None, step if n > 4 * step else 1) for n in data.shape)]
+    sample = data[sampling(data)]
     if sample.min() == sample.max():
         raise UserError(f"MRI: all voxels are {sample.flat[0]:g}, there is nothing to fuse")
-    low, high = np.percentile(sample[head(sample)], PERCENTILES)
+    mask = head(sample)
+    low, high = np.percentile(sample[mask], PERCENTILES)
     if not low < high:
         low, high = sample.min(), sample.max()
-    method = {"method": "percentiles inside the head", "percentiles": list(PERCENTILES)}
+    where = "of the whole field, as no head stands out" if fills(mask) else "inside the head"
+    method = {"method": f"percentiles {where}", "percentiles": list(PERCENTILES)}
     method |= {"low": float(low), "high": float(high)}
-    return Scaling(float(low), float(high), f"MRI 0.5-99.5 % {low:.4g}..{high:.4g}", method)
+    text = f"MRI 0.5-99.5 % {low:.4g}..{high:.4g}"
+    text += f" ({where})" if fills(mask) else ""
+    return Scaling(float(low), float(high), text, method)
 
 
 def head(data: np.ndarray) -> np.ndarray:
@@ -100,8 +138,23 @@ def head(data: np.ndarray) -> np.ndarray:
 
     That is the largest part above half of Otsu's threshold, its holes filled. Half, because the
     threshold itself also cuts fluid off. The holes are filled slice by slice along each axis, since
-    the nose and the neck open the head.
+    the nose and the neck open the head. Where noise around the head would make nearly the whole
+    field part of it, the values are smoothed first.
     """
+    mask = _brightest_part(data)
+    if mask.mean() > NOISY:
+        smooth = ndimage.gaussian_filter(data.astype(np.float32, copy=False), SMOOTH)
+        mask = _brightest_part(smooth)
+    return mask
+
+
+def fills(mask: np.ndarray) -> bool:
+    """Whether a mask of the head, (I, J, K), is nearly the whole field, so that none was found."""
+    return bool(mask.mean() > FILLED)
+
+
+def _brightest_part(data: np.ndarray) -> np.ndarray:
+    """The largest part above half of Otsu's threshold, its holes filled slice by slice."""
     mask = data > (data.min() + threshold_otsu(data)) / 2
     parts, count = ndimage.label(mask)
     if count > 1:
@@ -126,7 +179,8 @@ def uptake_scaling(volume: Volume, kind: str, suv: float) -> Scaling:
         above = float((volume.data > suv / volume.suv).mean())
         method = {"method": "SUV (body weight)", "high": suv, "unit": "g/ml", "share_above": above}
         return Scaling(0.0, suv / volume.suv, f"PET 0..{suv:g} SUV", method)
-    method = {"method": "maximum", "high": peak, "unit": volume.unit or "as stored"}
+    unit = f"summed {volume.unit}".strip() if volume.summed else volume.unit or "as stored"
+    method = {"method": "maximum", "high": peak, "unit": unit}
     if kind == "PET":
         method["no_suv"] = volume.no_suv if suv else "not asked for"
     return Scaling(0.0, peak, f"{kind} 0..max {peak:.4g}", method)

@@ -19,8 +19,9 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
 import limits
-from cli import UserError
+from cli import UserError, stem_of
 from volumes.dicom import read_dicom
+from volumes.durations import beside, mean_weights, sum_words
 from volumes.grid import RAS_LPS, SCANNER, SHEAR, Volume, displacement
 from volumes.headers import check_header, data_files, quiet_itk
 from volumes.varying import ALL, Choice, number_of
@@ -99,7 +100,9 @@ def read_nifti(path: Path, choice: Choice = ALL) -> Volume:
             volume.placed = isinstance(image, nib.MGHImage) and image.header["goodRASFlag"] == 1
         volume.notes += [note] if note else []
         volume.chosen_by |= {"frame"} if note else set()
-        named = (Path(part.filename) for part in image.file_map.values())
+        volume.summed = bool(note) and choice.time == "sum"
+        named = [Path(part.filename) for part in image.file_map.values()]
+        named += [bids_sidecar(path)] if note and choice.time == "mean" else []
         volume.files = [file for file in named if file.is_file()]  # of a .hdr, the .img beside it
         return volume
     except UserError:
@@ -205,12 +208,18 @@ def _nifti_time(
     if number is not None:
         data = np.asarray(stored[tuple(one)], np.float32)
         return data, f"volume {number + 1} of {count}"
-    data = np.zeros(shape[:3], np.float32, order="F")
-    for one[3] in range(count):
-        data += stored[tuple(one)]
+    weights, how = np.ones(count), sum_words(count)
     if time == "mean":
-        data /= count
-    return data, f"{time} of {count} volumes"
+        weights, how = mean_weights(beside(bids_sidecar(path)), count)
+    data = np.zeros(shape[:3], np.float32, order="F")
+    for one[3], weight in enumerate(weights):
+        data += np.float32(weight) * np.asarray(stored[tuple(one)], np.float32)
+    return data, f"{time} of {count} volumes: {how}"
+
+
+def bids_sidecar(path: Path) -> Path:
+    """Where BIDS has the JSON file that describes a NIfTI file."""
+    return path.with_name(f"{stem_of(path)}.json")
 
 
 def _nifti_volume(path: Path, image: nib.Nifti1Image, data: np.ndarray, place: str) -> Volume:
@@ -286,6 +295,7 @@ class Header(NamedTuple):
     code: int  # NIfTI's of the space
     text: str  # description; at most 79 characters of it are kept
     slope: float = 1.0  # what a reader multiplies the stored values with
+    unit: str = ""  # of the values, at most 15 characters, where they are a measure
 
 
 def stream_nifti(file: BinaryIO, data: np.ndarray, header: Header, packed: bool = False) -> None:
@@ -302,6 +312,7 @@ def stream_nifti(file: BinaryIO, data: np.ndarray, header: Header, packed: bool 
     image.set_qform(header.affine, header.code)
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = header.text.encode("ascii", "replace")[:79]
+    image.header["intent_name"] = header.unit.encode("ascii", "replace")[:15]
     if header.slope != 1:
         image.header.set_slope_inter(header.slope, 0)
     if packed:

@@ -16,17 +16,20 @@ from typing import BinaryIO
 
 import numpy as np
 
+from args_setting import VERSION
 from cli import UserError
 from fusing import SOFTWARE, Plan, listed_as
 from images import png_bytes, write_together
+from volumes.exports import MovedSource, moved_source
 from volumes.grid import pixel_sides, slice_positions, slices
 from volumes.intensity import STORED_ONE, Scaling
 from volumes.io import Header, stream_nifti
 from volumes.pair import Registered, Together
-from volumes.pictures import colour_slice, colour_table, eight_bit, mosaic, with_bar
+from volumes.pictures import colour_slice, colour_table, eight_bit, mosaic, squared, with_bar
 from volumes.requests import VolumeRequest, Writing
 from volumes.transforms import transform_text
 
+BIDS_UNITS = {"SUV": "g/mL", "Bq/ml": "Bq/mL", "HU": "HU"}  # as BIDS writes ours
 Writers = dict[Path, Callable[[BinaryIO], None]]
 
 
@@ -47,6 +50,11 @@ class Fused:
     def affine(self) -> np.ndarray:
         """(4, 4), from a voxel's index to RAS in mm."""
         return self.together.source1.affine
+
+    @property
+    def moved(self) -> MovedSource:
+        """The source that does not have the grid, on it, and the unit of its values."""
+        return moved_source(self.together, self.scalings, self.request.modality)
 
     @property
     def stack(self) -> np.ndarray:
@@ -74,11 +82,13 @@ class FusedVolume(Fused):
         return self.together.coverage
 
     @property
-    def moved_mm(self) -> float | None:
-        """The mean way, over the head, by which source 2 moves onto source 1; None: not measured.
+    def moved_mm(self) -> float:
+        """The mean way, over the head, by which source 2 was moved; 0 if it was not."""
+        return self.apart_mm if self.registered.applied else 0.0
 
-        It was only measured, and nothing moved, unless `registered.applied`.
-        """
+    @property
+    def apart_mm(self) -> float | None:
+        """How far apart the sources were measured to be, moved or not; None: not measured."""
         return None if self.registered.found is None else self.registered.found.moved_mm
 
 
@@ -89,7 +99,7 @@ def check_dicom(writing: Writing) -> None:
 
 
 def write_outputs(
-    plan: Plan, fused: Fused, picture: np.ndarray | None, report: list[str]
+    plan: Plan, fused: Fused, extras: dict[str, Callable[[], bytes]], report: list[str]
 ) -> dict[str, tuple[Path, ...]]:
     """Write what a plan names; returns the files by what they are.
 
@@ -98,12 +108,12 @@ def write_outputs(
 
     Args:
         plan: without outputs that have no content.
-        picture: of the registration, uint8 RGB, where the plan has one.
+        extras: content of outputs that is not made of `fused`, by what they are.
         report: lines for the sidecar.
     """
     parts = contents(plan, fused)
-    if plan.path("overlay"):
-        parts["overlay"] = {plan.path("overlay"): partial(_bytes, lambda: png_bytes(picture))}
+    for what, content in extras.items():
+        parts[what] = {plan.path(what): partial(_bytes, content)}
     files = {what: tuple(writers) for what, writers in parts.items()}
     aside = plan.path("sidecar")
     files["sidecar"] = (aside,)
@@ -121,6 +131,11 @@ def _bytes(content: Callable[[], bytes], file: BinaryIO) -> None:
     file.write(content())
 
 
+def is_packed(path: Path) -> bool:
+    """Whether a file is compressed by gzip, by its name."""
+    return path.name.lower().endswith(".gz")
+
+
 def contents(plan: Plan, fused: Fused) -> dict[str, Writers]:
     """How to write each file of a plan but the sidecar and the overlay, by what it is.
 
@@ -132,14 +147,14 @@ def contents(plan: Plan, fused: Fused) -> dict[str, Writers]:
     grey = plan.path("grey")
     text = "; ".join([f"ASFE {fused.request.task}", *(s.text for s in fused.scalings)])
     header = Header(fused.affine, fused.code, text)
-    volume = partial(stream_nifti, packed=grey.name.lower().endswith(".gz"))
+    volume = partial(stream_nifti, packed=is_packed(grey))
     found: dict[str, Writers] = {}
     if path := plan.path("colour"):
         found["colour"] = {path: partial(volume, data=rgb, header=header)}
     if folder := plan.path("png"):
         found["png"] = {
             folder / f"{fused.axis}_{n:04d}.png": partial(
-                _bytes, partial(_slice_png, image, colour, fused.scalings[0])
+                _bytes, partial(_slice_png, fused, image, colour)
             )
             for n, image in enumerate(pictures)
         }
@@ -147,8 +162,9 @@ def contents(plan: Plan, fused: Fused) -> dict[str, Writers]:
         found["mosaic"] = {path: partial(_bytes, partial(_mosaic_png, fused, pictures, colour))}
     if path := plan.path("transform"):
         registration = fused.registered.found
-        text = transform_text(registration.matrix, registration.centre)
-        found["transform"] = {path: partial(_bytes, lambda: text)}
+        text = partial(transform_text, registration.matrix, registration.centre)
+        found["transform"] = {path: partial(_bytes, text)}
+    found |= _moved_writers(plan, fused)
     if folder := plan.path("dicom"):
         found["dicom"] = _dicom_writers(folder, fused, pictures)
     scaled = header._replace(slope=fused.scale)
@@ -156,8 +172,21 @@ def contents(plan: Plan, fused: Fused) -> dict[str, Writers]:
     return found
 
 
-def _slice_png(image: np.ndarray, colour: str | None, uptake: Scaling) -> bytes:
-    return png_bytes(with_bar(eight_bit(image), colour, uptake))
+def _moved_writers(plan: Plan, fused: Fused) -> dict[str, Writers]:
+    """How to write the moved source, and what BIDS asks of its sidecar."""
+    found: dict[str, Writers] = {}
+    if path := plan.path("moved source"):
+        moved = fused.moved
+        found["moved source"] = {path: partial(moved.write, packed=is_packed(path))}
+        if aside := plan.path("sidecar of the moved source"):
+            content = as_json(of_bids(fused, moved.unit) | moved.described).encode()
+            found["sidecar of the moved source"] = {aside: partial(_bytes, lambda: content)}
+    return found
+
+
+def _slice_png(fused: Fused, image: np.ndarray, colour: str | None) -> bytes:
+    picture = squared(eight_bit(image), pixel_sides(fused.affine, fused.axis))
+    return png_bytes(with_bar(picture, colour, fused.scalings[0]))
 
 
 def _mosaic_png(fused: Fused, pictures: np.ndarray, colour: str | None) -> bytes:
@@ -193,7 +222,9 @@ def sidecar(fused: Fused, report: list[str], files: list[str]) -> str:
     """What was done, as JSON: no UIDs, nothing of a patient, and no paths but those of `files`."""
     request, slicing = fused.request, fused.request.slicing
     content = {
+        **of_bids(fused, "fused luma, 0 to 1"),
         "software": SOFTWARE,
+        "version": VERSION,
         "task": request.task,
         "network": request.network,
         "values": "fused luma, 0 to 1",
@@ -201,6 +232,7 @@ def sidecar(fused: Fused, report: list[str], files: list[str]) -> str:
         "grid": {"of": fused.together.grid, "affine_ras_mm": fused.affine.tolist()},
         "coverage": dict(zip(("source1", "source2"), fused.together.coverage, strict=True)),
         "registration": described(fused.registered),
+        "moved_source": fused.moved.described if request.writing.moved else None,
         "slices": fused.axis,
         "tile": slicing.tile or None,
         "overlap": slicing.overlap if slicing.tile else None,
@@ -208,7 +240,24 @@ def sidecar(fused: Fused, report: list[str], files: list[str]) -> str:
         "report": report,
         "files": files,
     }
+    return as_json(content)
+
+
+def as_json(content: dict) -> str:
+    """The text of a sidecar."""
     return json.dumps(content, indent=1) + "\n"
+
+
+def of_bids(fused: Fused, unit: str) -> dict:
+    """What BIDS asks of the sidecar of a derivative; empty for any other result.
+
+    Args:
+        unit: of the values.
+    """
+    told = fused.request.writing.derivative
+    if not told:
+        return {}
+    return {**told, "Units": BIDS_UNITS.get(unit, "arbitrary"), "SkullStripped": False}
 
 
 def described(registered: Registered) -> dict | None:
@@ -222,7 +271,8 @@ def described(registered: Registered) -> dict | None:
         "matrix_ras_mm": found.matrix.tolist(),
         "maps": "points of source 1 to points of source 2",
         "centre_ras_mm": found.centre.tolist(),
-        "moved_mm": found.moved_mm,
+        "moved_mm": found.moved_mm if registered.applied else 0.0,
+        "apart_mm": found.moved_mm,  # as measured, whether it was applied or not
         "mutual_information": {"before": found.before, "after": found.after},
         "seconds": round(found.seconds, 2),
         "doubts": found.doubts,

@@ -40,7 +40,7 @@ SIDE = 360  # pixels of a plane on the page
 QUICK, FULL = "quick look: voxels of 2 mm", "full: the voxels of the finer scan"
 GRID = {QUICK: "2mm", FULL: "auto"}
 SHOWN = ("fused", "scan 1", "scan 2")
-SAVED = ("grey", "colour", "transform")  # files that a visitor may save
+SAVED = ("grey", "colour", "moved source", "transform")  # files that a visitor may save
 BOTH = {"edges": edges, "checkerboard": checkerboard}  # of the registration, before and after
 INTRODUCTION = """Two whole scans of **one patient**: CT, PET or SPECT, and an MRI. They need not
 lie on each other, as they are registered first. A file is NIfTI (.nii, .nii.gz), .mgz, or a zip of
@@ -111,7 +111,8 @@ class VolumePage:
                 for number, file in enumerate((file1, file2), 1):
                     sources[f"img{number}"] = self.source(file, Path(work, str(number)))
                 out = Path(work, "result")
-                request = request_from(words | sources | {"out": out / "fused.nii.gz"})
+                outputs = {"out": out / "fused.nii.gz", "moved": out / "moved.nii.gz"}
+                request = request_from(words | sources | outputs)
                 how = replace(request.registering, keep_unmoved=True)
                 request = replace(request, registering=how)
                 model, count = self.models[request.task], partial(fusing, progress)
@@ -185,10 +186,7 @@ def write_views(done: FusedVolume, folder: Path) -> Path:
     """What `view` shows of a run, as files (I, J, K) uint8, or RGB, and their affine."""
     folder.mkdir()
     together, colour = done.together, done.request.writing.colour
-    if colour:
-        fused = colour_volume(done, colour)
-    else:
-        fused = to_uint8(done.luma * done.scale)
+    fused = colour_volume(done, colour) if colour else to_uint8(done.luma * done.scale)
     volumes = {"fused": fused}
     for number, volume in enumerate((together.source1, together.source2), 1):
         volumes[f"scan {number}"] = to_uint8(done.scalings[number - 1].apply(volume.data))
@@ -296,7 +294,11 @@ def volume_tab(page: VolumePage) -> None:
                 planes.append(gr.Image(label=axis, elem_id=axis, **picture))
                 slider = gr.Slider(1, 2, 1, step=1, label=f"{axis} slice", elem_id=f"{axis}-slice")
                 sliders.append(slider)
-    saved = gr.File(label="To save: the fused volume", interactive=False, elem_id="saved")
+    saved = gr.File(
+        label="To save: the fused volume, and the moved scan in its own unit",
+        interactive=False,
+        elem_id="saved",
+    )
     report = gr.Markdown(elem_id="report")
     overview = gr.Image(label="Registration, before and after", elem_id="overview", **picture)
     results = [status, report, saved, overview]

@@ -1,16 +1,17 @@
 """Two volumes brought together: registered if they need it, and onto one grid.
 
 The registration is a matrix (4, 4) from points of source 1 to points of source 2, RAS in mm. It
-changes the affine of the source that does not give the grid, so each value is resampled once.
+changes the affine of the source that does not give the grid. So each value is resampled once.
 
-Either source may be the one that moves, whichever has the grid. So this room says source 1 and
-source 2 here, not fixed and moving.
+Source 1 moves if source 2 has the grid, and the other way round. So this file says source 1 and
+source 2, not fixed and moving.
 
 Legend: I J K voxels as stored; affines are RAS in mm, see volumes/grid.py.
 """
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from cli import UserError
 from volumes.grid import (
     GRIDS,
+    REGISTER,
     STANDARD,
     Gridded,
     Volume,
@@ -36,7 +38,8 @@ from volumes.report import Report
 from volumes.requests import Registering
 from volumes.transforms import matrix_from
 
-TOLD = 2.0  # mm: what a check can tell, at best
+BETTER = 1.2  # times the mutual information, at which an inverse transform is the likelier one
+CHECKED_TO = 2.0  # mm: how precise a check is, at best
 
 
 class Sources(NamedTuple):
@@ -94,7 +97,7 @@ class Together(NamedTuple):
 def limit(source1: Volume, source2: Volume) -> float:
     """How far, in mm, two scans of one frame of reference may lie apart without a warning."""
     voxel = max(source1.spacing.max(), source2.spacing.max())
-    return float(max(TOLD, min(1.5 * voxel, 3.0)))
+    return float(max(CHECKED_TO, min(1.5 * voxel, 3.0)))
 
 
 # --- registration ----------------------------------------------------------------------------
@@ -114,6 +117,10 @@ def register(
     done = _register(sources, how, forced, report)
     there = moved(source2, np.linalg.inv(done.matrix))
     doubts = [] if done.applied else space_doubts(source1, there)
+    if seen_together(done, limit(source1, source2)):  # whatever their frames and spaces say
+        lines = (line.removesuffix(f", {REGISTER}") for _, line in doubts)
+        report.tell(*(f"{line}, but they were measured to lie on each other" for line in lines))
+        doubts = []
     doubts += field_doubts(source1, there, done.applied)
     report.doubt(*passed_over(doubts, forced))
     if not done.applied and not (source1.frame_of_reference and source2.frame_of_reference):
@@ -121,6 +128,12 @@ def register(
             "not both files name a DICOM frame of reference: taken as one patient space, unchecked"
         )
     return done
+
+
+def seen_together(done: Registered, far: float) -> bool:
+    """Whether two sources were measured to lie on each other, up to `far` mm."""
+    found = done.found
+    return done.how == "check" and not found.doubts and found.moved_mm <= far
 
 
 def _register(
@@ -131,10 +144,7 @@ def _register(
         return Registered("off")
     source1, source2 = sources.source1, sources.source2
     if how.how == "file":
-        matrix = matrix_from(how.transform, source1, source2)
-        found = assess(*_pair(sources), matrix)
-        report.tell(f"registered by a file: {line_of(found)}")
-        return Registered("file", found)
+        return _moved_by_file(sources, how.transform, report)
     registered, _ = sources.registered
     one_frame = shares_frame(registered, source2)
     if how.how == "check" or (
@@ -146,6 +156,23 @@ def _register(
             tell_check(found, far, report)
             return Registered("check", found)
     return _moved_rigidly(sources, forced, report)
+
+
+def _moved_by_file(sources: Sources, path: Path, report: Report) -> Registered:
+    """The result of a transform's file; a doubt if its inverse fits clearly better."""
+    source1, source2, _, modality = sources
+    taken = matrix_from(path, source1, source2, modality)
+    found = assess(*_pair(sources), taken.matrix)
+    report.tell(*filter(None, [taken.line]), f"registered by a file: {line_of(found)}")
+    if not taken.checked and found.after < found.before:
+        back = assess(*_pair(sources), np.linalg.inv(taken.matrix))
+        if back.after > max(BETTER * found.after, found.before):
+            report.doubt(
+                f"warning: the inverse of the transform fits better, mutual information "
+                f"{back.after:.3f}: the file should be for img1 as the fixed image; if it moves "
+                "img1 onto img2, a name such as from-pet_to-T1w_mode-image_xfm.mat says so"
+            )
+    return Registered("file", found)
 
 
 def _pair(sources: Sources) -> tuple[Volume, Volume, str]:

@@ -13,9 +13,10 @@ from volumes.intensity import STORED_ONE, Scaling
 
 CELL, COLUMNS, ROWS = 180, 6, 4  # of the mosaic: longest side of a cell in pixels, cells
 GAP = 2  # pixels between cells
+UNEVEN = 1.01  # how many times one side of a pixel may be the other, and still be drawn as square
 LETTERS = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}  # left, right, top, bottom
-# matplotlib's tables, and up to where: "warm" ends at yellow, before the white of "hot", which
-# would be both the highest uptake and a bright MRI.
+# Name -> matplotlib's table, and the share of it that is used. "warm" is "hot" up to yellow: white
+# would mean both the highest uptake and a bright MRI.
 COLOURS = {
     "warm": ("hot", 0.746),
     "hot": ("hot", 1.0),
@@ -24,7 +25,7 @@ COLOURS = {
     "inferno": ("inferno", 1.0),
 }
 BAR, MARGIN = 10, 5  # pixels: width of the colour bar, and around it
-FADE = 16  # of 256 steps: below, a colour table fades to black, so that no uptake has no colour
+FADE = 16  # of 256 steps: below it a colour table fades to black, so no uptake is black
 
 
 def colours(name: str) -> np.ndarray:
@@ -52,6 +53,22 @@ def eight_bit(image: np.ndarray) -> np.ndarray:
     """A slice of stored luma (H, W) as 8-bit grey; RGB as it is."""
     grey = image.dtype != np.uint8
     return to_uint8(image / np.float32(STORED_ONE)) if grey else np.ascontiguousarray(image)
+
+
+def square_size(shape: tuple[int, int], pixel: tuple[float, float]) -> tuple[int, int]:
+    """Height and width in square pixels, as fine as the finer side of `pixel` (height, width)."""
+    if max(pixel) <= UNEVEN * min(pixel):
+        return shape[0], shape[1]
+    height, width = (round(n * side / min(pixel)) for n, side in zip(shape, pixel, strict=True))
+    return height, width
+
+
+def squared(image: np.ndarray, pixel: tuple[float, float]) -> np.ndarray:
+    """An 8-bit picture (H, W) or (H, W, 3) in true proportion, see `square_size`."""
+    height, width = square_size(image.shape[:2], pixel)
+    if (height, width) == image.shape[:2]:
+        return image
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
 def with_bar(image: np.ndarray, colour: str | None, uptake: Scaling) -> np.ndarray:

@@ -6,8 +6,10 @@ Source: DICOM PS3.3 (C.7.6.2 image plane).
 Legend: P planes, each a (rows, columns) image. Positions are in mm, LPS+, see volumes/grid.py.
 """
 
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -16,11 +18,12 @@ import limits
 from cli import UserError
 from volumes.grid import RAS_LPS
 
+FRAME = "number of the frame"  # of a plane's fields, where a file has several images
 SAME = 0.01  # mm between slices that lie at one position
 UNEVEN = 0.1  # of the slice distance: how far a slice may lie from its position on an even grid
 ROUNDED = 0.1  # mm that it may always be off, since some scanners round positions to this
 WAY = "--where chooses a part of the series"
-BLOCK = 3  # steps of one length, from which on a change of slice distance is meant
+BLOCK = 3  # slice distances of one length in a row: so many are no gap, but meant
 
 
 class Plane(NamedTuple):
@@ -34,8 +37,11 @@ class Plane(NamedTuple):
     size: tuple[int, int]  # rows, columns
     slope: float
     intercept: float
-    thickness: float = 0.0  # of the slice in mm; 0: not told
-    fields: dict[str, str] = {}  # what may tell it from others at its place, see varying.py
+    thickness: float = 0.0  # of the slice in mm; 0: the file does not say
+    fields: Mapping[str, str] = MappingProxyType({})  # may tell it from others here, see varying.py
+    kind: tuple[str, str, str] = ("", "", "")  # frame of reference, modality, unit of the values
+    placed: bool = True  # False: the file does not say where it is
+    note: str = ""  # on its values, for the user
 
     @property
     def name(self) -> str:
@@ -111,16 +117,19 @@ def _even(depth: np.ndarray) -> bool:
 
 
 def _runs(steps: np.ndarray) -> list[tuple[int, int]]:
-    """Steps (P - 1,) as runs of nearly one length, each its first index and the one after."""
+    """Runs of steps (P - 1,) of nearly one length: of each its first index, and one after its last.
+
+    So the steps of a run are `steps[first:end]`.
+    """
     labels = np.concatenate([[0], np.cumsum(np.abs(np.diff(steps)) > _tolerance(_usual(steps)))])
     found = [list(group) for _, group in groupby(range(len(steps)), key=lambda i: labels[i])]
     return [(group[0], group[-1] + 1) for group in found]
 
 
 def _check_gaps(path: Path, planes: list[Plane], steps: np.ndarray) -> None:
-    """UserError if slices are missing: steps (P - 1,) that are longer without a reason.
+    """UserError if slices are missing: if steps (P - 1,) are longer than usual without a reason.
 
-    A reason is that the slices themselves are thicker, or a block of slices at that distance.
+    There are two reasons for a longer step: thicker slices, or a block of slices at that distance.
     """
     usual, thin = _usual(steps), min(p.thickness for p in planes)
     gaps = []
@@ -156,8 +165,8 @@ def _check_line(path: Path, planes: list[Plane], off: np.ndarray) -> None:
 def _even_depths(path: Path, depth: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, str]:
     """Even depths (K,) over the range of uneven ones (P,), and a line that says so.
 
-    They are as close as the closest slices that follow each other in a block, and pass these.
-    Raises UserError if there would be too many, of `size` pixels.
+    Their distance is that of the block with the closest slices. They pass through the first slice
+    of that block. Raises UserError if there would be too many, of `size` pixels.
     """
     steps = np.diff(depth)
     blocks = [run for run in _runs(steps) if run[1] - run[0] >= BLOCK]

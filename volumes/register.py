@@ -1,10 +1,11 @@
 """Rigid registration of two scans of one patient: how far apart they lie, and how to move one.
 
 Six parameters by Mattes mutual information (Mattes et al., IEEE TMI 22, 2003) through SimpleITK, at
-8, 4 and 2 mm. At 8 mm it starts from the scanners' coordinates, the middles of the fields, the
-centres of mass and the tops of the heads, the latter two also turned. The best goes on, and one
-more from elsewhere to see whether it arrives at the same place. Each run has one thread, and its
-sampling a fixed seed, so the same volumes give the same transform.
+8, 4 and 2 mm. At 8 mm the search starts from the scanners' coordinates, the middles of the fields,
+the centres of mass and the tops of the heads; from the last two it also starts with turns. The best
+result is searched further at 4 mm. So is another result that lies elsewhere, to see whether both
+arrive at one place. Each search has one thread, and its sampling has a fixed seed. So the same
+volumes give the same transform.
 
 Legend: points are (n, 3) in mm. A matrix is (4, 4), from points of source 1 to those of source 2,
 RAS as in grid.py. ITK counts in LPS, and its transforms here go from source 2, whose head is what
@@ -33,10 +34,13 @@ ARM = 80.0  # mm: a turn counts as much as the way of a point so far from the ce
 TURN = 15.0  # degrees, of the turned starts
 MARGIN = 4.0  # mm of air around the head that count, too
 HU = (-1000, 1000)
+MM = (1.0, "mm")
 # what is needed to trust a result
 AGREE = 3.0  # mm between what two starts arrive at
 EQUAL = 0.97  # of the best mutual information: a start that reaches it is as good
 SHARP = 1.15  # how many times the mutual information of 15 mm off
+SLAB = 60.0  # mm of the head, along each axis
+ALIKE = 0.6  # of a head's volume: what the other shows of it, where both fields are
 LEAST = 0.05  # nats: less is what noise has
 LEAST_SHARED = 0.5  # of the smaller head, in both fields
 FARTHEST = 45.0  # degrees
@@ -55,6 +59,8 @@ class Registration(NamedTuple):
 
 
 class Candidate(NamedTuple):
+    """An optimum that a search has found: its mutual information in nats, and its rounds."""
+
     information: float
     transform: sitk.Euler3DTransform
     rounds: int
@@ -103,11 +109,12 @@ def rigid(source1: Volume, source2: Volume, kind: str) -> Registration:
     doubts = disagreement(best, finer, points)
     last = optima(levels[2], [best.transform])
     best = last[0] if last else best
+    doubts += incomplete(best.transform, levels[1], kind)
     return judged(best, levels[1], points, others, doubts, began)
 
 
 def check(source1: Volume, source2: Volume, kind: str) -> Registration:
-    """The same measured only roughly, for volumes that should lie on each other: from there."""
+    """A rough registration of volumes that should lie on each other; it starts from there."""
     began = time.perf_counter()
     levels = pyramid(source1, source2, kind, LEVELS[:2])
     points, others = heads(levels[1])
@@ -119,7 +126,8 @@ def check(source1: Volume, source2: Volume, kind: str) -> Registration:
         if not found:
             return nothing(began, "they do not overlap")
         transform = found[0].transform
-    return judged(found[0], levels[1], points, others, [], began)
+    doubts = incomplete(found[0].transform, levels[1], kind)
+    return judged(found[0], levels[1], points, others, doubts, began)
 
 
 def assess(source1: Volume, source2: Volume, kind: str, matrix: np.ndarray) -> Registration:
@@ -149,7 +157,7 @@ def image_of(data: np.ndarray, affine: np.ndarray) -> sitk.Image:
 
 
 def pyramid(source1: Volume, source2: Volume, kind: str, levels: Iterable[float]) -> list[Level]:
-    """Both volumes at each resolution; what is shrunk is averaged, so nothing aliases."""
+    """Both volumes at each resolution; they are shrunk by means, so nothing aliases."""
     finest = [shrunk(image_of(v.data, v.affine), LEVELS[-1]) for v in (source1, source2)]
     image1, image2 = (clipped(i, k) for i, k in zip(finest, (kind, "MRI"), strict=True))
     pairs = [(shrunk(image2, mm), shrunk(image1, mm), mm) for mm in levels]
@@ -210,7 +218,7 @@ def turned(centre: np.ndarray, turn: Iterable[float] = (0, 0, 0), shift=(0, 0, 0
 
 
 def shifted(transform: sitk.Euler3DTransform, turn: Iterable[float], shift: Iterable[float]):
-    """Another one that lies `turn` degrees and `shift` mm off."""
+    """The transform, turned by three angles in degrees and shifted by mm."""
     angles = np.degrees(transform.GetParameters()[:3]) + turn
     return turned(transform.GetCenter(), angles, np.add(transform.GetTranslation(), shift))
 
@@ -228,13 +236,17 @@ def apart(a: sitk.Transform, b: sitk.Transform, points: np.ndarray) -> float:
 
 def shared_head(transform: sitk.Transform, level: Level, points, others) -> float:
     """The share of the smaller of both heads that lies in both fields."""
-    image = level.interpolated
+    inside = landing(points, transform, level.interpolated).sum()
+    ratio = np.prod(level.interpolated.GetSpacing()) / np.prod(level.sampled.GetSpacing())
+    return float(min(1, inside / min(len(points), len(others) * ratio)))
+
+
+def landing(points: np.ndarray, transform: sitk.Transform, image: sitk.Image) -> np.ndarray:
+    """Which points (n, 3) a transform puts into an image's field, (n,) bool."""
     axes = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     there = moved_by(points, matrix_of(transform)) - image.GetOrigin()
     index = there @ np.linalg.inv(axes).T
-    inside = ((index >= -0.5) & (index <= np.array(image.GetSize()) - 0.5)).all(1).sum()
-    ratio = np.prod(level.interpolated.GetSpacing()) / np.prod(level.sampled.GetSpacing())
-    return float(min(1, inside / min(len(points), len(others) * ratio)))
+    return ((index >= -0.5) & (index <= np.array(image.GetSize()) - 0.5)).all(1)
 
 
 # --- the search ------------------------------------------------------------------------------
@@ -315,13 +327,51 @@ def information(level: Level, transform: sitk.Transform) -> float:
 # --- what to think of it ---------------------------------------------------------------------
 
 
-def disagreement(best: Candidate, others: list[Candidate], points: np.ndarray) -> list[str]:
-    """The doubt that other starts arrive elsewhere, and are as good there."""
+def disagreement(
+    best: Candidate, others: list[Candidate], points: np.ndarray, unit: tuple[float, str] = MM
+) -> list[str]:
+    """The doubt that other starts arrive elsewhere, and are as good there.
+
+    `unit` is the length in mm that the user counts in, and its name.
+    """
+    length, name = unit
     good = [c for c in others if c.information >= EQUAL * best.information]
     far = max((apart(c.transform, best.transform, points) for c in good), default=0)
-    return (
-        [f"its starts disagree by {far:.1f} mm, expected at most {AGREE:g}"] if far > AGREE else []
-    )
+    if far <= AGREE:
+        return []
+    return [
+        f"its starts disagree by {far / length:.1f} {name}, expected at most {AGREE / length:.3g}"
+    ]
+
+
+def incomplete(transform: sitk.Transform, level: Level, kind: str) -> list[str]:
+    """Doubts that too little of the head is in both, seen where both fields are.
+
+    A slab of it can be moved by some mm and fits as well. So can a brain without its skull beside a
+    whole head; PET and SPECT show the brain alone in any case.
+    """
+    litres, thickness = [], []
+    back = transform.GetInverse()
+    for image, field, way in (
+        (level.sampled, level.interpolated, transform),
+        (level.interpolated, level.sampled, back),
+    ):
+        points = physical(image, np.argwhere(head(sitk.GetArrayViewFromImage(image)))[:, ::-1])
+        points = points[landing(points, way, field)]
+        litres.append(len(points) * float(np.prod(image.GetSpacing())) / 1e6)
+        if len(points):
+            along = points @ np.reshape(image.GetDirection(), (3, 3))
+            thickness.append(float((np.ptp(along, axis=0) + image.GetSpacing()).min()))
+    doubts = []
+    if min(thickness, default=0) < SLAB:
+        found = min(thickness, default=0)
+        doubts.append(f"only {found:.0f} mm of the head are in both, expected {SLAB:g}")
+    if kind == "CT" and min(litres) < ALIKE * max(litres):
+        doubts.append(
+            f"img1 shows {litres[1]:.1f} l of a head and img2 {litres[0]:.1f} l of it: has one no "
+            "skull? Give both with it, or both without"
+        )
+    return doubts
 
 
 def judged(best: Candidate, level: Level, points, others, doubts: list[str], began: float):

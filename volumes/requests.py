@@ -13,6 +13,7 @@ from args_setting import TASKS
 from cli import UserError, stem_of
 from fusing import Output, Plan, forced_by
 from volumes.io import NIFTI
+from volumes.programs import check_name
 
 WAYS_OF_VOLUMES = ("auto", "off", "check", "rigid")  # of --register, beside a file
 SLICES = r"(axial|coronal|sagittal)_\d{4,}\.png"  # the names of the files of --png
@@ -59,6 +60,14 @@ class Slicing:
 
 
 @dataclass(frozen=True)
+class Labels:
+    """A segmentation of a source, which comes along onto the grid of the result."""
+
+    path: Path  # a file of whole numbers, or a DICOM segmentation
+    of: int = 0  # which source it belongs to, 1 or 2; 0: its grid or frame of reference tells
+
+
+@dataclass(frozen=True)
 class Writing:
     """What is written."""
 
@@ -67,6 +76,9 @@ class Writing:
     png: Path | None = None  # folder for the slices
     mosaic: Path | None = None  # PNG with a choice of slices
     dicom: Path | None = None  # folder for the slices as a DICOM series
+    transform: Path | None = None  # file of ITK, FSL, FreeSurfer or AFNI, by its name
+    moved: Path | None = None  # NIfTI file of the source without the grid, in its own unit
+    derivative: Mapping[str, Any] | None = None  # of BIDS: what sidecars say of sources and space
     keep_patient: bool = False  # in it: copy patient and study of the source that has the grid
 
 
@@ -79,6 +91,7 @@ class VolumeRequest:
     source2: Source
     writing: Writing
     registering: Registering = Registering()
+    labels: Labels | None = None
     grid: str = "auto"  # of the result: 1 or 2, of a source, or the side of cubes in mm
     levels: Levels = Levels()
     slicing: Slicing = Slicing()
@@ -95,43 +108,73 @@ class VolumeRequest:
         """All files and folders that are named to be read."""
         how = self.registering
         named = [self.source1.path, self.source2.path, how.via and how.via.path, how.transform]
+        named.append(self.labels and self.labels.path)
         return tuple(path for path in named if path)
 
     def plan(self) -> Plan:
         """Every file that the request may write, see `plan_of`."""
-        return plan_of(self.writing, self.sources, self.registering.how != "off")
+        registered = self.registering.how != "off"
+        return plan_of(self.writing, self.sources, registered, self.labels is not None)
 
 
-def plan_of(writing: Writing, sources: tuple[Path, ...], registered: bool) -> Plan:
+def plan_of(
+    writing: Writing, sources: tuple[Path, ...], registered: bool, labels: bool = False
+) -> Plan:
     """Every file that may be written; UserError for a name that is none for its kind.
 
     Args:
         sources: all files and folders that are read.
         registered: a transform and a picture of it may be among them.
+        labels: so may be the labels of a source.
     """
-    out = writing.out
-    suffix = next((s for s in reversed(NIFTI) if out.name.lower().endswith(s)), None)
-    if suffix is None or out.is_dir():
-        raise UserError(
-            f"--out is {out}, expected a file name that ends in .nii.gz or .nii for volumes"
-        )
+    out, stem = writing.out, stem_of(writing.out)
+    suffix = nifti_suffix(out, "--out")
+    check_names(writing, registered)
+    sidecar = out.with_name(f"{stem}.json")
+    beside = {  # what lies beside the result: whether it is wanted, and how its name ends
+        "colour": (writing.colour, f"_colour{suffix}"),
+        "labels": (labels, f"_labels{suffix}"),
+        "transform": (registered, ".tfm"),
+        "overlay": (registered, "_registration.png"),
+    }
+    named = (
+        Output("png", writing.png, "--png", SLICES),
+        Output("mosaic", writing.mosaic, "--mosaic"),
+        Output("transform for a program", writing.transform, "--transform"),
+        Output("moved source", writing.moved, "--moved"),
+        Output("dicom", writing.dicom, "--dicom", r".*"),
+    )
+    outputs = [Output("grey", out), Output("sidecar", sidecar)]
+    outputs += [
+        Output(what, out.with_name(stem + end)) for what, (wanted, end) in beside.items() if wanted
+    ]
+    outputs += [output for output in named if output.path]
+    if writing.derivative and writing.moved:
+        aside = writing.moved.with_name(f"{stem_of(writing.moved)}.json")
+        outputs.append(Output("sidecar of the moved source", aside))
+    return Plan(tuple(outputs), sources, sidecar)
+
+
+def check_names(writing: Writing, registered: bool) -> None:
+    """UserError for a file's name that is none for its kind."""
+    if writing.moved:
+        nifti_suffix(writing.moved, "--moved")
     if writing.mosaic and writing.mosaic.suffix.lower() != ".png":
         raise UserError(f"--mosaic is {writing.mosaic}, expected a file name that ends in .png")
-    stem = stem_of(out)
-    sidecar = out.with_name(f"{stem}.json")
-    outputs = [Output("grey", out), Output("sidecar", sidecar)]
-    if writing.colour:
-        outputs.append(Output("colour", out.with_name(f"{stem}_colour{suffix}")))
-    if writing.png:
-        outputs.append(Output("png", writing.png, "--png", SLICES))
-    if writing.mosaic:
-        outputs.append(Output("mosaic", writing.mosaic, "--mosaic"))
-    if registered:
-        outputs.append(Output("transform", out.with_name(f"{stem}.tfm")))
-        outputs.append(Output("overlay", out.with_name(f"{stem}_registration.png")))
-    if writing.dicom:
-        outputs.append(Output("dicom", writing.dicom, "--dicom", r".*"))
-    return Plan(tuple(outputs), sources, sidecar)
+    if writing.transform:
+        check_name(writing.transform)
+        if not registered:
+            raise UserError("--transform needs a registration, but --register is off")
+
+
+def nifti_suffix(path: Path, flag: str) -> str:
+    """The ending of the name of a NIfTI file to write; UserError if it has another."""
+    suffix = next((s for s in reversed(NIFTI) if path.name.lower().endswith(s)), None)
+    if suffix is None or path.is_dir():
+        raise UserError(
+            f"{flag} is {path}, expected a file name that ends in .nii.gz or .nii for volumes"
+        )
+    return suffix
 
 
 # --- from words ------------------------------------------------------------------------------
@@ -157,6 +200,7 @@ def request_from(words: Mapping[str, Any]) -> VolumeRequest:
         source_from(words, 2),
         writing_from(words),
         registering_from(words),
+        labels=labels_from(words),
         levels=Levels(**given(words, window="window", suv="suv")),
         slicing=Slicing(
             **given(words, axis="axis", tile="tile", overlap="overlap", batch_size="batch_size")
@@ -193,6 +237,13 @@ def registering_from(words: Mapping[str, Any]) -> Registering:
     return Registering(how, transform, source)
 
 
+def labels_from(words: Mapping[str, Any]) -> Labels | None:
+    """The labels that come along, if there are any."""
+    if not words.get("labels"):
+        return None
+    return Labels(words["labels"], {"1": 1, "2": 2}.get(words.get("labels_of"), 0))
+
+
 def writing_from(words: Mapping[str, Any]) -> Writing:
     """What to write; UserError for flags that do not go together."""
     table = words.get("colour", "auto")
@@ -203,4 +254,5 @@ def writing_from(words: Mapping[str, Any]) -> Writing:
     if words.get("keep_patient") and not words.get("dicom"):
         raise UserError("--keep-patient is for --dicom, no other output names a patient")
     own = given(words, png="png", mosaic="mosaic", dicom="dicom", keep_patient="keep_patient")
+    own |= given(words, moved="moved", transform="transform", derivative="derivative")
     return Writing(words["out"], colour, **own)

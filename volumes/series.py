@@ -6,6 +6,8 @@ Patients are compared in memory. No message holds a name, number or date of one.
 """
 
 import re
+from collections.abc import Collection
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ import pydicom
 from cli import UserError
 
 Headers = list[tuple[Path, pydicom.Dataset]]  # files, each with its header
+Patient = tuple[str, ...]  # the fields of IDENTITY in their order
+IDENTITY = {"PatientID": "ID", "PatientBirthDate": "date of birth", "PatientSex": "sex"}
 CODE = re.compile(r"[A-Z0-9_ ]{1,16}")  # what a DICOM code string may hold
 SHORT = {"EchoTime": "TE", "RepetitionTime": "TR", "InversionTime": "TI"}  # times in ms
 
@@ -46,6 +50,30 @@ def choose(path: Path, groups: dict[str, Headers], series: str | None, flag: str
     listed = "; ".join(f"{i}: {describe(group)}" for i, group in enumerate(groups.values(), 1))
     wrong = "" if series is None else f"no series {series!r}; "
     raise UserError(f"{path}: {wrong}choose by {flag} one of {len(groups)} series: {listed}")
+
+
+def choose_ct(path: Path, groups: dict[str, Headers]) -> Headers:
+    """The only CT among the series of `--via`, or its only series.
+
+    Else a UserError that says what to give.
+    """
+    cts = [group for group in groups.values() if group[0][1].get("Modality") == "CT"]
+    if len(cts) == 1:
+        return cts[0]
+    if not cts and len(groups) == 1:
+        return next(iter(groups.values()))
+    among = cts or list(groups.values())
+    kind = "series are CT" if cts else "series, and none is a CT"
+    listed = "; ".join(f"{describe(group)} (in {_folders(path, group)})" for group in among)
+    raise UserError(
+        f"{path}: {len(among)} {kind}; give --via a folder that has the one alone: {listed}"
+    )
+
+
+def _folders(path: Path, group: Headers) -> str:
+    """The folders of a series' files, as seen from `path`."""
+    found = sorted({file.parent for file, _ in group})
+    return ", ".join(str(f.relative_to(path)) if path in f.parents else str(f) for f in found[:3])
 
 
 def describe(group: Headers) -> str:
@@ -99,32 +127,60 @@ def _plane_name(ds: pydicom.Dataset) -> str:
     return f"{oblique} {('sagittal', 'coronal', 'axial')[main]}"
 
 
-def patient_of(path: Path, headers: Headers) -> tuple[str, str]:
-    """ID and date of birth in a series, only to be compared; UserError if they differ."""
-    found = [tuple(str(ds.get(k) or "") for k in ("PatientID", "PatientBirthDate"))
-             for _, ds in headers]  # fmt: skip
-    if any(differ(found[0], other) for other in found):
+def patient_of(path: Path, headers: Headers) -> Patient:
+    """What identifies the patient of a series, only to be compared; UserError if two are in it."""
+    found = list(dict.fromkeys(identity_of(ds) for _, ds in headers))
+    if any(are_two(one, other) for one, other in combinations(found, 2)):
         raise UserError(f"{path}: images of two patients in one series; take those of one")
     return found[0]
 
 
-def differ(one: tuple[str, str] | None, other: tuple[str, str] | None) -> bool:
-    """Whether two patients' IDs and dates of birth both differ.
+def identity_of(ds: pydicom.Dataset) -> Patient:
+    """What identifies the patient of an image, only to be compared."""
+    return tuple(str(ds.get(keyword) or "").strip().upper() for keyword in IDENTITY)
 
-    One alone does not count: two hospitals give one patient two IDs.
+
+def differing(one: Patient | None, other: Patient | None) -> list[str]:
+    """What differs between two patients, by names of IDENTITY, where both are told."""
+    pairs = zip(IDENTITY.values(), one or (), other or (), strict=False)
+    return [name for name, a, b in pairs if a and b and a != b]
+
+
+def are_two(one: Patient | None, other: Patient | None) -> bool:
+    """Whether two patients' IDs differ, and one thing more.
+
+    The ID alone does not count: two hospitals give one patient two IDs.
     """
-    if not one or not other:
-        return False
-    return all(a and b and a != b for a, b in zip(one, other, strict=True))
+    found = differing(one, other)
+    return "ID" in found and len(found) > 1
 
 
-def check_patients(one: tuple[str, str] | None, other: tuple[str, str] | None) -> None:
-    """UserError if the two sources are of two patients, see `differ`."""
-    if differ(one, other):
+def check_patients(
+    one: Patient | None,
+    other: Patient | None,
+    forced: Collection[str] = (),
+    second: str = "img2",
+) -> list[str]:
+    """Lines on two sources whose patients differ, without a name, number or date.
+
+    Args:
+        forced: what is fused although it is in doubt; two patients only with "patient".
+        second: the name of the other source.
+
+    Raises:
+        UserError: the two are of two patients, see `are_two`.
+    """
+    found = differing(one, other)
+    if not found:
+        return []
+    if not are_two(one, other):
+        return [f"img1 and {second} differ in the patient's {found[0]}: are they of one patient?"]
+    line = f"img1 and {second} are of two patients: {' and '.join(found)} differ"
+    if "patient" not in forced:
         raise UserError(
-            "img1 and img2 are of two patients: IDs and dates of birth both differ; "
-            "give two scans of one patient"
+            f"{line}; give two scans of one patient, or --force patient if they are of one"
         )
+    return [f"forced (patient): {line}"]
 
 
 def once(headers: Headers) -> tuple[Headers, int]:

@@ -1,21 +1,24 @@
 """Body-weight SUV of a PET series, from its DICOM header.
 
 Sources: DICOM PS3.3 (C.8.9 PET), the QIBA FDG-PET profile and, for counts of Philips, their DICOM
-conformance statement (factors to SUV and to Bq/ml in private fields).
+conformance statement (factors to SUV and to Bq/ml in private fields). Times are in decay.py.
 """
-
-from datetime import datetime, timedelta
 
 import numpy as np
 import pydicom
 
+from volumes.decay import NoSuvError, check_half_life, uptake
+
 PHILIPS = (0x70530010, 0x70531000, 0x70531009)  # who made the two, factor to SUV, factor to Bq/ml
 BODIES = {"BSA": "body surface", "LBM": "lean mass", "LBMJAMES128": "lean mass",
     "LBMJANMA": "lean mass", "IBW": "ideal weight"}  # fmt: skip
+DOSES = (1e5, 1e11)  # Bq that can have been injected
+WEIGHTS = (0.5, 400.0)  # kg that a patient can have
+NEEDED = {"ATTN": "attenuation", "DECAY": "decay"}  # corrections, as CorrectedImage names them
 
 
 def suv_factor(headers: list[pydicom.Dataset]) -> tuple[float | None, str]:
-    """What turns a PET series' values into body-weight SUV (g/ml), or None and the reason why not.
+    """What turns a PET series' values into body-weight SUV (g/ml), and a line about it.
 
     SUV = activity concentration (Bq/ml) x weight (g) / dose (Bq). The dose is decayed from the
     injection to the time that the scanner corrected the values to.
@@ -23,42 +26,90 @@ def suv_factor(headers: list[pydicom.Dataset]) -> tuple[float | None, str]:
     Args:
         headers: one for each file of the series.
 
+    Returns: the factor, or None; the line is the reason why not, or what to know about the factor,
+        or empty.
+
     Fields that make no sense raise whatever pydicom, or the arithmetic, raises for them.
     """
+    try:
+        return known_factor(headers)
+    except NoSuvError as reason:
+        return None, str(reason)
+
+
+def known_factor(headers: list[pydicom.Dataset]) -> tuple[float, str]:
+    """The factor and a note, which may be empty; NoSuvError where there is none."""
     ds = headers[0]
     if ds.get("Modality") != "PT":
-        return None, "not a PET series"
+        raise NoSuvError("not a PET series")
     if ds.get("Units") == "GML":
         kind = str(ds.get("SUVType") or "BW")
         if kind == "BW":
             return 1.0, ""
-        return None, f"its SUV is by {BODIES.get(kind, 'something else')}, not by body weight"
+        raise NoSuvError(f"its SUV is by {BODIES.get(kind, 'something else')}, not by body weight")
+    check_corrections(ds)
     activity = 1.0  # Bq/ml of a value of 1
     if ds.get("Units") == "CNTS":
-        suv, activity = (philips_factor(ds, tag) for tag in PHILIPS[1:])
+        factors = {tuple(philips_factor(one, tag) for tag in PHILIPS[1:]) for one in headers}
+        if len(factors) > 1:
+            raise NoSuvError("its slices have several factors from counts")
+        suv, activity = factors.pop()
         if suv:
             return suv, ""
     if ds.get("Units") not in ("BQML", "CNTS") or not activity:
-        return None, "its units are not Bq/ml"
+        raise NoSuvError("its units are not Bq/ml")
+    return by_dose(headers, activity)
+
+
+def by_dose(headers: list[pydicom.Dataset], activity: float) -> tuple[float, str]:
+    """The factor from weight and injected dose, and a note; `activity` is Bq/ml of a value of 1."""
+    ds = headers[0]
+    drugs = ds.get("RadiopharmaceuticalInformationSequence") or [pydicom.Dataset()]
+    if len(drugs) > 1:
+        raise NoSuvError("its header has several injections")
+    drug = drugs[0]
+    weight = positive(ds, "PatientWeight", "weight")  # kg
+    dose = positive(drug, "RadionuclideTotalDose", "injected dose")  # Bq
+    half_life = positive(drug, "RadionuclideHalfLife", "half-life")  # s
+    if not DOSES[0] <= dose <= DOSES[1]:
+        raise NoSuvError("its injected dose is not between 0.1 and 100000 MBq; the field is in Bq")
+    if not WEIGHTS[0] <= weight <= WEIGHTS[1]:
+        raise NoSuvError("its weight is not between 0.5 and 400 kg")
+    if any(dose_and_weight(one) != dose_and_weight(ds) for one in headers):
+        raise NoSuvError("its slices differ in weight or injected dose")
+    check_half_life(drug, half_life)
+    at_injection = activity * weight * 1000 / dose
+    correction = ds.get("DecayCorrection")
+    if correction == "ADMIN":
+        return at_injection, ""
+    if correction != "START" and not ds.get("DecayCorrectionDateTime"):
+        raise NoSuvError("its decay correction is neither START nor ADMIN")
+    seconds, note = uptake(headers, drug, half_life)
+    return at_injection * 2 ** (seconds / half_life), note
+
+
+def positive(ds: pydicom.Dataset, keyword: str, name: str) -> float:
+    """A number of a header; NoSuvError where it is missing or not above 0."""
+    value = float(ds.get(keyword) or 0)
+    if not (np.isfinite(value) and value > 0):
+        raise NoSuvError(f"no {name} in its header")
+    return value
+
+
+def dose_and_weight(ds: pydicom.Dataset) -> tuple[str, str]:
+    """What must be the same in all files of a series."""
     drug = (ds.get("RadiopharmaceuticalInformationSequence") or [pydicom.Dataset()])[0]
-    weight = float(ds.get("PatientWeight") or 0)  # kg
-    dose = float(drug.get("RadionuclideTotalDose") or 0)  # Bq
-    half_life = float(drug.get("RadionuclideHalfLife") or 0)  # s
-    for name, value in (("weight", weight), ("injected dose", dose), ("half-life", half_life)):
-        if not (np.isfinite(value) and value > 0):
-            return None, f"no {name} in its header"
-    if ds.get("DecayCorrection") == "ADMIN":
-        return activity * weight * 1000 / dose, ""
-    if ds.get("DecayCorrection") != "START":
-        return None, "its decay correction is neither START nor ADMIN"
-    scan = scan_start(headers)
-    injection = injection_time(drug, scan)
-    if scan is None or injection is None:
-        return None, "no time of injection or scan in its header"
-    elapsed = (scan - injection).total_seconds()
-    if not 0 <= elapsed <= 10 * half_life:
-        return None, "its times of injection and scan do not fit"
-    return activity * weight * 1000 / (dose * 2 ** (-elapsed / half_life)), ""
+    return str(ds.get("PatientWeight")), str(drug.get("RadionuclideTotalDose"))
+
+
+def check_corrections(ds: pydicom.Dataset) -> None:
+    """NoSuvError if the header lists corrections, and one that SUV needs is not among them."""
+    made = ds.get("CorrectedImage")
+    if not made:
+        return
+    made = [made] if isinstance(made, str) else list(made)
+    if missing := [what for code, what in NEEDED.items() if code not in made]:
+        raise NoSuvError(f"its values are not corrected for {' and '.join(missing)}")
 
 
 def philips_factor(ds: pydicom.Dataset, tag: int) -> float:
@@ -69,35 +120,3 @@ def philips_factor(ds: pydicom.Dataset, tag: int) -> float:
     value = value.decode("ascii").strip("\0 ") if isinstance(value, bytes) else value
     factor = float(value or 0)
     return factor if np.isfinite(factor) and factor > 0 else 0.0
-
-
-def scan_start(headers: list[pydicom.Dataset]) -> datetime | None:
-    """The time START refers to: the series', or the first acquisition's if that was before.
-
-    A series made later from the images carries the time when it was made.
-    """
-    series = moment(headers[0].get("SeriesDate"), headers[0].get("SeriesTime"))
-    acquired = [moment(ds.get("AcquisitionDate"), ds.get("AcquisitionTime")) for ds in headers]
-    return min((t for t in (series, *acquired) if t), default=None)
-
-
-def injection_time(drug: pydicom.Dataset, scan: datetime | None) -> datetime | None:
-    """When the drug was injected; where only the clock is told, within the day before `scan`."""
-    stamp = str(drug.get("RadiopharmaceuticalStartDateTime") or "")
-    if stamp:
-        return moment(stamp[:8], stamp[8:].split("+")[0].split("-")[0])
-    day = scan.strftime("%Y%m%d") if scan else None
-    injection = moment(day, drug.get("RadiopharmaceuticalStartTime"))
-    if injection and injection > scan:
-        injection -= timedelta(days=1)
-    return injection
-
-
-def moment(date, time) -> datetime | None:
-    """A DICOM date YYYYMMDD and time HHMM[SS[.ffffff]]; None where one is missing."""
-    date, time = str(date or ""), str(time or "")
-    if len(date) < 8 or len(time) < 4:
-        return None
-    whole, _, fraction = time.partition(".")
-    start = datetime.strptime(date[:8] + whole.ljust(6, "0")[:6], "%Y%m%d%H%M%S")
-    return start + timedelta(seconds=float(f"0.{fraction or 0}"))

@@ -1,10 +1,11 @@
 """Fuse the slices of two volumes in batches, large ones in tiles that blend.
 
 The network looks at an image as a whole: AFF at its spectrum, CASF at all tokens, SFEF at a softmax
-over all pixels. So a tile is fused otherwise than the same pixels in their slice, most of all one
-without air, and mostly by a smooth change of brightness. That change is seen at a reduced size,
-too, where the slice fits into one tile. Fused there once as a whole and once as the tile, it is the
-difference of the two, and added to the tile.
+over all pixels. So it fuses a tile differently from the same pixels in their slice, most of all a
+tile without air. The difference is mostly a smooth change of brightness.
+
+That change can be measured at a reduced size, at which the whole slice fits into one tile. There
+both are fused: the whole slice, and the tile alone. Their difference is added to the fused tile.
 
 Legend: N slices of (H, W) pixels, B of them in a batch.
 """
@@ -61,7 +62,7 @@ def fuse_tiled(
 ) -> np.ndarray:
     """Fuse (B, 1, H, W) images in [0, 1] in tiles that blend, into the same shape.
 
-    Tiles start on multiples of the network's padding, so their tokens are those of the whole image.
+    Tiles start on multiples of the network's padding. So their tokens are those of the whole image.
 
     Args:
         tile: side in pixels, a multiple of `model.multiple`; 0 takes images whole.
@@ -103,9 +104,10 @@ def tile_starts(length: int, tile: int, overlap: int, multiple: int) -> list[int
 
 
 def reduction(height: int, width: int, tile: int) -> int:
-    """By how much a slice shrinks to fit into a tile: a power of 2, so that pixels stay aligned.
+    """The factor by which a slice shrinks to fit into a tile, or is as small as allowed.
 
-    Less where a tile would become smaller than the network takes.
+    It is a power of 2, so that pixels stay aligned. The tile must not become smaller than the
+    network takes.
     """
     factor = 1
     while max(height, width) > factor * tile and min(height, width, tile) >= 2 * factor * MIN_SIDE:

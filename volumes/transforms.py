@@ -1,5 +1,7 @@
 """Files of transforms: ITK's, in and out, and DICOM's spatial registration objects, in.
 
+Those of other programs are in programs.py.
+
 Sources: ITK's formats, of text (.tfm) and of MATLAB's level 4 (.mat), through SimpleITK; Spatial
 Registration in DICOM PS3.3, A.39 and C.20.2, whose matrices go from a frame of reference to the
 registered one.
@@ -13,6 +15,7 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pydicom
@@ -23,7 +26,19 @@ from cli import UserError, has_dicom_mark
 from volumes.dicom import read_dataset_of
 from volumes.grid import RAS_LPS, Volume
 from volumes.headers import quiet_itk
+from volumes.programs import (
+    PROGRAMS,
+    program_names,
+    program_of,
+    program_text,
+    read_program,
+    told_by_name,
+)
+from volumes.quiet import quiet
 
+STRETCH = (0.8, 1.25)  # how much a transform may shrink or stretch a head
+SCALES = (0.5, 2.0)  # the same of images
+NEAR_ONE = 1e-6  # for rounding
 # ITK's linear transforms, and how many parameters they have in d dimensions.
 LINEAR = {
     **dict.fromkeys(("AffineTransform", "MatrixOffsetTransformBase"), lambda d: d * d + d),
@@ -47,6 +62,14 @@ KIND = re.compile(r"(\w+)_(?:double|float)_(\d)_(\d)")
 MOST = 16  # transforms in a file
 
 
+class Found(NamedTuple):
+    """The matrix of a file."""
+
+    matrix: np.ndarray
+    line: str = ""  # what the user should know of how it was taken
+    checked: bool = True  # False: nothing in the file says which source is the fixed one
+
+
 def matrix_of(transform: sitk.Transform) -> np.ndarray:
     """The matrix (d + 1, d + 1) of a linear transform of ITK, in its own direction and axes."""
     n = transform.GetDimension()
@@ -68,12 +91,12 @@ def read_transform(path: Path, dimension: int = 3) -> np.ndarray:
         raise
     except Exception:  # as of a kind that this version does not know
         raise UserError(
-            f"{path}: no transform of ITK (.tfm, .txt, .mat) and no DICOM registration, "
+            f"{path}: no transform of {program_names()}, and no DICOM registration, "
             "--register rigid finds one"
         ) from None
     if transform.GetDimension() != dimension or not transform.IsLinear():
         refuse(path, transform.IsLinear(), transform.GetDimension(), dimension)
-    return regular(matrix_of(transform), path)
+    return placing(matrix_of(transform), path)
 
 
 def refuse(path: Path, linear: bool, found: int, expected: int) -> None:
@@ -144,14 +167,42 @@ def steps_of_mat(data: bytes) -> Iterator[tuple[str, int, int]]:
 
 
 def regular(matrix: np.ndarray, path: Path) -> np.ndarray:
-    """The matrix itself; UserError if it has no inverse."""
+    """The matrix itself; UserError if it has no inverse, or is none of points in space."""
+    last = np.eye(len(matrix))[-1]
     if not np.isfinite(matrix).all() or abs(np.linalg.det(matrix[:-1, :-1])) < 1e-6:
         raise UserError(f"{path}: its matrix has no inverse, --register rigid finds another")
+    if not np.allclose(matrix[-1], last, atol=1e-6):
+        raise UserError(f"{path}: the last row of its matrix is not 0 0 0 1, export it again")
     return matrix
 
 
-def matrix_from(path: Path, source1: Volume, source2: Volume) -> np.ndarray:
-    """The matrix of a file for `--register FILE`.
+def placing(matrix: np.ndarray, path: Path) -> np.ndarray:
+    """The matrix itself; UserError if no scan of a head can be moved so onto another of it.
+
+    That is one that mirrors, shears, or scales by more than STRETCH; images, whose pixels have no
+    size, may be scaled by up to SCALES, the same both ways.
+    """
+    regular(matrix, path)
+    linear = matrix[:-1, :-1]
+    if np.linalg.det(linear) < 0:
+        raise UserError(f"{path}: its matrix mirrors, left would be right; give one that does not")
+    sizes = np.linalg.svd(linear, compute_uv=False)
+    low, high = STRETCH if len(linear) == 3 else SCALES
+    uneven = sizes[0] / sizes[-1] > STRETCH[1] / STRETCH[0]
+    if uneven or sizes[-1] < low * (1 - NEAR_ONE) or sizes[0] > high * (1 + NEAR_ONE):
+        found = " and ".join(f"{size:.3g}" for size in (sizes[-1], sizes[0]))
+        raise UserError(
+            f"{path}: its matrix stretches by {found}, expected {low:g} to {high:g} in every "
+            "direction; --register rigid finds another"
+        )
+    return matrix
+
+
+def matrix_from(path: Path, source1: Volume, source2: Volume, modality: str) -> Found:
+    """The matrix of a file for `--register FILE`, RAS.
+
+    Args:
+        modality: of source 1.
 
     Raises:
         UserError: no file, no linear transform, or one for other frames of reference.
@@ -160,12 +211,27 @@ def matrix_from(path: Path, source1: Volume, source2: Volume) -> np.ndarray:
         raise UserError(
             f"--register is {path}, expected auto, off, check, rigid, or a file with a transform"
         )
-    lps = (
-        read_registration(path, source1, source2) if has_dicom_mark(path) else read_transform(path)
-    )
-    return RAS_LPS @ lps @ RAS_LPS
+    if has_dicom_mark(path):
+        return Found(RAS_LPS @ read_registration(path, source1, source2) @ RAS_LPS)
+    told = told_by_name(path, names_of(source1, source2), modality)
+    fixed, moving = (source2, source1) if told == "source 1" else (source1, source2)
+    if program := program_of(path):
+        matrix, named = read_program(path, program, fixed, moving)
+        matrix = placing(matrix, path)
+    else:
+        matrix, named = RAS_LPS @ read_transform(path) @ RAS_LPS, False
+    if told == "source 1":
+        line = "the file's name says that it moves img1 onto img2, so its inverse is taken"
+        return Found(np.linalg.inv(matrix), line)
+    return Found(matrix, checked=named or told is not None)
 
 
+def names_of(source1: Volume, source2: Volume) -> tuple[Path, Path]:
+    """The first file of each source."""
+    return tuple(next(iter(volume.files), Path()) for volume in (source1, source2))
+
+
+@quiet()
 def read_registration(path: Path, source1: Volume, source2: Volume) -> np.ndarray:
     """The matrix, LPS, of a DICOM spatial registration object between two frames of reference."""
     try:
@@ -187,7 +253,7 @@ def read_registration(path: Path, source1: Volume, source2: Volume) -> np.ndarra
                 "registers these two"
             )
     there, back = (regular(known[v.frame_of_reference], path) for v in (source1, source2))
-    return np.linalg.inv(back) @ there
+    return placing(np.linalg.inv(back) @ there, path)
 
 
 def chained(item: pydicom.Dataset) -> np.ndarray:
@@ -209,6 +275,21 @@ def transform_text(matrix: np.ndarray, centre: np.ndarray) -> bytes:
     transform.SetMatrix(rotation.ravel().tolist())
     transform.SetTranslation((lps[:3, 3] + rotation @ middle - middle).tolist())
     return text_of(transform)
+
+
+def exported(
+    path: Path, matrix: np.ndarray, source1: Volume, source2: Volume, modality: str
+) -> bytes:
+    """A matrix for the program that a file's name asks for, see programs.py; ITK's by default.
+
+    The matrix is from points of source 1 to points of source 2. A name of BIDS may say that the
+    file moves source 1 onto source 2; then it does. `modality` is that of source 1.
+    """
+    if told_by_name(path, names_of(source1, source2), modality) == "source 1":
+        matrix, source1, source2 = np.linalg.inv(matrix), source2, source1
+    if path.suffix.lower() in PROGRAMS:
+        return program_text(path, matrix, source1, source2)
+    return transform_text(matrix, np.zeros(3))
 
 
 def text_of(transform: sitk.Transform) -> bytes:

@@ -139,7 +139,7 @@ def unpack(file: Path, folder: Path, most: float) -> None:
 
 
 def parts_of(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Iterator[bytes]:
-    """What a file of a zip unpacks to, part by part; one of BAD_ZIP if it is damaged."""
+    """The content of a file of a zip, part by part; raises one of BAD_ZIP if it is damaged."""
     try:
         with archive.open(entry) as packed:
             while part := packed.read(2**20):

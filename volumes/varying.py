@@ -12,18 +12,22 @@ import numpy as np
 import pydicom
 
 from cli import UserError
-from volumes.planes import SAME, Plane
+from volumes.planes import FRAME, SAME, Plane
 
 # What makes another image of the same slice, as --where names it.
 CONTRASTS = (
-    "EchoTime DiffusionBValue ImageType InversionTime FlipAngle RepetitionTime EchoNumbers "
-    "ConvolutionKernel StackID"
-).split()
+    *("EchoTime", "DiffusionBValue", "ImageType", "InversionTime", "FlipAngle"),
+    *("RepetitionTime", "EchoNumbers", "ConvolutionKernel", "StackID"),
+    *("EnergyWindowVector", "DetectorVector", "RotationVector"),
+)
 # What tells points in time apart, the surest first; numbers of a file come last.
 TIME_FIELDS = (
-    "TemporalPositionIdentifier FrameReferenceTime AcquisitionDateTime AcquisitionTime "
-    "TriggerTime ContentTime AcquisitionNumber InstanceNumber"
-).split()
+    *("TemporalPositionIdentifier", "FrameReferenceTime", "AcquisitionDateTime"),
+    *("AcquisitionTime", "TriggerTime", "PhaseVector", "TimeSliceVector", "ContentTime"),
+    *("AcquisitionNumber", "InstanceNumber"),
+)
+# How long an image took, in ms; the latter in enhanced files.
+DURATIONS = ("ActualFrameDuration", "FrameAcquisitionDuration")
 B_VALUE = 0x0019100C  # Siemens', before the standard had one
 # In enhanced files: field -> its name there; the sequence around it does not matter.
 ENHANCED = {
@@ -49,11 +53,11 @@ ALL = Choice()
 
 
 def fields_of(ds: pydicom.Dataset) -> dict[str, str]:
-    """The fields of CONTRASTS and TIME_FIELDS that a header has, as text."""
-    found = {name: ds.get(name) for name in (*CONTRASTS, *TIME_FIELDS)}
-    if found["DiffusionBValue"] is None and B_VALUE in ds:
-        if "SIEMENS MR HEADER" in str(ds.get(0x00190010, "")):
-            found["DiffusionBValue"] = ds[B_VALUE].value
+    """The fields of CONTRASTS, TIME_FIELDS and DURATIONS that a header has, as text."""
+    found = {name: ds.get(name) for name in (*CONTRASTS, *TIME_FIELDS, *DURATIONS)}
+    of_siemens = "SIEMENS MR HEADER" in str(ds.get(0x00190010, ""))
+    if found["DiffusionBValue"] is None and B_VALUE in ds and of_siemens:
+        found["DiffusionBValue"] = ds[B_VALUE].value
     return {name: _text(value) for name, value in found.items() if value not in (None, "")}
 
 
@@ -61,7 +65,7 @@ def frame_fields(groups: list[pydicom.Dataset]) -> dict[str, str]:
     """The same of a frame of an enhanced file, from its functional groups."""
     items = [e.value[0] for group in groups for e in group if e.VR == "SQ" and e.value]
     found = {}
-    for name in (*CONTRASTS, *TIME_FIELDS):
+    for name in (*CONTRASTS, *TIME_FIELDS, *DURATIONS):
         keyword = ENHANCED.get(name, name)
         value = next((item.get(keyword) for item in items if keyword in item), None)
         if value not in (None, ""):
@@ -116,9 +120,10 @@ def _matches(value: str, wanted: str) -> bool:
 
 
 def largest(path: Path, planes: list[Plane]) -> tuple[list[Plane], str]:
-    """The planes of the orientation, size and spacing that most have, and a note on the others.
+    """The planes of the kind that most have, and a note on the others.
 
-    A localiser may be among the slices. UserError if no kind has more than half of the planes.
+    A kind is an orientation, size and spacing, a frame of reference, a modality and a unit. A
+    localiser may be among the slices. UserError if no kind has more than half of the planes.
     """
     kinds: list[list[Plane]] = []
     for plane in planes:
@@ -133,14 +138,16 @@ def largest(path: Path, planes: list[Plane]) -> tuple[list[Plane], str]:
     if len(most) == len(planes):
         return planes, ""
     other = kinds[1][0]
-    what = " and ".join(_differences(most[0], other))
+    differing = _differences(most[0], other)
+    what = " and ".join(differing)
     if len(most) <= len(planes) / 2:
         raise UserError(
             f"{path}: mixed {what} in one series: {len(most)} images as {most[0].name}, "
             f"{len(planes) - len(most)} otherwise ({other.name}, …); take those of one kind"
         )
     left = len(planes) - len(most)
-    return most, f"{left} images with other {what} left out ({other.name}), as a localiser's"
+    scout = ", as a localiser's" if differing[0] == "orientations" else ""
+    return most, f"{left} images with other {what} left out ({other.name}){scout}"
 
 
 def _differences(a: Plane, b: Plane) -> list[str]:
@@ -150,11 +157,24 @@ def _differences(a: Plane, b: Plane) -> list[str]:
         "sizes": a.size == b.size,
         "pixel spacings": np.allclose(a.spacing, b.spacing, rtol=1e-3),
     }
+    kinds = ("frames of reference", "modalities", "units")
+    same |= {what: one == other for what, one, other in zip(kinds, a.kind, b.kind, strict=True)}
     return [what for what, equal in same.items() if not equal]
 
 
 def _alike(a: Plane, b: Plane) -> bool:
     return not _differences(a, b)
+
+
+def durations_of(stacks: list[list[Plane]]) -> list[float]:
+    """How long each point in time took, in s; 0 where it is not told."""
+    return [float(np.mean([_duration(plane) for plane in stack])) for stack in stacks]
+
+
+def _duration(plane: Plane) -> float:
+    text = next((plane.fields[name] for name in DURATIONS if name in plane.fields), "")
+    order = _order(text)[0]
+    return order / 1000 if np.isfinite(order) else 0.0
 
 
 # --- images at one place ---------------------------------------------------------------------
@@ -180,7 +200,8 @@ def by_time(path: Path, planes: list[Plane], time: str) -> tuple[list[list[Plane
         if any(len(_distinct(place, name)) > 1 for place in several):
             raise UserError(f"{head}: {_contrasts(several)}")
     count = len(places[0])
-    key = next((n for n in TIME_FIELDS if all(_tells_apart(place, n) for place in several)), None)
+    keys = (*TIME_FIELDS, FRAME)
+    key = next((n for n in keys if all(_tells_apart(place, n) for place in several)), None)
     if key is None or any(len(place) != count for place in places):
         a, b = several[0][:2]
         depth = a.position @ np.cross(*a.directions)
