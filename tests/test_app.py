@@ -46,7 +46,7 @@ def rgb(path: str | Path) -> np.ndarray:
 
 def test_the_page_fuses_as_the_script_does(page, tmp_path):
     files = pair_of_files(tmp_path)
-    fused, (source, right), measuring, _, made = page.fuse(*files, "compact_all")
+    fused, (source, right), measuring, _, made = page.fuse(*files, "compact_PET-MRI")
     assert np.array_equal(rgb(source), phantom_pair("PET-MRI", 64)[0]) and right == fused
     assert measuring == "Measuring …"
     out = tmp_path / "script.png"

@@ -66,7 +66,9 @@ def series(tmp_path):
     def make(change=None) -> tuple[Path, Path]:
         for name, modality in (("ct", "CT"), ("mr", "MR")):
             how = change if name == "mr" else None
-            write_series(tmp_path / name, numbered(), affine_of("oblique"), modality, change=how)
+            below = -1024.0 if name == "ct" else 0.0  # HU, with air
+            how = {"change": how, "intercept": below}
+            write_series(tmp_path / name, numbered(), affine_of("oblique"), modality, **how)
         return tuple(zipped(tmp_path / n, tmp_path / f"{n}.zip") for n in ("ct", "mr"))
 
     return make
@@ -83,7 +85,7 @@ def test_a_known_shift_is_undone_and_shown(tab, heads, tmp_path, capsys):
     lines, views, status, report, files, picture = fuse(tab, heads["ct"], tmp_path / "mri.nii.gz")
     assert any("registering" in line for line in lines), lines
     assert status.startswith("**ct.nii.gz with mri.nii.gz**, ") and "registered (rigid)" in report
-    assert [Path(file).name for file in files] == ["fused.nii.gz", "fused.tfm"]
+    assert [Path(file).name for file in files] == ["fused.nii.gz", "moved.nii.gz", "fused.tfm"]
     fused = nib.load(files[0])
     assert np.allclose(fused.header.get_zooms(), 2, atol=1e-3)
     assert cv2.imread(picture) is not None
@@ -162,7 +164,7 @@ def test_bad_uploads_get_a_sentence(tab, heads, tmp_path, kind, message):
         path.write_bytes(bytes({"long": 5_000_000, "empty": 0}.get(kind, 100)))
     source = path if kind == "small" else heads["ct"]
     said = refused(tab, source, None if kind == "absent" else path, size=page.FULL, register="off",
-                   force=["space", "place", "overlap"])  # fmt: skip
+                   force=["space", "place", "overlap", "units"])  # fmt: skip
     assert message in said
 
 

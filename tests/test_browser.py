@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from browser import PATIENCE, Browser, missing, served
 
-from args_setting import ROOT, TASKS
+from args_setting import TASKS
 from images import read_image, to_uint8, write_png
 from phantom import phantom_pair
-from weights import load_weights
+from weights import load_weights, shipped_path
 
 pytestmark = pytest.mark.alone
 
@@ -53,7 +53,7 @@ def expected(folder, task: str, seed: int = 0) -> np.ndarray:
     path, (source, mri) = folder / "source.png", phantom_pair(task, seed=seed)
     write_png(path, source)
     luma, chroma = read_image(path)
-    model, _ = load_weights(ROOT / "model_pre" / "compact_all.safetensors")
+    model, _ = load_weights(shipped_path("compact", task))
     return to_uint8(model.fuse(luma, mri).numpy(), chroma)
 
 

@@ -320,6 +320,7 @@ LONG = {  # part of a command -> why it is not run here
     "benchmarks/page": "measures for minutes",
     "benchmarks/metric_times": "measures for minutes",
     "benchmarks/loss_on_pixels": "measures for minutes",
+    "benchmarks/published": "reads images that are not shipped",
     "benchmarks/registration": "measures for hours",
     "benchmarks/results": "measures for minutes, see test_results.py",
     "benchmarks/volume_memory": "measures for minutes",

@@ -89,7 +89,7 @@ def test_an_earlier_moved_source_goes_and_a_wrong_name_is_refused(call, brighter
     for name in ("ct", "mri"):
         nib.Nifti1Image(numbered(), affine_of("identity")).to_filename(tmp_path / f"{name}.nii")
     argv = ["--img1", tmp_path / "ct.nii", "--img2", tmp_path / "mri.nii", "--register", "off"]
-    argv += ["--out", tmp_path / "f.nii"]
+    argv += ["--out", tmp_path / "f.nii", "--window", "2000,4000"]
     assert call(*argv, "--moved", tmp_path / "o.nii")[0] == 0
     assert call(*argv)[0] == 0 and not (tmp_path / "o.nii").exists()
     code, _, err = call(*argv, "--moved", tmp_path / "o.png")

@@ -214,7 +214,10 @@ def test_command_line(call, tmp_path):
         (["--method", "a=SMALLER {1} {2} {out}"], "made 20x20 of 64x64, expected equal sizes"),
         (["--weights", "DIR/no.safetensors"], "no such file"),
         (["--cases", "9"], "cases has ['9'], which the test split of CT-MRI lacks"),
-        (["--json", "DIR/f.json"], "--findings writes --csv and --plot, not --json"),
+        (
+            ["--json", "DIR/f.json"],
+            "--json is for --fused and --one_source, but this is --findings",
+        ),
         (["--plot", "DIR/f.xyz"], "a plot cannot be 'xyz'"),
         (["--plot", "DIR/no/f.png"], "is not there, expected an existing one"),
     ],

@@ -67,7 +67,8 @@ def test_monochrome1_keeps_values_that_are_a_measure(tmp_path, modality):
             injected(ds, k)
         dark(ds, k)
 
-    write_series(tmp_path / "1", data, affine_of("identity"), modality, 2, -1024, change=change)
+    how = {"slope": 2.0, "intercept": -1024.0, "change": change}
+    write_series(tmp_path / "1", data, affine_of("identity"), modality, **how)
     volume = read_dicom(tmp_path / "1")
     assert np.array_equal(volume.data, data * 2.0 - 1024) and "kept" in volume.notes[0]
     assert (volume.suv is not None) == (modality == "PT")

@@ -111,7 +111,7 @@ def test_tiles_of_the_network_agree_with_the_whole(heads, source):
             seam = max(seam, change[end - 1] / max(beside))
     mean, most = 255 * np.abs(apart).mean(), 255 * np.abs(apart).max()
     print(f"{source}: {mean:.2f} of 255 levels on average, {most:.0f} at most, seam {seam:.2f}")
-    assert mean < 1 and seam < 1.3
+    assert mean < 2 and seam < 1.3
 
 
 def _enlarged(path: Path, side: int) -> np.ndarray:

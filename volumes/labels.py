@@ -139,7 +139,7 @@ def bring_labels(
     if number == together.mover:
         placed = moved(labels, matrix if number == 1 else np.linalg.inv(matrix))
     data = nearest(placed, grid.data.shape, grid.affine)
-    tell_labels(labels, data, number, report)
+    tell_labels(labels.data, data, number, report)
     return replace(labels, data=data, affine=grid.affine, code=grid.code)
 
 
@@ -167,7 +167,7 @@ def labels_nifti(labels: Volume, packed: bool) -> bytes:
     return file.getvalue()
 
 
-def tell_labels(before: Volume, after: np.ndarray, number: int, report: Report) -> None:
+def tell_labels(before: np.ndarray, after: np.ndarray, number: int, report: Report) -> None:
     """How many labels came along, and which were lost as too small for the grid."""
     had, has = (set(np.unique(data).tolist()) - {0} for data in (before, after))
     of = f"of img{number}" if number else "of both sources"
