@@ -35,15 +35,16 @@ seen = {"pixels": False}
 
 
 def picture(path: Path) -> None:
-    for page in (None, 2):
-        try:
-            images.read_image(path, images.Reading(page=page))
-        except UserError as error:
-            if page or "--page" not in str(error):
-                raise
-        else:
-            break
-    images.header_size(path)
+    """Its size, then its pixels; of several pages the second one's."""
+    reading = images.AS_STORED
+    try:
+        images.header_size(path)
+    except UserError as error:
+        if "--page" not in str(error):
+            raise
+        reading = images.Reading(page=2)
+        images.header_size(path, reading)
+    images.read_image(path, reading)
 
 
 def upload(path: Path) -> None:
