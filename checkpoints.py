@@ -30,8 +30,6 @@ FREE = (
     *("workers", "compile", "save_every", "val_every", "patience", "cooldown"),
     *("epoch", "stages", "patch_size", "batch_size"),  # see `past`
 )
-
-
 PROGRESS = {"epoch": int, "best": (int, float), "waited": int, "rows": list}  # types of its fields
 
 

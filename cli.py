@@ -201,6 +201,21 @@ def visible(text: object) -> str:
     )
 
 
+@contextmanager
+def installed(need: str, extra: str = "volumes") -> Iterator[None]:
+    """For imports of an extra: a package that is not installed becomes a UserError.
+
+    Args:
+        need: how the line begins, such as "volumes need".
+        extra: which requirements-EXTRA.txt has the package.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        line = f"{need} {error.name}: pip install -r requirements-{extra}.txt"
+        raise UserError(line) from None
+
+
 def say(*lines: object) -> None:
     """Print lines that may have text from a file in them, see `visible`."""
     print(*map(visible, lines), sep="\n")

@@ -169,12 +169,17 @@ def as_told(pairs: list[Pair], levels: Sequence[str], page: Sequence[int] = ()) 
 def decode_pair(pair: Pair, doubts: Doubts | None = None) -> tuple[Pixels, Pixels]:
     """The pixels of both images, which `doubts` also gets; UserError if their sizes differ."""
     sources = tuple(map(images.decode, (pair.path1, pair.path2), pair.readings))
-    sides = ["x".join(map(str, pixels.values.shape[:2])) for pixels in sources]
-    if sides[0] != sides[1]:
-        raise UserError(f"{pair.path1} is {sides[0]}, {pair.path2} is {sides[1]}, expected equal")
+    check_equal_sizes(pair, *(pixels.values.shape[:2] for pixels in sources))
     for i in (0, 1) if doubts else ():
         doubts.add((pair.path1, pair.path2)[i], sources[i], i + 1, pair.readings[i])
     return sources
+
+
+def check_equal_sizes(pair: Pair, size1: tuple[int, int], size2: tuple[int, int]) -> None:
+    """UserError if the images of a pair differ in size, given as height and width."""
+    if size1 != size2:
+        sides = [f"{height}x{width}" for height, width in (size1, size2)]
+        raise UserError(f"{pair.path1} is {sides[0]}, {pair.path2} is {sides[1]}, expected equal")
 
 
 def read_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:

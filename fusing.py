@@ -25,8 +25,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 import limits
-from cli import UserError, stem_of
-from dataset import Pair
+from cli import UserError, installed, stem_of
+from dataset import Pair, check_equal_sizes
 from images import (
     Doubts,
     Pixels,
@@ -471,11 +471,11 @@ def check_room(model: ASFEFusion, shape: tuple[int, int]) -> None:
 
 def _check_sizes(pair: Pair, size1: tuple[int, int], size2: tuple[int, int]) -> None:
     """UserError if the two sizes, height and width, differ or are too small for the network."""
-    sides = [f"{height}x{width}" for height, width in (size1, size2)]
-    if size1 != size2:
-        raise UserError(f"{pair.path1} is {sides[0]}, {pair.path2} is {sides[1]}, expected equal")
+    check_equal_sizes(pair, size1, size2)
     if min(size1) < MIN_SIDE:
-        raise UserError(f"{pair.path1} is {sides[0]}, expected at least {MIN_SIDE}x{MIN_SIDE}")
+        height, width = size1
+        side = f"{MIN_SIDE}x{MIN_SIDE}"
+        raise UserError(f"{pair.path1} is {height}x{width}, expected at least {side}")
 
 
 def _decoded(request: ImageRequest) -> _Decoded:
@@ -494,12 +494,8 @@ def _decoded(request: ImageRequest) -> _Decoded:
 
 def _registered(pair: _Decoded) -> _Decoded:
     """The pair with source 2 moved onto source 1, or only measured."""
-    try:
+    with installed("--register needs"):
         from volumes.flat import register_image
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"--register needs {error.name}: pip install -r requirements-volumes.txt"
-        ) from None
     request, (source1, source2) = pair.request, pair.sources
     luma1, _ = luma_and_chroma(source1)
     luma2, chroma2 = luma_and_chroma(source2)

@@ -18,7 +18,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from args_setting import ROOT, TASKS, TestArgs
-from cli import UserError, check_mode, command_line, run_script, say, setup_runtime, stem_of
+from cli import (
+    UserError,
+    check_mode,
+    command_line,
+    installed,
+    run_script,
+    say,
+    setup_runtime,
+    stem_of,
+)
 
 if __name__ == "__main__":  # before the imports that take seconds
     ARGS = command_line(TestArgs, __doc__, check_mode)
@@ -178,12 +187,8 @@ def print_metrics(samples: dict[str, tuple], title: str) -> None:
 
 def fuse_pair_of_volumes(args: TestArgs, device: torch.device) -> None:
     """Fuse the volumes --img1 and --img2 into the file --out."""
-    try:
+    with installed("volumes need"):
         from volumes import fuse_volumes, request_from, use_threads
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"volumes need {error.name}: pip install -r requirements-volumes.txt"
-        ) from None
     request = request_from(vars(args))
     use_threads(args.threads)
     model = optimise(load_model(args, args.task, device))

@@ -54,8 +54,10 @@ from checkpoints import (
     write_csv,
 )
 from dataset import TrainPairs, split_lines, split_pairs
+from evaluation.compare import means_of_rows
 from evaluation.floors import shortfall
 from evaluation.one_source import one_source
+from evaluation.one_source_tables import with_worse
 from images import to_uint8, writable_folder
 from losses import fusion_loss, term_weights
 from metrics import evaluate
@@ -66,6 +68,9 @@ GRADIENT_CLIP = 1.0  # largest norm of a step's gradient
 METRICS = ("SSIM", "VIF", "Qabf")  # of validation, beside the values of one source
 # At most so many pairs, spread evenly.
 VALIDATION_PAIRS, BATCHNORM_PAIRS, TRAINING_PAIRS, SHOWN_PAIRS = 32, 64, 8, 4
+
+
+Chosen = tuple[str, Tensor]  # a task and a pair to validate on, (2, H, W) uint8
 
 
 class Processes(NamedTuple):
@@ -282,7 +287,8 @@ def keep_best(
     """
     shown, count = (held, VALIDATION_PAIRS) if len(held) else (pairs, TRAINING_PAIRS)
     chosen = spread(list(zip(shown.tasks, shown.images, strict=True)), count)
-    measured = validate(model, chosen)
+    fused = fuse_all(model, chosen)
+    measured = validate(chosen, fused)
     kind = "val" if len(held) else "train"  # training pairs only say that training worked
     better = progress.judge(kind, measured)
     if better or not len(held):
@@ -292,44 +298,45 @@ def keep_best(
     kept = "weights saved" if better or not len(held) else f"the best lack {progress.best:.4f}"
     lacking = f"{measured['shortfall']:.4f} lacking of the floors"
     print(f"epoch {progress.epoch}: {lacking} on {what} pairs, {kept}")
-    return picture_of(model, [images for _, images in chosen[:SHOWN_PAIRS]])
+    return picture_of(chosen[:SHOWN_PAIRS], fused)
 
 
-def picture_of(model: ASFEFusion, chosen: list[Tensor]) -> np.ndarray:
+def fuse_all(model: ASFEFusion, chosen: list[Chosen]) -> list[np.ndarray]:
+    """The fused image of each pair, uint8 (H, W)."""
+    return [to_uint8(model.fuse(*images).cpu().numpy()) for _, images in chosen]
+
+
+def picture_of(chosen: list[Chosen], fused: list[np.ndarray]) -> np.ndarray:
     """Rows of source 1, source 2 and fused image, (H, W) uint8; only those as wide as the first."""
-    rows = []
-    for images in chosen:  # (2, H, W) in 0..255
-        fused = to_uint8(model.fuse(*images).cpu().numpy())
-        rows.append(np.concatenate([*images.numpy(), fused], 1))
+    pairs = zip(chosen, fused, strict=False)
+    rows = [np.concatenate([*images.numpy(), image], 1) for (_, images), image in pairs]
     return np.concatenate([row for row in rows if row.shape[1] == rows[0].shape[1]])
 
 
-def validate(model: ASFEFusion, chosen: list[tuple[str, Tensor]]) -> dict[str, float]:
-    """Metrics, values of one source and shortfall of whole pairs: a task and its images (2, H, W).
+def validate(chosen: list[Chosen], fused: list[np.ndarray]) -> dict[str, float]:
+    """Metrics, values of one source and shortfall of whole pairs and their fused images.
 
     For each task it takes the means over the images. `kept` and `conspicuous` are those of the
     source with the lower mean. The result is the mean over the tasks.
     """
-    rows: dict[str, list[dict[str, float]]] = {}
-    for task, images in chosen:  # in 0..255
-        fused = to_uint8(model.fuse(*images).cpu().numpy())
-        source1, source2 = (image.numpy() for image in images)
-        values = evaluate(fused, source1, source2, METRICS)
-        values |= one_source(source1 / 255, source2 / 255, fused / 255)._asdict()
-        rows.setdefault(task, []).append(values)
-    tasks = []
+    rows: dict[str, list[list[float]]] = {}  # task -> the values of each image
+    for (task, images), image in zip(chosen, fused, strict=True):
+        source1, source2 = images.numpy()
+        values = evaluate(image, source1, source2, METRICS)
+        values |= one_source(source1 / 255, source2 / 255, image / 255)._asdict()
+        rows.setdefault(task, []).append(list(values.values()))
+    of_tasks = []
     for task, of_images in rows.items():
-        means = {name: nanmean([row[name] for row in of_images]) for name in of_images[0]}
-        for name in ("kept", "conspicuous"):
-            means[name] = min(means.pop(f"{name}1"), means.pop(f"{name}2"))
-        tasks.append(means | {"shortfall": shortfall(task, means)})
-    return {name: round(nanmean([task[name] for task in tasks]), 4) for name in tasks[0]}
-
-
-def nanmean(values: list[float]) -> float:
-    """The mean of the values that are defined; NaN if none is."""
-    defined = [value for value in values if not math.isnan(value)]
-    return sum(defined) / len(defined) if defined else math.nan
+        means = with_worse(means_of_rows(np.array(of_images)), list(values))
+        of_tasks.append([*means.values(), shortfall(task, means)])
+    names = [*means, "shortfall"]
+    found = dict(zip(names, means_of_rows(np.array(of_tasks)), strict=True))
+    # Of kept1 and kept2, and of conspicuous1 and conspicuous2, the worse one is there as well.
+    return {
+        name: round(float(value), 4)
+        for name, value in found.items()
+        if not name.endswith(("1", "2"))
+    }
 
 
 def batchnorms(model: nn.Module) -> list[nn.BatchNorm2d | nn.SyncBatchNorm]:

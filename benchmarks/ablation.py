@@ -30,7 +30,7 @@ from dataset import TrainPairs, split_pairs
 from evaluation.tables import aligned
 from images import write_bytes
 from network import MIN_SIDE, ASFEFusion
-from train_asfe import spread, validate
+from train_asfe import fuse_all, spread, validate
 from weights import load_weights
 
 LEFT_OUT = ("CT:2", "CT:16", "CT:37", "SPECT:3", "SPECT:4", "SPECT:9", "SPECT:10", "SPECT:11")
@@ -75,7 +75,7 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, float]:
     for task in TASKS:  # of PET-MRI there are none: it is one head, which all train on
         images = [i for i, t in zip(held.images, held.tasks, strict=True) if t == task]
         chosen += [(task, pair) for pair in spread(images, SLICES)]
-    return validate(model, chosen)
+    return validate(chosen, fuse_all(model, chosen))
 
 
 def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, float]:

@@ -13,7 +13,6 @@ In a text, a table stands between <!-- table: NAME --> and <!-- end -->.
 
 import argparse
 import csv
-import hashlib
 import io
 import math
 import re
@@ -36,7 +35,7 @@ from evaluation.compare import Comparison, Files, name_folders
 from evaluation.methods import Method, trivial_methods
 from evaluation.tables import FORMATS, table
 from evaluation.trivial import TRIVIAL
-from images import read_luma8, to_uint8, write_bytes, write_png
+from images import file_hash, read_luma8, to_uint8, write_bytes, write_png
 from inference import optimise
 from metrics import METRICS, PANEL, compare
 from network import HEADS
@@ -75,7 +74,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
         for task in TASKS:
             pairs = task_pairs(args.data_dir, task, "test")
             path = args.weights or shipped_path("compact", task)
-            used.append(hashlib.sha256(path.read_bytes()).hexdigest())
+            used.append(file_hash(path))
             methods = network_methods(path)
             folder = Path(temporary) / task
             files = {m: write_fused(folder / m, fuse, pairs) for m, fuse in methods.items()}

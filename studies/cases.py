@@ -19,6 +19,7 @@ from cli import (
     VOLUMES,
     Column,
     UserError,
+    installed,
     is_volume,
     stem_of,
 )
@@ -286,12 +287,8 @@ def case_of(out: Path, name: str, words: dict[str, Any]) -> Case:
 
 def volume_request(words: dict[str, Any]) -> "VolumeRequest":
     """The request of a pair of volumes; UserError if their packages are not installed."""
-    try:
+    with installed("volumes need"):
         from volumes.requests import request_from
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"volumes need {error.name}: pip install -r requirements-volumes.txt"
-        ) from None
     return request_from(words)
 
 

@@ -228,8 +228,8 @@ def test_validation_takes_the_worse_source_and_the_mean_of_tasks():
     model = SimpleNamespace(fuse=lambda img1, img2: img1 / 255)
     images = torch.from_numpy(np.stack(phantom_pair("CT-MRI", 96)))
     chosen = [("CT-MRI", images), ("PET-MRI", images.flip(0))]
-    both = train_asfe.validate(model, chosen)
-    ct, pet = (train_asfe.validate(model, [one]) for one in chosen)
+    both = train_asfe.validate(chosen, train_asfe.fuse_all(model, chosen))
+    ct, pet = (train_asfe.validate([one], train_asfe.fuse_all(model, [one])) for one in chosen)
     assert ct["kept"] < 0.2 and ct["foreign"] < 0.05
     for name in both:
         assert both[name] == pytest.approx((ct[name] + pet[name]) / 2, abs=2e-4), name

@@ -18,7 +18,7 @@ import SimpleITK as sitk  # noqa: N813
 from pydicom.uid import SegmentationStorage
 
 import limits
-from cli import UserError, has_dicom_mark
+from cli import UserError, has_dicom_mark, installed
 from volumes.dicom import read_dataset_of
 from volumes.grid import RAS_LPS, Volume, same_voxels, set_place
 from volumes.io import Header, read_volume, stream_nifti
@@ -74,12 +74,8 @@ def is_segmentation(file: Path) -> bool:
 @quiet()
 def read_segmentation(file: Path) -> Volume:
     """A DICOM segmentation as labels, the number of each segment; UserError if it is no volume."""
-    try:
+    with installed("a DICOM segmentation needs"):
         from highdicom.seg import Segmentation
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"a DICOM segmentation needs {error.name}: pip install -r requirements-volumes.txt"
-        ) from None
     try:
         ds = read_dataset_of(file)
         shape = int(ds.NumberOfFrames), int(ds.Rows), int(ds.Columns)

@@ -24,7 +24,7 @@ import nibabel as nib
 import numpy as np
 
 import limits
-from cli import UserError, stem_of
+from cli import UserError, installed, stem_of
 from volumes.grid import Volume, same_voxels
 from volumes.io import NIFTI, PAIRS
 
@@ -70,13 +70,8 @@ def program_names() -> str:
 
 def library():
     """nitransforms' formats by the names of the programs; UserError if it is not installed."""
-    try:
+    with installed("transforms of FSL, FreeSurfer and AFNI need"):
         from nitransforms.io import afni, fsl, lta
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"transforms of FSL, FreeSurfer and AFNI need {error.name}: pip install -r "
-            "requirements-volumes.txt"
-        ) from None
     return {
         "FSL": fsl.FSLLinearTransform,
         "FreeSurfer": lta.FSLinearTransform,
