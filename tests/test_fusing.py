@@ -385,13 +385,13 @@ def test_shipped_weights_say_what_they_are(task):
         luma = source1 if source1.ndim == 2 else cv2.cvtColor(source1, cv2.COLOR_RGB2GRAY)
         fused = model.fuse(luma, mri)
         brighter = np.maximum(luma, mri) / 255
-        assert np.corrcoef(fused.numpy().ravel(), brighter.ravel())[0, 1] > 0.9
+        assert np.corrcoef(fused.numpy().ravel(), brighter.ravel())[0, 1] > 0.95
         assert fused[:12].max() < 0.05, "the background is black"
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_shipped_weights_keep_findings(shared, task):
-    """More than half in each source, and in the worst kind more than the maximum does.
+    """Over 0.6 of every kind, and of the worst kind more than the maximum does.
 
     On slices of the training split.
     """
@@ -402,7 +402,7 @@ def test_shipped_weights_keep_findings(shared, task):
         for name, method in (("ours", lambda a, b: model.fuse(a, b).numpy()), ("max", np.maximum))
     }
     worst = {name: min(shares.mean() for shares in kinds.values()) for name, kinds in kept.items()}
-    assert worst["ours"] > max(0.5, worst["max"])
+    assert worst["ours"] > max(0.6, worst["max"])
 
 
 def test_demo_in_a_process_of_its_own(tmp_path):
