@@ -399,6 +399,7 @@ USES = {
     ),
     TrainArgs: (
         Use("val", ("training",), without="val_cases"),
+        Use("epoch patch_size batch_size", ("training",), without="stages"),
         Use("overwrite", ("training",), without="resume"),
     ),
 }

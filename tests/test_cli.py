@@ -262,6 +262,7 @@ def test_a_flag_beside_another_counts_only_with_it():
         ("ClassifyArgs", check_classify, {"leakage": True, "plot": "b", "data_dir": "c"}, ""),
         ("TrainArgs", check_training, {"val": 0.2, "val_cases": ("1",)}, "no effect with --val_c"),
         ("TrainArgs", check_training, {"resume": True, "overwrite": True}, "with --resume"),
+        ("TrainArgs", check_training, {"stages": ("64x8x1",), "epoch": 3}, "with --stages"),
         ("TrainArgs", check_training, {"val_cases": ("1",)}, ""),
     ],
 )

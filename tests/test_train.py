@@ -43,8 +43,10 @@ def data(tmp_path_factory) -> Path:
 
 
 def settings(data: Path, save_dir: Path, *extra) -> list[str]:
-    argv = ["--data_dir", data, "--save_dir", save_dir, "--patch_size", 32, "--batch_size", 4]
-    return [str(a) for a in [*argv, "--threads", 1, *extra]]
+    argv = ["--data_dir", data, "--save_dir", save_dir, "--threads", 1, *extra]
+    if "--stages" not in extra:  # which name patch and batch themselves
+        argv += ["--patch_size", 32, "--batch_size", 4]
+    return [str(a) for a in argv]
 
 
 def rows(save_dir: Path, stem: str = STEM) -> list[dict[str, str]]:
