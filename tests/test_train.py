@@ -43,10 +43,10 @@ def data(tmp_path_factory) -> Path:
 
 
 def settings(data: Path, save_dir: Path, *extra) -> list[str]:
-    argv = ["--data_dir", data, "--save_dir", save_dir, "--threads", 1, *extra]
+    argv = ["--data_dir", data, "--save_dir", save_dir, "--threads", 1]
     if "--stages" not in extra:  # which name patch and batch themselves
         argv += ["--patch_size", 32, "--batch_size", 4]
-    return [str(a) for a in argv]
+    return [str(a) for a in [*argv, *extra]]
 
 
 def rows(save_dir: Path, stem: str = STEM) -> list[dict[str, str]]:
@@ -392,7 +392,7 @@ def test_bad_training_input_is_one_line(call, weights, data, tmp_path, extra, me
     (tmp_path / "file").write_text("")
     extra = [str(e).replace("WEIGHTS", str(weights)).replace("FILE", str(tmp_path / "file"))
              for e in extra]  # fmt: skip
-    code, _, err = call(*settings(data, tmp_path / "save"), *extra)
+    code, _, err = call(*settings(data, tmp_path / "save", *extra))
     assert code == 2
     assert message in err and err.count("\n") == 1
     assert not files(tmp_path / "save") if "--resume" in extra else not (tmp_path / "save").exists()
