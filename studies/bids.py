@@ -225,16 +225,16 @@ def grid_number(image1: Image, image2: Image, grid: str) -> int:
     if image1.suffix != "ct":
         return 2
     try:
-        from volumes.io import opened_nifti  # its packages are an extra
+        from volumes.grid import finer_source  # its packages are an extra
+        from volumes.io import opened_nifti
 
-        sides = []
+        spacings = []
         for image in (image1, image2):
             with opened_nifti(image.path) as file:
-                sides.append(np.sort(file.header.get_zooms()[:3]))
+                spacings.append(np.array(file.header.get_zooms()[:3]))
+        return finer_source(*spacings)
     except Exception:  # damaged in any way: the case will say so when it runs
         return 2
-    pixels = [float(np.sqrt(np.prod(side[:2]))) for side in sides]
-    return 2 if pixels[1] < 0.99 * pixels[0] else 1
 
 
 # --- files of the derivatives ----------------------------------------------------------------

@@ -244,9 +244,14 @@ def field_doubts(source1: Volume, source2: Volume, registered: bool) -> list[tup
 # --- the grid of the output ------------------------------------------------------------------
 
 
-def in_plane(volume: Volume) -> float:
-    """The side of a pixel, in mm, of the finest slices of a volume."""
-    return float(np.sqrt(np.prod(np.sort(volume.spacing)[:2])))
+def in_plane(spacing: np.ndarray) -> float:
+    """The side of a pixel, in mm, of the finest slices; `spacing` is that of the voxels."""
+    return float(np.sqrt(np.prod(np.sort(spacing)[:2])))
+
+
+def finer_source(spacing1: np.ndarray, spacing2: np.ndarray) -> int:
+    """1 or 2: the source with the finer pixels; 1 if they are nearly equal."""
+    return 2 if in_plane(spacing2) < 0.99 * in_plane(spacing1) else 1
 
 
 def pick_grid(source1: Volume, source2: Volume, kind: str, grid: str) -> tuple[int, Volume]:
@@ -262,9 +267,10 @@ def pick_grid(source1: Volume, source2: Volume, kind: str, grid: str) -> tuple[i
     """
     if grid in ("1", "2"):
         number = int(grid)
+    elif kind == "CT":
+        number = finer_source(source1.spacing, source2.spacing)
     else:
-        finer = in_plane(source2) < 0.99 * in_plane(source1)
-        number = 2 if kind != "CT" or finer else 1
+        number = 2
     chosen = straightened((source1, source2)[number - 1])
     if grid in GRIDS:
         return number, chosen
