@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 import limits
+from args_setting import VERSION
 from cli import UserError, installed, stem_of
 from dataset import Pair, check_equal_sizes
 from images import (
@@ -545,18 +546,26 @@ def _fused_batch(batch: list[_Decoded], model: ASFEFusion) -> Iterator[FusedImag
     for pair, part, luma in zip(batch, parts, fused[:, 0], strict=True):
         (_, chroma1), (_, chroma2) = part
         image = to_uint8(luma, chroma2 if chroma1 is None else chroma1)
-        yield _written(pair, image)
+        yield _written(pair, image, sha256_of_weights(model))
 
 
-def _written(pair: _Decoded, image: np.ndarray) -> FusedImage:
-    """The result of a pair, after its files were written, all or none."""
+def sha256_of_weights(model: ASFEFusion) -> str | None:
+    """SHA-256 of the file that a network was loaded from; None if it was not."""
+    return getattr(model, "weights_sha256", None)
+
+
+def _written(pair: _Decoded, image: np.ndarray, weights: str | None) -> FusedImage:
+    """The result of a pair, after its files were written, all or none.
+
+    `weights` is the SHA-256 of the network's file.
+    """
     request, plan = pair.request, pair.request.plan()
     files = {output.what: output.path for output in plan.outputs}
     contents = {"fused image": png_bytes(image)} | pair.extras
     if "sidecar" in files:
         kept = [request.transform] if request.keeps_transform else []
         names = [listed_as(path, plan.sidecar) for path in (*files.values(), *kept)]
-        contents["sidecar"] = _sidecar(pair, names)
+        contents["sidecar"] = _sidecar(pair, names, weights)
     writers = {files[w]: partial(_write, data) for w, data in contents.items() if w in files}
     write_together(writers, plan.stale(files.values()))
     return FusedImage(request, image, pair.sources, files, request.sources, pair.shift, pair.odd)
@@ -566,10 +575,12 @@ def _write(data: bytes, file: BinaryIO) -> None:
     file.write(data)
 
 
-def _sidecar(pair: _Decoded, files: list[str]) -> bytes:
+def _sidecar(pair: _Decoded, files: list[str], weights: str | None) -> bytes:
     """What was done to a registered pair, as JSON; no paths but those of `files`."""
     content = {
         "software": SOFTWARE,
+        "version": VERSION,
+        "weights_sha256": weights,
         "task": pair.request.task,
         "registration": {"how": pair.request.register, **asdict(pair.shift)},
         "files": files,

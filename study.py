@@ -40,15 +40,17 @@ from tqdm import tqdm
 
 import limits
 from images import writable_folder, write_bytes
-from studies.bids import description, find_pairs, ignored
-from studies.cases import Case, Listing, find_cases
+from studies.bids import description, ignored
+from studies.cases import Case, Listing, find_cases, left_out
 from studies.report import write_report
 from weights import load_model
 
 try:
     import dask
-    from distributed import Client, KilledWorker, LocalCluster, as_completed
+    from distributed import Client, Future, KilledWorker, LocalCluster
     from distributed.comm import CommClosedError
+
+    from studies.workers import RememberingNanny, as_they_end, death_of
 except ModuleNotFoundError as error:
     missing = error.name
 else:
@@ -80,9 +82,10 @@ def main(args: StudyArgs) -> None:
     out, cases = cases_of(args)
     check_weights(args, cases)
     writable_folder(out)
+    left = left_out(listing_of(args, out))
+    for line in left:
+        say(line)
     if args.bids:
-        for line in find_pairs(listing_of(args, out).choice).left_out:
-            say(line)
         write_bytes(out / "dataset_description.json", description(args.bids, out).encode())
         write_bytes(out / ".bidsignore", ignored().encode())
     records: dict[str, dict] = {}
@@ -93,7 +96,7 @@ def main(args: StudyArgs) -> None:
             print("stopped; start again to go on")
             raise
         finally:  # also of a run that is stopped
-            page = write_report(out, cases, records)
+            page = write_report(out, cases, records, left)
             say(f"report: {page}")
     failed = [name for name, record in records.items() if record["status"] == "failed"]
     if failed:
@@ -184,6 +187,7 @@ def workers(args: StudyArgs, jobs: int) -> Iterator["Client"]:
                 n_workers=jobs,
                 threads_per_worker=1,
                 memory_limit=int(args.memory * 1e9),
+                worker_class=RememberingNanny,
                 host="127.0.0.1",
                 dashboard_address="127.0.0.1:0",  # Dask's, on a port that is free
                 silence_logs=logging.CRITICAL,
@@ -201,9 +205,10 @@ def fuse_all(client: "Client", cases: list[Case], records: dict[str, dict]) -> N
         key = f"{case.name}-{sha256(packed).hexdigest()}"
         waiting[client.submit(remote, packed, key=key, pure=False)] = case
     with tqdm(total=len(cases), unit="case", desc="study") as progress:
-        for future in as_completed(list(waiting)):
+        told = progress.write if client.cluster is None else lambda line: None  # else they come
+        for future in as_they_end(client, list(waiting), told):
             case = waiting.pop(future)
-            record = records[case.name] = result_of(future, case)
+            record = records[case.name] = result_of(client, future, case)
             if record["status"] == "failed":
                 progress.write(visible(f"{case.name}: failed: {record['message']}"))
             slow = max(records.values(), key=lambda r: r["seconds"])
@@ -217,12 +222,12 @@ def fuse_all(client: "Client", cases: list[Case], records: dict[str, dict]) -> N
     say("slowest: " + ", ".join(f"{r['name']} {r['seconds']:.1f} s" for r in slow))
 
 
-def result_of(future, case: Case) -> dict:
+def result_of(client: "Client", future: "Future", case: Case) -> dict:
     """The record of a case that has ended; a case whose worker died has failed."""
     try:
         return future.result()
-    except KilledWorker:
-        message = "its worker died twice, maybe for lack of memory: see --memory and --tile"
+    except KilledWorker as error:
+        message = death_of(client, error)
     except (CancelledError, CommClosedError):
         raise UserError("the cluster is gone; start again to go on") from None
     except Exception as error:  # such as a worker that lacks a package

@@ -26,7 +26,7 @@ from cli import (
 from dataset import Pair, match_files
 from fusing import ImageRequest, check_plans, image_request_from
 from images import is_image
-from studies.bids import Choice, of_bids
+from studies.bids import Choice, find_pairs, of_bids
 from weights import Trained
 
 if TYPE_CHECKING:  # its packages are an extra
@@ -216,6 +216,19 @@ def of_folders(listing: Listing) -> Iterator[Found]:
     matched, _ = match_files(*folders, listing.skip_unmatched, takes=is_source)
     for name, (path1, path2) in matched.items():
         yield name, {"img1": path1, "img2": path2}
+
+
+def left_out(listing: Listing) -> list[str]:
+    """A line for each file that is there and is not fused, with the reason.
+
+    A table names what is fused, so there are none for it.
+    """
+    if listing.bids:
+        return find_pairs(listing.choice).left_out
+    if listing.dir1 and listing.skip_unmatched:
+        _, names = match_files(listing.dir1, listing.dir2, skip_unmatched=True, takes=is_source)
+        return [f"{name}: left out, without a partner" for name in names]
+    return []
 
 
 def is_source(path: Path) -> bool:

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from cli import UserError, setup_runtime
-from fusing import FusedImage, ImageRequest, fuse_images
-from images import file_hash, write_bytes
+from args_setting import VERSION
+from cli import UserError, file_hash, setup_runtime
+from fusing import SOFTWARE, FusedImage, ImageRequest, fuse_images
+from images import write_bytes
 from inference import optimise
 from network import ASFEFusion
 from studies.cases import Case
@@ -36,8 +37,9 @@ def run_case(packed: bytes) -> dict:
     """Fuse one case, see `Case.packed`; returns its record.
 
     A record has the keys name, status ("done", "failed"), message (one line), seconds, again
-    (whether it was done before), and of a case that is done also fingerprint, found (see
-    `found_by`), and inputs and outputs: {path: SHA-256}, of outputs relative to the record.
+    (whether it was done before), and of a case that is done also software, version and
+    weights_sha256, fingerprint, found (see `found_by`), and inputs and outputs: {path: SHA-256},
+    of outputs relative to the record.
     """
     with ONE:
         case = Case.unpacked(packed)
@@ -50,6 +52,7 @@ def run_case(packed: bytes) -> dict:
             if is_done(case, before, print_of):
                 return before | {"again": True}
             case.record.unlink(missing_ok=True)
+            record |= {"software": SOFTWARE, "version": VERSION, "weights_sha256": digest}
             record |= {"fingerprint": print_of} | fuse(case, digest)
         except (UserError, OSError) as error:
             record |= {"status": "failed", "message": " ".join(str(error).split())}

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 
 import nibabel as nib
@@ -15,8 +16,8 @@ pytest.importorskip("distributed", reason="needs requirements-study.txt")
 import study
 import test_asfe
 import volumes
-from args_setting import StudyArgs, TestArgs
-from cli import UserError, parse_args
+from args_setting import VERSION, StudyArgs, TestArgs, shipped_path
+from cli import UserError, file_hash, parse_args
 from images import write_png
 from phantom import phantom_pair
 from studies import run
@@ -25,6 +26,8 @@ from studies.report import write_report
 from volumes import request_from
 from volumes.requests import Levels
 from weights import Trained, load_weights, save_weights
+
+SHIPPED = file_hash(shipped_path("compact", "CT-MRI"))
 
 
 @pytest.fixture
@@ -178,6 +181,26 @@ def test_files_of_two_cases_may_not_meet(table, tmp_path):
         cases_of(tmp_path / "o", table=table)
 
 
+def test_what_is_left_out_is_said_and_in_the_report(call, tmp_path, monkeypatch):
+    """Of two folders, and of a BIDS folder."""
+    monkeypatch.setattr(study, "workers", lambda *_: nullcontext())
+    monkeypatch.setattr(study, "fuse_all", lambda *_: None)
+    for name in ("1/a.png", "2/a.png", "2/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_png(tmp_path / name, np.zeros((32, 32), np.uint8))
+    for name in ("sub-1_ct", "sub-1_T1w", "sub-2_ct"):
+        write_volume(tmp_path / "bids" / name[:5] / f"{name}.nii.gz", draw_pair(0)[0])
+    ways = {
+        "b: left out, without a partner": ("--dir1", tmp_path / "1", "--dir2", tmp_path / "2"),
+        "sub-2/sub-2_ct.nii.gz: left out, its subject has": ("--bids", tmp_path / "bids"),
+    }
+    for line, argv in ways.items():
+        skip = ["--skip-unmatched"] if "--dir1" in argv else []
+        code, out, err = call(*argv, *skip, "--out", tmp_path / "o")
+        assert code == 0 and line in out, err
+        assert f"<li>{line}" in (tmp_path / "o" / "report.html").read_text()
+
+
 # --- one case --------------------------------------------------------------------------------
 
 
@@ -187,8 +210,13 @@ def test_a_case_is_what_test_asfe_makes_of_it(table, tmp_path):
     (image,) = cases_of(tmp_path / "a", dir1=data / "CT", dir2=data / "MRI")
     run.NETWORKS.clear()
     for case in (volume, image):
-        assert run.run_case(case.packed())["status"] == "done"
+        record = run.run_case(case.packed())
+        assert record["status"] == "done"
+        assert (record["software"], record["version"]) == ("ASFE-Fusion", VERSION)
+        assert record["weights_sha256"] == SHIPPED
     assert len(run.NETWORKS) == 1, "loaded once"
+    told = json.loads((tmp_path / "a" / "c00.json").read_text())
+    assert told["weights_sha256"] == SHIPPED and told["version"] == VERSION
     sources = {"img1": table.parent / "ct00.nii.gz", "img2": table.parent / "mri00.nii.gz"}
     files = {"out": tmp_path / "b" / "c00.nii.gz", "mosaic": tmp_path / "b" / "c00_mosaic.png"}
     test_asfe.main(TestArgs(register="off", **sources, **files))
@@ -348,7 +376,9 @@ def test_report_has_failures_on_top_and_needs_nothing_else(tmp_path):
         "fine": {"status": "done", "message": "", "seconds": 4.2, "found": found, "outputs": files},
         "bad": {"status": "failed", "message": "no <volume>", "seconds": 0.1},
     }
-    page = write_report(out, cases, records).read_text()
+    left = ["sub-1/<a>_T1w.nii: left out, no CT or PET goes with it"]
+    page = write_report(out, cases, records, left).read_text()
+    assert f"<li>{left[0].replace('<a>', '&lt;a&gt;')}</li>" in page
     rows = rows_of(out)
     assert list(rows) == ["bad", "left", "fine", "calm"] and rows["left"]["status"] == "not run"
     assert (rows["fine"]["moved_mm"], rows["fine"]["coverage_percent"]) == ("3.46", "87")

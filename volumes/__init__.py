@@ -23,7 +23,7 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
 from cli import UserError
-from fusing import check_plans
+from fusing import check_plans, sha256_of_weights
 from images import png_bytes
 from network import MIN_SIDE, ASFEFusion
 from volumes.grid import Volume, pick_axis, pixel_sides, slices
@@ -75,7 +75,8 @@ def fuse_volumes(
     scalings = ready.scalings
     report.tell(*scale_lines(scalings, request.modality))
     luma, axis = empty(together, request.slicing.axis)
-    fused = Fused(request, luma, axis, scalings, together, ready.registered)
+    weights = sha256_of_weights(model)
+    fused = Fused(request, luma, axis, scalings, together, ready.registered, weights)
     count, height, width = fused.stack.shape
     report.tell(f"{count} {fused.axis} slices of {height}x{width}")
     size = square_size((height, width), pixel_sides(fused.affine, axis))

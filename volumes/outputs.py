@@ -43,6 +43,7 @@ class Fused:
     scalings: tuple[Scaling, Scaling]  # of source 1 and source 2
     together: Together  # the sources on its grid
     registered: Registered
+    weights_sha256: str | None  # of the file of the network's values; None: of no file
 
     scale = 1 / STORED_ONE
 
@@ -227,6 +228,7 @@ def sidecar(fused: Fused, report: list[str], files: list[str]) -> str:
         "version": VERSION,
         "task": request.task,
         "network": request.network,
+        "weights_sha256": fused.weights_sha256,
         "values": "fused luma, 0 to 1",
         "levels": {f"source{i}": s.method for i, s in enumerate(fused.scalings, 1)},
         "grid": {"of": fused.together.grid, "affine_ras_mm": fused.affine.tolist()},
