@@ -202,12 +202,39 @@ def value_of(column: Column, cell: str, where: str, folder: Path) -> Any:
 
 
 def check_path(path: Path, where: str, listing: Listing, there: bool) -> None:
-    """UserError for a path that `--inside` forbids, or, if it should be `there`, that is not."""
+    """UserError for a path that `--inside` forbids, or, if it should be `there`, that is not.
+
+    The former comes first: whether a file outside is there is nobody's business.
+    """
+    folder = listing.table.absolute().parent.resolve()
+    if listing.inside and not is_inside(path, folder):
+        raise UserError(f"{where} is {path}, which --inside forbids")
     if there and not path.exists():
         raise UserError(f"{where} is {path}: no such file or folder")
-    folder = listing.table.absolute().parent.resolve()
-    if listing.inside and not path.resolve().is_relative_to(folder):
-        raise UserError(f"{where} is {path}, which --inside forbids")
+    if listing.inside and there:
+        for file in files_of(path):
+            if not is_inside(file, folder):
+                raise UserError(f"{where} is {path}, for which {file} is read: --inside forbids it")
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path, with its links followed, lies in a folder; one that leads nowhere does not.
+
+    `folder` is resolved.
+    """
+    try:
+        return path.resolve().is_relative_to(folder)
+    except (OSError, RuntimeError):  # links in a circle
+        return False
+
+
+def files_of(path: Path) -> list[Path]:
+    """Every file that may be opened to read a source that is there."""
+    if not is_volume(path):
+        return [path]
+    with installed("volumes need"):
+        from volumes import io
+    return io.files_of(path)
 
 
 def of_folders(listing: Listing) -> Iterator[Found]:

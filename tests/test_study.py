@@ -4,6 +4,7 @@ import json
 import os
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -199,6 +200,106 @@ def test_what_is_left_out_is_said_and_in_the_report(call, tmp_path, monkeypatch)
         code, out, err = call(*argv, *skip, "--out", tmp_path / "o")
         assert code == 0 and line in out, err
         assert f"<li>{line}" in (tmp_path / "o" / "report.html").read_text()
+
+
+META = "NDims = 3\nDimSize = 16 16 16\nElementType = MET_SHORT\n"
+NRRD = "NRRD0004\ntype: short\ndimension: 3\nsizes: 16 16 16\nencoding: raw\nendian: little\n"
+HEADERS = {  # that name ../outside/secret.raw, each in its own way
+    "plain.mhd": f"{META}ElementDataFile = ../outside/secret.raw\n",
+    "whole.mha": f"{META}ElementDataFile = OUTSIDE/secret.raw\n",
+    "list.mhd": f"{META}ElementDataFile = LIST\n../outside/secret.raw\n",
+    "pattern.mhd": f"{META}ElementDataFile = ../outside/s%dcret.raw 0 0 1\n",
+    "indented.mhd": f"{META}   ElementDataFile = ../outside/secret.raw\n",
+    "plain.nhdr": f"{NRRD}data file: ../outside/secret.raw\n",
+    "other.nrrd": f"{NRRD}datafile: OUTSIDE/secret.raw\n",
+    "upper.nhdr": f"{NRRD}DATA FILE: ../outside/secret.raw\n",
+    "list.nhdr": f"{NRRD}data file: LIST 3\n../outside/secret.raw\n",
+    "half.nhdr": f"{NRRD}data file: LIST 3\nct00.nii.gz\n../outside/secret.raw\n",
+}
+
+
+def draw_outside(table) -> Path:
+    """A folder beside the table's with what --inside forbids."""
+    outside = table.parent.parent / "outside"
+    outside.mkdir()
+    values = np.full((16, 16, 16), 77, np.int16)
+    (outside / "secret.raw").write_bytes(values.tobytes())
+    (outside / "s0cret.raw").write_bytes(values.tobytes())
+    nib.Nifti1Pair(values, AFFINE).to_filename(outside / "pair.img")
+    nib.Nifti1Image(values, AFFINE).to_filename(outside / "ct.nii.gz")
+    (outside / "ct.json").write_text("{}")
+    (outside / "series").mkdir()
+    (outside / "series" / "1.dcm").write_bytes(bytes(200))
+    return outside
+
+
+def inside_line(table, cell: str, column: str = "img1") -> str:
+    """The error of a table with one such cell under --inside."""
+    row = {"img1": "ct00.nii.gz", "img2": "mri00.nii.gz", "name": "a"} | {column: cell}
+    with pytest.raises(UserError) as caught:
+        cases_of(table.parent.parent / "o", table=write_table(table, [row]), inside=True)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_header_does_not_lead_out_of_the_folder(table, name):
+    outside = draw_outside(table)
+    text = HEADERS[name].replace("OUTSIDE", str(outside))
+    (table.parent / name).write_bytes(text.encode() + (b"" if "NRRD" in text else bytes(9000)))
+    line = inside_line(table, name)
+    assert "for which" in line and "cret.raw is read: --inside forbids it" in line
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "cell"),
+    [
+        ("a.nii.gz", "ct.nii.gz", "a.nii.gz"),
+        ("folder", ".", "folder/ct.nii.gz"),
+        ("folder", "series", "folder"),
+        ("dicom/2.dcm", "series/1.dcm", "dicom"),
+        ("dicom/deep/2.dcm", "series/1.dcm", "dicom"),
+        ("own.img", "pair.img", "own.hdr"),
+        ("own.json", "ct.json", "own.hdr"),
+        ("own.mat", "ct.json", "own.hdr"),
+        ("ct00.json", "ct.json", "ct00.nii.gz"),
+        ("circle", "../in/circle", "circle"),
+        ("nowhere.nii", "nowhere.nii", "nowhere.nii"),
+    ],
+)
+def test_a_link_does_not_lead_out_of_the_folder(table, link, target, cell):
+    outside = draw_outside(table)
+    (table.parent / "dicom" / "deep").mkdir(parents=True)
+    (table.parent / "dicom" / "1.dcm").write_bytes(bytes(200))
+    nib.Nifti1Pair(draw_pair(0)[0], AFFINE).to_filename(table.parent / "own.img")
+    if (table.parent / link).exists():
+        (table.parent / link).unlink()
+    (table.parent / link).symlink_to(outside / target)
+    assert "--inside forbids" in inside_line(table, cell)
+    for column in ("via", "labels", "register", "weights"):
+        row = {"task": "PET-MRI"} if column == "via" else {}
+        if not (table.parent / cell).is_file() and column == "register":
+            continue  # then it is a word
+        rows = [{"img1": "ct01.nii.gz", "img2": "mri00.nii.gz", "name": "a", column: cell} | row]
+        with pytest.raises(UserError, match="--inside forbids"):
+            cases_of(table.parent.parent / "o", table=write_table(table, rows), inside=True)
+
+
+def test_whether_a_file_outside_is_there_is_not_told(table):
+    draw_outside(table)
+    for name in ("ct.nii.gz", "gone.nii.gz"):
+        assert inside_line(table, f"../outside/{name}").endswith("which --inside forbids")
+    for column in ("dicom", "moved", "transform"):
+        assert inside_line(table, "../outside/new.nii.gz", column).endswith("--inside forbids")
+
+
+def test_what_lies_inside_is_taken_through_headers_and_links(table):
+    (table.parent / "deep").mkdir()
+    (table.parent / "deep" / "own.raw").write_bytes(np.full(4096, 7, np.int16).tobytes())
+    (table.parent / "own.mhd").write_text(f"{META}ElementDataFile = deep/own.raw\n")
+    (table.parent / "link.mhd").symlink_to("own.mhd")
+    for name in ("own.mhd", "link.mhd"):
+        rows = [{"img1": name, "img2": "mri00.nii.gz", "name": "a"}]
+        assert cases_of(table.parent.parent / "o", table=write_table(table, rows), inside=True)
 
 
 # --- one case --------------------------------------------------------------------------------
