@@ -299,6 +299,15 @@ def keep_freed_memory() -> None:
         libc.mallopt(-8, 1)  # M_ARENA_MAX: one pool of memory for all threads
 
 
+def return_freed_memory() -> None:
+    """Give memory that glibc keeps for reuse back to the system, so that it counts as free there.
+
+    See malloc_trim(3).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def pick_device(name: str) -> "torch.device":
     """The device that `--DEVICE` names; "auto" is CUDA, then MPS, then CPU.
 

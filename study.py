@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -42,6 +42,7 @@ import limits
 from images import writable_folder, write_bytes
 from studies.bids import description, ignored
 from studies.cases import Case, Listing, find_cases, left_out
+from studies.memory import USABLE, bytes_of_case
 from studies.report import write_report
 from weights import load_model
 
@@ -78,8 +79,11 @@ def main(args: StudyArgs) -> None:
     if missing:
         raise UserError(f"study.py needs {missing}: pip install -r requirements-study.txt")
     check_study(args)
+    asked = args
     args, jobs = shares(args)
     out, cases = cases_of(args)
+    if jobs > 1 and not (asked.jobs or asked.memory):
+        args, jobs, cases = with_room(args, jobs, cases, asked.threads)
     check_weights(args, cases)
     writable_folder(out)
     left = left_out(listing_of(args, out))
@@ -136,21 +140,40 @@ def shares(args: StudyArgs) -> tuple[StudyArgs, int]:
     """The settings with the threads and GB of each process here, and how many processes."""
     if args.scheduler or args.scheduler_file:
         return args, 0
-    cores, granted = limits.granted_cores(), limits.granted_memory() / 1e9
+    cores, free = limits.granted_cores(), limits.free_bytes() / 1e9
     jobs = args.jobs or max(1, cores // 2)
     if 0 < (args.memory or 0) < LEAST:
         raise UserError(f"--memory is {args.memory:g}, expected at least {LEAST} (GB)")
-    if not args.memory and granted / jobs < LEAST:
+    if not args.memory and free / jobs < LEAST:
         if args.jobs:
             raise UserError(
-                f"--jobs is {jobs}, but of {granted:.1f} GB each would have {granted / jobs:.1f}, "
-                f"expected at least {LEAST}: give fewer"
+                f"--jobs is {jobs}, but of the {free:.1f} GB that are free each would have "
+                f"{free / jobs:.1f}, expected at least {LEAST}: give fewer"
             )
-        jobs = max(1, int(granted // LEAST))
-        print(f"{jobs} at a time, as there are {granted:.1f} GB and each case needs {LEAST}")
+        jobs = max(1, int(free // LEAST))
+        print(f"{jobs} at a time, as {free:.1f} GB are free and each case needs {LEAST}")
     threads = args.threads or max(1, cores // jobs)
-    memory = args.memory or granted / jobs
+    memory = args.memory or free / jobs
     return StudyArgs(**{**vars(args), "threads": threads, "memory": memory}), jobs
+
+
+def with_room(
+    args: StudyArgs, jobs: int, cases: list[Case], threads: int
+) -> tuple[StudyArgs, int, list[Case]]:
+    """Settings, number of processes and cases, so that the largest case fits into a process.
+
+    `threads` is what the user gave for each process, 0 for nothing.
+    """
+    need, name = max((bytes_of_case(case), case.name) for case in cases)
+    total = args.memory * jobs
+    fewer = max(1, min(jobs, int(total * 1e9 * USABLE // max(need, 1))))
+    if fewer == jobs:
+        return args, jobs, cases
+    needs = f"{name} needs about {limits.amount(need)} and {total:.1f} GB are free"
+    say(f"{fewer} at a time in place of {jobs}, as {needs}")
+    threads = threads or max(1, limits.granted_cores() // fewer)
+    cases = [replace(c, runtime=c.runtime._replace(threads=threads)) for c in cases]
+    return replace(args, threads=threads, memory=total / fewer), fewer, cases
 
 
 def check_weights(args: StudyArgs, cases: list[Case]) -> None:
@@ -238,9 +261,11 @@ def result_of(client: "Client", future: "Future", case: Case) -> dict:
 
 def remote(packed: bytes) -> dict:
     """`run_case` of a packed case, imported where it runs: a scheduler needs nothing of ours."""
+    from distributed import get_worker
+
     from studies.run import run_case
 
-    return run_case(packed)
+    return run_case(packed, get_worker().memory_manager.memory_limit or 0)
 
 
 if __name__ == "__main__":

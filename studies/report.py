@@ -151,6 +151,8 @@ def article(row: dict, case: Case, record: dict, out: Path) -> str:
     text = f"<p>{escape(' · '.join(facts))}</p>"
     if row["doubts"]:
         text += f'<p class="bad">{escape(row["doubts"])}</p>'
+    for note in record.get("found", {}).get("notes", ()):
+        text += f"<p>{escape(note)}</p>"
     text += "".join(embedded(*picture) for picture in pictures(case, record))
     file = quote(Path(os.path.relpath(row["out"], out)).as_posix())
     name = escape(row["name"])

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+import limits
 from args_setting import VERSION
 from cli import UserError, file_hash, setup_runtime
 from fusing import SOFTWARE, FusedImage, ImageRequest, fuse_images
@@ -26,6 +27,7 @@ from images import write_bytes
 from inference import optimise
 from network import ASFEFusion
 from studies.cases import Case
+from studies.memory import USABLE
 from weights import Trained, load_model, weights_path
 
 ONE = threading.Lock()  # a worker with several threads still fuses one case at a time
@@ -33,8 +35,10 @@ NETWORKS: dict[tuple, ASFEFusion] = {}  # by content and device, the latest last
 KEPT = 2  # of them at a time: the paper size has 0.7 GB
 
 
-def run_case(packed: bytes) -> dict:
+def run_case(packed: bytes, memory: int = 0) -> dict:
     """Fuse one case, see `Case.packed`; returns its record.
+
+    `memory` is how many bytes the worker may use until it is ended; 0 for all that is free.
 
     A record has the keys name, status ("done", "failed"), message (one line), seconds, again
     (whether it was done before), and of a case that is done also software, version and
@@ -44,6 +48,7 @@ def run_case(packed: bytes) -> dict:
     with ONE:
         case = Case.unpacked(packed)
         started = time.perf_counter()
+        limits.Share.most = int(memory * USABLE)
         record = {"name": case.name, "status": "done", "message": "", "again": False}
         try:
             digest = file_hash(weights_path(case.trained, case.request.task))
@@ -92,7 +97,7 @@ def found_by(result: Any) -> dict:
     The keys are apart_mm (of volumes: how far apart the sources were, the mean over the head),
     apart_pixels (of images: the mean over the image), applied (False: it was only measured, nothing
     moved), coverage (of volumes: 0 to 1, the least share of the result's field that a source
-    covers), and doubts (lines).
+    covers), doubts and notes (lines; notes are on what was done in another way for lack of memory).
     """
     if isinstance(result, FusedImage):
         shift = result.shift
@@ -103,6 +108,7 @@ def found_by(result: Any) -> dict:
             "applied": bool(shift and shift.applied),
             "coverage": None,
             "doubts": [*(shift.doubts if shift else ()), *odd],
+            "notes": list(result.notes),
         }
     return {
         "apart_mm": result.apart_mm,
@@ -110,6 +116,7 @@ def found_by(result: Any) -> dict:
         "apart_pixels": None,
         "coverage": min(result.coverage),
         "doubts": list(result.doubts),
+        "notes": list(result.notes),
     }
 
 

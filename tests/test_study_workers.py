@@ -302,11 +302,13 @@ def test_a_cluster_that_goes_and_memory_for_nothing_are_one_line(monkeypatch):
 
     with pytest.raises(UserError, match="the cluster is gone; start again to go on"):
         study.result_of(None, Future(), None)
-    monkeypatch.setattr(limits, "granted_memory", lambda: 5e9)
+    monkeypatch.setattr(limits, "free_bytes", lambda: 5e9)
     monkeypatch.setattr(limits, "granted_cores", lambda: 16)
     args, jobs = study.shares(StudyArgs())
     assert (jobs, args.threads, args.memory) == (2, 8, 2.5)
-    with pytest.raises(UserError, match=r"--jobs is 4, but of 5\.0 GB each would have 1\.2"):
+    with pytest.raises(
+        UserError, match=r"--jobs is 4, but of the 5\.0 GB that are free each would have 1\.2"
+    ):
         study.shares(StudyArgs(jobs=4))
     with pytest.raises(UserError, match=r"--memory is 0\.3, expected at least 2"):
         study.shares(StudyArgs(memory=0.3))

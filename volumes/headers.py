@@ -77,9 +77,8 @@ quiet_itk = Quiet(itk_without_warnings)
 
 def check_header(path: Path) -> None:
     """UserError for a MetaImage or NRRD file that ITK must not see, or that is not one volume."""
-    is_meta = path.suffix.lower() in META
     try:
-        claim = (meta_claim if is_meta else nrrd_claim)(path)
+        claim = claim_of(path)
         files = data_files(path) if claim.detached else []
     except ValueError as error:
         if isinstance(error, UserError):
@@ -91,6 +90,11 @@ def check_header(path: Path) -> None:
             raise UserError(f"{path}: the file that should have its voxels is not there")
         length = sum(file.stat().st_size for file in files)
     limits.check_claim(path, claim.shape, claim.itemsize, claim.packed, length)
+
+
+def claim_of(path: Path) -> Claim:
+    """What a MetaImage or NRRD file says of its voxels; ValueError if it is damaged."""
+    return (meta_claim if path.suffix.lower() in META else nrrd_claim)(path)
 
 
 def lines_of(path: Path) -> Iterator[str]:

@@ -23,7 +23,7 @@ from cli import UserError, stem_of
 from volumes.dicom import files_below, read_dicom
 from volumes.durations import beside, mean_weights, sum_words
 from volumes.grid import RAS_LPS, SCANNER, SHEAR, Volume, displacement
-from volumes.headers import META, check_header, data_files, quiet_itk
+from volumes.headers import META, check_header, claim_of, data_files, quiet_itk
 from volumes.varying import ALL, Choice, number_of
 
 NIFTI = (".nii", ".nii.gz")
@@ -99,6 +99,24 @@ def files_of(path: Path) -> list[Path]:
         names = [stem + end for end in BESIDE]
         found += [file for file in path.parent.iterdir() if file.name.lower() in names]
     return found
+
+
+def shape_of(path: Path) -> tuple[int, ...]:
+    """The voxels of a volume along its axes, as far as its header tells.
+
+    Of DICOM it is their number only, by the bytes of the files, two for each voxel. Raises
+    UserError for a damaged file.
+    """
+    name = path.name.lower()
+    try:
+        if path.is_file() and name.endswith(ITK):
+            return tuple(claim_of(path).shape)
+        if path.is_file() and name.endswith((*NIFTI, *PAIRS, *MGH)):
+            with opened_nifti(path) as image:
+                return tuple(image.shape[:3])
+    except DAMAGED as error:
+        raise UserError(f"{path}: damaged ({_first_line(error)})") from None
+    return (sum(file.stat().st_size for file in files_below(path)) // 2,)
 
 
 def read_nifti(path: Path, choice: Choice = ALL) -> Volume:

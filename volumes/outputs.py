@@ -74,6 +74,7 @@ class FusedVolume(Fused):
 
     report: tuple[str, ...]  # lines for the user, without paths and without anything of the patient
     doubts: tuple[str, ...]  # those lines that are doubts
+    notes: tuple[str, ...]  # those on what was done in another way, for lack of memory
     files: dict[str, tuple[Path, ...]]  # what was written, by what it is
     read: tuple[Path, ...]  # files that the readers opened
 
