@@ -10,10 +10,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
+from dicom_files import write_series
 from study_files import AFFINE, draw_pair, rows_of, write_study, write_table, write_volume, written
 from task_files import files, write_task
 
 pytest.importorskip("distributed", reason="needs requirements-study.txt")
+import limits
 import study
 import test_asfe
 import volumes
@@ -23,6 +25,7 @@ from images import write_png
 from phantom import phantom_pair
 from studies import run
 from studies.cases import Case, Runtime
+from studies.memory import USABLE, bytes_of_case
 from studies.report import write_report
 from volumes import request_from
 from volumes.requests import Levels
@@ -452,6 +455,76 @@ def test_a_case_that_fails_is_written_down(table, tmp_path, brighter, monkeypatc
     record = run.run_case(cases[1].packed())
     assert record["message"] == "ZeroDivisionError: division by zero"
     assert "in run_case" in json.loads(cases[1].record.read_text())["traceback"]
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+
+def test_fewer_run_at_once_where_the_largest_case_needs_more(tmp_path, monkeypatch, capsys):
+    """One line names the case; what the user gave stays."""
+    for name in ("1/a.png", "2/a.png", "1/b.png", "2/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        side = 2048 if name.endswith("b.png") else 32
+        write_png(tmp_path / name, np.zeros((side, side), np.uint8))
+    monkeypatch.setattr(limits, "free_bytes", lambda: 16 * 10**9)
+    monkeypatch.setattr(limits, "granted_cores", lambda: 8)
+    given = {"dir1": tmp_path / "1", "dir2": tmp_path / "2", "out": tmp_path / "o"}
+    args, jobs = study.shares(StudyArgs(**given))
+    cases = study.cases_of(args)[1]
+    assert jobs == 4 and [bytes_of_case(case) // 10**9 for case in cases] == [0, 5]
+    args, jobs, cases = study.with_room(args, jobs, cases, 0)
+    line = "2 at a time in place of 4, as b needs about 5.7 GB and 16.0 GB are free\n"
+    assert capsys.readouterr().out == line
+    assert (jobs, args.memory, args.threads) == (2, 8, 4)
+    assert {case.runtime.threads for case in cases} == {4}
+    monkeypatch.setattr(study, "workers", lambda args, jobs: nullcontext(jobs))
+    seen = []
+    monkeypatch.setattr(study, "fuse_all", lambda jobs, *_: seen.append(jobs))
+    for own, expected in (({}, 2), ({"jobs": 4}, 4), ({"memory": 4}, 4)):
+        study.main(StudyArgs(**given, **own))
+        assert seen.pop() == expected
+
+
+def test_the_need_of_volumes_comes_from_their_headers(table, tmp_path):
+    """Of each format; and what cannot be read needs nothing, as it will fail."""
+    shape = (64, 48, 40)
+    ct, voxels = np.zeros(shape, np.int16), 64 * 48 * 40
+    image = sitk.GetImageFromArray(ct.T)
+    for name in ("ct.mha", "ct.nrrd"):
+        sitk.WriteImage(image, str(table.parent / name))
+    nib.Nifti1Pair(ct, AFFINE).to_filename(table.parent / "ct.img")
+    write_volume(table.parent / "ct.nii.gz", ct)
+    write_series(table.parent / "dicom", ct, AFFINE, "CT")
+    pairs = [("ct.mha", "ct.nrrd"), ("ct.hdr", "ct.nii.gz"), ("dicom", "ct.nii.gz")]
+    pairs += [("mri01.nii.gz", "ct.nii.gz")]
+    rows = [{"img1": a, "img2": b, "name": f"c{n}"} for n, (a, b) in enumerate(pairs)]
+    cases = cases_of(tmp_path / "o", table=write_table(table, rows))
+    *told, broken = [bytes_of_case(case) for case in cases]
+    held = limits.BYTES_OF_PROCESS["compact"]
+    exact = held + voxels * (2 * limits.BYTES_OF_VOXEL + limits.BYTES_ON_GRID) + 64 * 48 * 1200
+    assert told[0] == told[1] == exact and broken == 0
+    assert exact < told[2] < exact + 4 * 10**8, "by the bytes of the files, and slices of 512"
+
+
+def test_a_case_takes_tiles_in_a_small_share(tmp_path, monkeypatch):
+    """Its record and the report say so; the share counts what the process holds already."""
+    for name, image in zip(("1/a.png", "2/a.png"), phantom_pair("CT-MRI", 512), strict=True):
+        (tmp_path / name).parent.mkdir()
+        write_png(tmp_path / name, image)
+    (case,) = cases_of(tmp_path / "o", dir1=tmp_path / "1", dir2=tmp_path / "2", DEVICE="cpu")
+    monkeypatch.setattr(limits.Share, "most", 0)
+    monkeypatch.setattr(limits, "resident", lambda root: 10**9)
+    record = run.run_case(case.packed(), int(1.2e9 / USABLE))
+    [note] = record["found"]["notes"]
+    assert "a pair of 512x512 pixels needs about 315 MB and 200 MB are free" in note
+    assert "fused in tiles of 256 pixels" in note
+    page = write_report(tmp_path / "o", [case], {"a": record}).read_text()
+    assert f"<p>{note}</p>" in page
+    tight = run.run_case(case.packed(), int(1.05e9 / USABLE))
+    assert tight["again"], "what is done is done, however little memory there is"
+    case.record.unlink()
+    tight = run.run_case(case.packed(), int(1.05e9 / USABLE))
+    assert tight["status"] == "failed" and "50 MB are free; end other" in tight["message"]
 
 
 # --- the report ------------------------------------------------------------------------------

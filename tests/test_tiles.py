@@ -131,7 +131,7 @@ def test_a_pair_that_does_not_fit_in_tiles_is_refused_before_anything_is_written
 ):
     free(5 * 10**7)
     code, _, err = call(*large, "--out", tmp_path / "out" / "f.png")
-    assert code == 2 and "a pair of 512x512 pixels needs about 94 MB of memory at the least" in err
+    assert code == 2 and "a pair of 512x512 pixels needs about 107 MB of memory at the least" in err
     assert "50 MB are free; end other programs, make the images smaller" in err
     assert not (tmp_path / "out").exists()
 
