@@ -44,6 +44,7 @@ from studies.bids import description, ignored
 from studies.cases import Case, Listing, find_cases, left_out
 from studies.memory import USABLE, bytes_of_case
 from studies.report import write_report
+from studies.run import write_record
 from weights import load_model
 
 try:
@@ -256,7 +257,9 @@ def result_of(client: "Client", future: "Future", case: Case) -> dict:
     except Exception as error:  # such as a worker that lacks a package
         message = " ".join(f"{type(error).__name__}: {error}".split())
     record = {"name": case.name, "status": "failed", "message": message, "again": False}
-    return record | {"seconds": 0.0}
+    record["seconds"] = 0.0
+    write_record(case, record)  # its worker could not
+    return record
 
 
 def remote(packed: bytes) -> dict:

@@ -65,8 +65,7 @@ def run_case(packed: bytes, memory: int = 0) -> dict:
             message = " ".join(f"{type(error).__name__}: {error}".split())
             record |= {"status": "failed", "message": message, "traceback": traceback.format_exc()}
         record["seconds"] = round(time.perf_counter() - started, 3)
-        case.record.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(case.record, (json.dumps(record, indent=1) + "\n").encode())
+        write_record(case, record)
         return record
 
 
@@ -148,6 +147,12 @@ def is_done(case: Case, record: dict, print_of: str) -> bool:
     files = {Path(name): value for name, value in record["inputs"].items()}
     files |= {case.record.parent / name: value for name, value in record["outputs"].items()}
     return all(path.is_file() and file_hash(path) == value for path, value in files.items())
+
+
+def write_record(case: Case, record: dict) -> None:
+    """Write down what became of a case."""
+    case.record.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(case.record, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def read_record(path: Path) -> dict:

@@ -1,6 +1,7 @@
 """study.py with workers: they die, the run dies, and another cluster gives the same files."""
 
 import itertools
+import json
 import os
 import random
 import re
@@ -214,6 +215,8 @@ def test_a_case_that_kills_its_worker_twice_has_failed(tmp_path, monkeypatch, ca
         **dict.fromkeys(("c01", "c02", "c03"), "done"),
     }
     assert re.match(f"its worker died twice: {DEATHS[how]}", records["c00"]["message"])
+    told = json.loads((tmp_path / "out" / RECORDS / "c00.json").read_text())
+    assert told == records["c00"]
     assert "waiting for workers" not in "".join(capsys.readouterr()), "they come by themselves"
 
 
