@@ -30,7 +30,14 @@ from volumes.grid import Volume, pick_axis, pixel_sides, slices
 from volumes.intensity import DICOM_MODALITY, Scaling, scaling_of, units_doubt
 from volumes.io import read_volume
 from volumes.labels import bring_labels, labels_nifti
-from volumes.outputs import Fused, FusedVolume, check_dicom, is_packed, write_outputs
+from volumes.outputs import (
+    Fused,
+    FusedVolume,
+    check_dicom,
+    is_packed,
+    why_no_blending,
+    write_outputs,
+)
 from volumes.pair import Registered, Sources, Together, bring_together, picture_of, register
 from volumes.pictures import square_size
 from volumes.report import Report
@@ -72,6 +79,7 @@ def fuse_volumes(
         plan = plan.without("transform")
     if "overlay" not in ready.extras:
         plan = plan.without("overlay")
+    report.tell(*blending_lines(request, together))
     scalings = ready.scalings
     report.tell(*scale_lines(scalings, request.modality))
     luma, axis = empty(together, request.slicing.axis)
@@ -268,6 +276,15 @@ def scale_lines(scalings: tuple[Scaling, Scaling], kind: str) -> list[str]:
     if reason := scalings[0].method.get("no_suv"):
         lines.append(f"no SUV ({reason}): {kind} scaled to its maximum")
     return lines
+
+
+def blending_lines(request: VolumeRequest, together: Together) -> list[str]:
+    """Whether `--dicom` lets a viewer blend the untouched sources, in a line."""
+    if not request.writing.dicom:
+        return []
+    if reason := why_no_blending(together):
+        return [f"--dicom: no presentation state that blends the sources, as {reason}"]
+    return ["--dicom: presentation.dcm blends the untouched sources in a viewer"]
 
 
 def empty(together: Together, axis: str) -> tuple[np.ndarray, str]:
