@@ -158,7 +158,9 @@ def contents(plan: Plan, fused: Fused) -> dict[str, Writers]:
     volume = partial(stream_nifti, packed=is_packed(grey))
     found: dict[str, Writers] = {}
     if path := plan.path("colour"):
-        found["colour"] = {path: partial(volume, data=rgb, header=header)}
+        as_axis = fused.request.writing.rgb == "axis"
+        own = header._replace(rgb_axis=as_axis, unit="RGB" if as_axis else "")
+        found["colour"] = {path: partial(volume, data=rgb, header=own)}
     if folder := plan.path("png"):
         found["png"] = {
             folder / f"{fused.axis}_{n:04d}.png": partial(
