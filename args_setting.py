@@ -258,7 +258,9 @@ class VolumeArgs(WeightsArgs):
     png: Path | None = setting(None, "folder for the fused slices as PNG")
     mosaic: Path | None = setting(None, "PNG with a choice of fused slices to look at")
     dicom: Path | None = setting(
-        None, "new folder for the fused slices as a DICOM series, by highdicom; names nobody"
+        None,
+        "new folder for the fused slices as a DICOM series, and a presentation state that blends "
+        "the untouched sources; by highdicom; names nobody",
     )
     moved: Path | None = setting(
         None,

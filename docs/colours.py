@@ -1,12 +1,10 @@
-"""The colour tables, their lightness, and a table of them for docs/outputs.md.
+"""Draw colours.png: the colour tables and their lightness; and print them for docs/outputs.md.
 
-    python docs/colours.py                        # the rows of the table
-    python docs/colours.py --out docs/colours.png # and the picture
+    python docs/colours.py
 
 Lightness is CIE L*, 0 to 100. A table falls by the sum of all its steps that get darker.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -50,13 +48,8 @@ def picture() -> np.ndarray:
 
 
 def main() -> None:
-    """Print the rows, and write the picture where that is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="PNG to write")
-    args = parser.parse_args()
     print(*rows(), sep="\n")
-    if args.out:
-        write_bytes(args.out, png_bytes(picture()))
+    write_bytes(ROOT / "docs" / "colours.png", png_bytes(picture()))
 
 
 if __name__ == "__main__":
