@@ -346,7 +346,7 @@ def test_a_registration_of_parts_of_a_frame_is_not_taken_by_its_frame(call, tmp_
     path = registration_object(tmp_path / "r.dcm", {"1.2.3": np.eye(4)})
     ds = pydicom.dcmread(path)
     ds.RegistrationSequence.append(pydicom.dcmread(path).RegistrationSequence[0])
-    (step,) = ds.RegistrationSequence[1].MatrixRegistrationSequence[0].MatrixSequence
+    step = ds.RegistrationSequence[1].MatrixRegistrationSequence[0].MatrixSequence[-1]
     step.FrameOfReferenceTransformationMatrix[3] = 5
     ds.save_as(path)
     code, _, err = call(*argv, "--register", path)
