@@ -1,7 +1,7 @@
 """The presentation state that blends the untouched sources, and its spatial registration.
 
 Landmarks go from one source to the other by the registration alone, as a viewer would take them.
-dciodvfy is as in test_volumes_derived.py.
+The fixture of dciodvfy is in conftest.py, see test_volumes_derived.py.
 """
 
 import json
