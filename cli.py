@@ -418,7 +418,7 @@ USES = {
         Use("overlap", (VOLUME_PAIR,), beside="tile"),
         Use("window", (VOLUME_PAIR,), tasks=("CT-MRI",)),
         Use("suv", (VOLUME_PAIR,), tasks=("PET-MRI",)),
-        Use("colour via", (VOLUME_PAIR,), tasks=("PET-MRI", "SPECT-MRI")),
+        Use("colour rgb via", (VOLUME_PAIR,), tasks=("PET-MRI", "SPECT-MRI")),
     ),
     MetricArgs: (
         Use("fused between jobs json markdown latex", ("--fused", "--one_source")),

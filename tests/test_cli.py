@@ -143,7 +143,7 @@ COUNTS = {  # of test_asfe.py: the first letters of the modes, and of the tasks 
     "png mosaic dicom moved transform labels": "v",
     "window": "v CT",
     "suv": "v PET",
-    "colour via": "v PET SPECT",
+    "colour rgb via": "v PET SPECT",
 }
 LETTERS = dict(zip("t2ovd", MODES, strict=True))
 

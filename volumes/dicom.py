@@ -166,6 +166,7 @@ def _volume_of(path: Path, headers: Headers, choice: Choice) -> Volume:
     volume.notes = [text for text in (*notes, note, when, stacks[0].note) if text]
     volume.notes += dict.fromkeys(plane.note for plane in planes if plane.note)
     volume.origin, volume.placed = planes[0].path, all(plane.placed for plane in planes)
+    volume.planes = times[0] if len(times) == 1 else []  # several are no longer what a file shows
     volume.frame_of_reference, volume.modality = (text or None for text in planes[0].kind[:2])
     volume.unit = UNITS.get(unit, "")
     _tell_suv(volume, kept)
@@ -393,7 +394,10 @@ def _rescaled(plane: Plane, rescale: pydicom.Dataset, mappings, ds: pydicom.Data
     kind = tuple(str(ds.get(name) or "") for name in ("FrameOfReferenceUID", "Modality"))
     if unit and not ds.get("Units"):
         ds.Units = unit  # for SUV
-    return plane._replace(slope=slope, intercept=intercept, note=note, kind=(*kind, unit))
+    shown = rescale.get("RescaleSlope"), rescale.get("RescaleIntercept")
+    seen = float(1 if shown[0] is None else shown[0]) or 1.0, float(shown[1] or 0)
+    plane = plane._replace(slope=slope, intercept=intercept, rescale=seen)
+    return plane._replace(note=note, kind=(*kind, unit))
 
 
 def _plane(

@@ -336,16 +336,17 @@ class Header(NamedTuple):
     text: str  # description; at most 79 characters of it are kept
     slope: float = 1.0  # what a reader multiplies the stored values with
     unit: str = ""  # of the values, at most 15 characters, where they are a measure
+    rgb_axis: bool = False  # RGB on a fourth axis, not in NIfTI's own type
 
 
 def stream_nifti(file: BinaryIO, data: np.ndarray, header: Header, packed: bool = False) -> None:
     """Write a NIfTI-1 volume to an open file.
 
     Args:
-        data: (I, J, K), or (I, J, K, 3) uint8 RGB.
+        data: (I, J, K), or (I, J, K, 3) uint8 RGB, which `header.rgb_axis` keeps as four axes.
         packed: compressed by gzip. The same volume gives the same bytes.
     """
-    if data.ndim == 4:
+    if data.ndim == 4 and not header.rgb_axis:
         data = data.view([(c, "u1") for c in "RGB"])[..., 0]
     image = nib.Nifti1Image(data, header.affine)
     image.set_sform(header.affine, header.code)
