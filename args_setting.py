@@ -76,6 +76,13 @@ SIZES = {
 }
 
 
+def shipped_path(size: str, task: str) -> Path:
+    """The file of the weights of a size for a task, else for all; not every size is shipped."""
+    folder = ROOT / "model_pre"
+    own = folder / f"{size}_{task}.safetensors"
+    return own if own.is_file() else folder / f"{size}_all.safetensors"
+
+
 LEVELS_HELP = (
     "values that become black and white, one setting or one a source: auto (16 bits: as the file "
     "declares, else 65535 is white), full (255 or 65535), or LOW,HIGH"

@@ -15,6 +15,7 @@ Legend: I J K voxels as stored; N slices of (H, W) pixels, see grid.py.
 """
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,9 +24,10 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
 from cli import UserError
-from fusing import check_plans
+from fusing import check_plans, sha256_of_weights
 from images import png_bytes
 from network import MIN_SIDE, ASFEFusion
+from tiles import Passes, check_tiles
 from volumes.grid import Volume, pick_axis, pixel_sides, slices
 from volumes.intensity import DICOM_MODALITY, Scaling, scaling_of, units_doubt
 from volumes.io import read_volume
@@ -43,7 +45,7 @@ from volumes.pictures import WHOLE, fall_lines, square_size
 from volumes.report import Report
 from volumes.requests import Levels, Source, VolumeRequest, request_from
 from volumes.series import check_patients
-from volumes.tiles import check_tiles, fuse_slices
+from volumes.tiles import fuse_slices, passes_of
 from volumes.tracers import Tracer, find_tracer, tracer_lines
 from volumes.transforms import exported
 from volumes.varying import Choice
@@ -71,7 +73,7 @@ def fuse_volumes(
     report, plan = Report(say), request.plan()
     check_plans([plan])
     check_dicom(request.writing)
-    check_tiles(request.slicing, model.multiple)
+    check_tiles(request.slicing.tile, request.slicing.overlap, model.multiple)
     ready = prepare(request, report)
     together = ready.together
     if request.writing.keep_patient and together.giver.origin is None:
@@ -85,7 +87,13 @@ def fuse_volumes(
     report.tell(*scale_lines(scalings, request.modality))
     report.tell(*tracer_lines(ready.tracer, scalings[0]), *fall_lines(request.writing.colour))
     luma, axis = empty(together, request.slicing.axis)
-    fused = Fused(request, luma, axis, scalings, together, ready.registered)
+    passes = passes_of(
+        model, slices(luma, together.source1.affine, axis).shape[1:], request.slicing
+    )
+    report.tell(*filter(None, [passes.line]))
+    request = as_done(request, passes)
+    weights = sha256_of_weights(model)
+    fused = Fused(request, luma, axis, scalings, together, ready.registered, weights)
     count, height, width = fused.stack.shape
     report.tell(f"{count} {fused.axis} slices of {height}x{width}")
     size = square_size((height, width), pixel_sides(fused.affine, axis))
@@ -94,16 +102,23 @@ def fuse_volumes(
     plan.make_folders()
     sources = (together.source1, together.source2)
     stacks = tuple(slices(volume.data, fused.affine, fused.axis) for volume in sources)
-    for done in fuse_slices(model, stacks, scalings, fused.stack, request.slicing):
+    for done in fuse_slices(model, stacks, scalings, fused.stack, passes):
         progress(done, count)
     files = write_outputs(plan, fused, ready.extras, report.lines)
     return FusedVolume(
         **vars(fused),
         report=tuple(report.lines),
         doubts=tuple(report.doubts),
+        notes=tuple(filter(None, [passes.line])),
         files=files,
         read=ready.files,
     )
+
+
+def as_done(request: VolumeRequest, passes: Passes) -> VolumeRequest:
+    """The request with the tiles that were taken, which the sidecar tells."""
+    slicing = replace(request.slicing, tile=passes.tile, overlap=passes.overlap)
+    return replace(request, slicing=slicing)
 
 
 def use_threads(count: int) -> None:

@@ -129,7 +129,7 @@ def read_dicom(
     headers, copies = once(headers)
     refuse_mosaic(path, headers[0][1])
     volume = _volume_of(path, headers, choice)
-    volume.patient, volume.files = patient, _files_below(path)
+    volume.patient, volume.files = patient, files_below(path)
     if copies:
         volume.notes.append(f"{copies} files are copies of others, counted once")
     if strays:
@@ -203,7 +203,7 @@ def _tell_suv(volume: Volume, headers: list[pydicom.Dataset]) -> None:
 
 def _read_headers(path: Path) -> tuple[Headers, int]:
     """Every image below `path` with the header fields of TAGS, and the count of other files."""
-    files = [p for p in _files_below(path) if not p.name.startswith(".") and p.name != "DICOMDIR"]
+    files = [p for p in files_below(path) if not p.name.startswith(".") and p.name != "DICOMDIR"]
     elements = limits.Elements(path, sum(file.stat().st_size for file in files))
     headers = [(file, ds) for file in files if (ds := _image_header(file, elements)) is not None]
     strays = len(files) - len(headers)
@@ -213,7 +213,7 @@ def _read_headers(path: Path) -> tuple[Headers, int]:
     return headers, strays
 
 
-def _files_below(path: Path) -> list[Path]:
+def files_below(path: Path) -> list[Path]:
     """The files of a folder and its subfolders, or the file itself."""
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 

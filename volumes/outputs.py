@@ -51,6 +51,7 @@ class Fused:
     scalings: tuple[Scaling, Scaling]  # of source 1 and source 2
     together: Together  # the sources on its grid
     registered: Registered
+    weights_sha256: str | None  # of the file of the network's values; None: of no file
 
     scale = 1 / STORED_ONE
 
@@ -81,6 +82,7 @@ class FusedVolume(Fused):
 
     report: tuple[str, ...]  # lines for the user, without paths and without anything of the patient
     doubts: tuple[str, ...]  # those lines that are doubts
+    notes: tuple[str, ...]  # those on what was done in another way, for lack of memory
     files: dict[str, tuple[Path, ...]]  # what was written, by what it is
     read: tuple[Path, ...]  # files that the readers opened
 
@@ -261,6 +263,7 @@ def sidecar(fused: Fused, report: list[str], files: list[str]) -> str:
         "version": VERSION,
         "task": request.task,
         "network": request.network,
+        "weights_sha256": fused.weights_sha256,
         "values": "fused luma, 0 to 1",
         "levels": {f"source{i}": s.method for i, s in enumerate(fused.scalings, 1)},
         "grid": {"of": fused.together.grid, "affine_ras_mm": fused.affine.tolist()},
