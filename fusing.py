@@ -40,8 +40,8 @@ from images import (
     writable_folder,
     write_together,
 )
+from inference import Passes, fitting, fuse_tiled
 from network import MIN_SIDE, ASFEFusion
-from tiles import Passes, fitting, fuse_tiled
 
 AHEAD = 2**28  # bytes of pixels that are decoded before the first image is written
 WAYS_OF_IMAGES = ("auto", "off", "check", "rigid", "similarity")  # of --register

@@ -1,7 +1,7 @@
 """How much memory a case will need, by its headers alone, so that not too many run at once.
 
 The factors and how they were measured are in limits.py. A case that is alone and still needs too
-much takes tiles by itself, see tiles.py.
+much takes tiles by itself, see inference.py.
 """
 
 import math

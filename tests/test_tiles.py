@@ -11,10 +11,9 @@ import limits
 from args_setting import SIZES, shipped_path
 from cli import UserError
 from images import read_uint8, write_png
-from inference import optimise
+from inference import Passes, bytes_of, fitting, optimise, smaller
 from network import ASFEFusion
 from phantom import phantom_pair
-from tiles import Passes, bytes_of, fitting, smaller
 from weights import WithoutDraws, load_weights
 
 

@@ -12,11 +12,11 @@ from scipy import ndimage
 from volume_files import Brighter
 
 from args_setting import ROOT
-from tiles import fuse_tiled, reduction, tile_starts
+from inference import fuse_tiled, reduction, tile_starts
 from volumes.grid import slices
 from volumes.intensity import STORED_ONE, ct_scaling
+from volumes.passes import fuse_slices, passes_of
 from volumes.requests import Slicing
-from volumes.tiles import fuse_slices, passes_of
 from weights import load_weights
 
 

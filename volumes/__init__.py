@@ -7,7 +7,7 @@ volume lies on the grid of one of them. Files are in io.py (with headers.py and 
 dicom.py (with series.py, planes.py, stored.py, varying.py, nuclear.py, durations.py, suv.py,
 decay.py, tracers.py and quiet.py), geometry in grid.py, registration in pair.py (with register.py,
 transforms.py, programs.py and overlay.py; flat.py for images), intensities in intensity.py, the
-network in tiles.py, and what is written in outputs.py, pictures.py, exports.py, labels.py,
+network in passes.py, and what is written in outputs.py, pictures.py, exports.py, labels.py,
 derived.py and blending.py. page.py is the tab of app.py, report.py what a run has to say. The
 packages for them are an extra, requirements-volumes.txt.
 
@@ -26,8 +26,8 @@ import SimpleITK as sitk  # noqa: N813
 from cli import UserError
 from fusing import check_plans, sha256_of_weights
 from images import png_bytes
+from inference import Passes, check_tiles
 from network import MIN_SIDE, ASFEFusion
-from tiles import Passes, check_tiles
 from volumes.grid import Volume, pick_axis, pixel_sides, slices
 from volumes.intensity import DICOM_MODALITY, Scaling, scaling_of, units_doubt
 from volumes.io import read_volume
@@ -41,11 +41,11 @@ from volumes.outputs import (
     write_outputs,
 )
 from volumes.pair import Registered, Sources, Together, bring_together, picture_of, register
+from volumes.passes import fuse_slices, passes_of
 from volumes.pictures import WHOLE, fall_lines, square_size
 from volumes.report import Report
 from volumes.requests import Levels, Source, VolumeRequest, request_from
 from volumes.series import check_patients
-from volumes.tiles import fuse_slices, passes_of
 from volumes.tracers import Tracer, find_tracer, tracer_lines
 from volumes.transforms import exported
 from volumes.varying import Choice

@@ -1,4 +1,4 @@
-"""Fuse the slices of two volumes in batches, large ones in tiles that blend: see tiles.py.
+"""Fuse the slices of two volumes in batches, large ones in tiles that blend: see inference.py.
 
 Legend: N slices of (H, W) pixels, B of them in a batch.
 """
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from inference import Passes, fitting, fuse_tiled
 from network import ASFEFusion
-from tiles import Passes, fitting, fuse_tiled
 from volumes.intensity import STORED_ONE, Scaling
 from volumes.requests import Slicing
 
