@@ -87,9 +87,12 @@ class Child:
         self.turn = threading.Lock()
 
     def begin(self) -> None:
-        """Have a child get ready, without waiting for it."""
-        with self.turn:
-            self._begin()
+        """Have a child get ready, without waiting for anything; a busy one is ready."""
+        if self.turn.acquire(blocking=False):
+            try:
+                self._begin()
+            finally:
+                self.turn.release()
 
     def start(self) -> tuple[str, ...]:
         """Wait until a child is ready; returns the limits that the system does not have.
@@ -125,12 +128,13 @@ class Child:
 
     def close(self) -> None:
         """End the child, whatever it does."""
-        if self.process is not None:
+        process = self.process
+        if process is not None:
             self._kill()
-            self.process.wait()
-            self.process.stdout.close()
+            process.wait()
+            process.stdout.close()
             with contextlib.suppress(OSError):  # what it has not read
-                self.process.stdin.close()
+                process.stdin.close()
             self.process = None
 
     def _begin(self) -> None:
@@ -160,21 +164,24 @@ class Child:
 
     def _ask(self, request: tuple | None, seconds: float, tell: Callable | None = None) -> Any:
         """The reply to a request; to None, the first reply."""
-        late = threading.Event()
+        process, late = self.process, threading.Event()
         clock = threading.Timer(seconds, lambda: (late.set(), self._kill()))
         clock.daemon = True
         clock.start()
         try:
             if request is not None:
                 with contextlib.suppress(OSError):  # it died: there will be no reply
-                    pickle.dump(request, self.process.stdin)
-                    self.process.stdin.flush()
-            kind, content = self._reply()
+                    pickle.dump(request, process.stdin)
+                    process.stdin.flush()
+            kind, content = _reply(process)
             while kind == "told":
                 tell(*content)
-                kind, content = self._reply()
+                kind, content = _reply(process)
         except _NoReplyError:
-            raise self._death("time" if late.is_set() else "", seconds) from None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)  # a reply that is none comes from one that lives
+            self.close()
+            raise death(process.returncode, seconds, late.is_set()) from None
         except BaseException:  # of `tell`, or Ctrl-C: nobody waits for this reply
             self.close()
             raise
@@ -187,39 +194,44 @@ class Child:
             return content
         raise UserError(content) if kind == "refused" else FaultError(*content)
 
-    def _reply(self) -> tuple[str, Any]:
-        line = self.process.stdout.readline(REPLY_BYTES)
-        try:
-            kind, content = json.loads(line)
-        except (ValueError, RecursionError):
-            raise _NoReplyError from None
-        return kind, content
-
     def _kill(self) -> None:
         """Kill the child, and what it has started."""
+        process = self.process
+        if process is None or process.returncode is not None:
+            return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if hasattr(os, "killpg"):
-                os.killpg(self.process.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)
             else:
-                self.process.kill()
+                process.kill()
 
-    def _death(self, ended_by: str, seconds: float) -> DiedError:
-        """Why the child did not reply."""
-        process = self.process
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)  # a reply that is none comes from one that lives
-        self.close()
-        code = process.returncode
-        if not ended_by:
-            ended_by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        if ended_by in ("time", "SIGXCPU"):
-            text = f"it took over {seconds:g} seconds and was ended; make it smaller"
-            return DiedError(text, ended_by)
-        if ended_by == "SIGKILL":
-            why = "most likely as memory ran out; make it smaller"
-        else:
-            why = "a file is damaged, or a library has a fault; export it again"
-        return DiedError(f"the process that worked on it ended by {ended_by}: {why}", ended_by)
+
+def death(code: int, seconds: float, late: bool) -> DiedError:
+    """Why a child did not reply.
+
+    Args:
+        code: its return code; less than 0: the signal that ended it.
+        seconds: that it had.
+        late: whether they had passed.
+    """
+    ended_by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    if late or ended_by == "SIGXCPU":
+        text = f"it took over {seconds:g} seconds and was ended; make it smaller"
+        return DiedError(text, "time" if late else ended_by)
+    if ended_by == "SIGKILL":
+        why = "most likely as memory ran out; make it smaller"
+    else:
+        why = "a file is damaged, or a library has a fault; export it again"
+    return DiedError(f"the process that worked on it ended by {ended_by}: {why}", ended_by)
+
+
+def _reply(process: subprocess.Popen) -> tuple[str, Any]:
+    """The kind and content of the next line of a child."""
+    try:
+        kind, content = json.loads(process.stdout.readline(REPLY_BYTES))
+    except (ValueError, RecursionError):
+        raise _NoReplyError from None
+    return kind, content
 
 
 class _NoReplyError(Exception):

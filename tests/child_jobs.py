@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 from cli import UserError
 
@@ -20,7 +21,7 @@ def refuse(text: str) -> None:
 
 
 def open_nothing() -> None:
-    open("/nowhere/at/all")  # noqa: SIM115, PTH123
+    Path("/nowhere/at/all").read_bytes()
 
 
 def fault() -> None:
@@ -51,8 +52,7 @@ def fill(megabytes: int) -> int:
 
 
 def write(path: str, megabytes: int) -> None:
-    with open(path, "wb") as file:  # noqa: PTH123
-        file.write(bytes(megabytes * 2**20))
+    Path(path).write_bytes(bytes(megabytes * 2**20))
 
 
 def open_many(count: int) -> int:

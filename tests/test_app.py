@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 from near_child import NearChild
 
+import limits
 from args_setting import ROOT, TASKS, AppArgs, TestArgs
 from cli import UserError, parse_args, remove_left
 from images import write_png
 from phantom import phantom_pair
+from studies.child import Child
 from webpage import clicks, tab
 from webpage.shared import ImageLimits, Runtime, example_paths
 from webpage.tab import Place
@@ -193,6 +195,29 @@ def test_a_fault_of_ours_is_a_sentence_and_its_traceback_is_logged(page, tmp_pat
     with pytest.raises(gradio.Error, match="a fault of the program, not of your files"):
         page.fuse(*files, "PET-MRI", "compact_all")
     assert len(logged) == 1 and "ZeroDivisionError" in logged[0]
+
+
+def test_a_job_that_takes_too_long_or_dies_is_one_sentence(page, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setattr(app, "JOBS", "child_jobs:")
+    monkeypatch.setattr(limits, "IMAGE_SECONDS", 1)
+    child = Child()
+    other = app.Page(gradio, page.place, page.most, page.weights, child)
+    child.start()
+    for job, message in (
+        (("sleep", 60), "it took over 1 seconds and was ended"),
+        (("die", "SIGSEGV"), "the process that worked on it ended by SIGSEGV"),
+    ):
+        monkeypatch.setattr(other, "job", lambda *_, job=job: app.Page.job(other, *job))
+        with pytest.raises(gradio.Error) as error:
+            other.fuse(*pair_of_files(tmp_path), "PET-MRI", "compact_all")
+        assert error.value.message.startswith(message)
+    monkeypatch.undo()
+    child.close()
+
+
+def test_the_limits_of_a_turn_are_those_that_are_promised():
+    assert (limits.IMAGE_SECONDS, limits.VOLUME_SECONDS) == (60, 300)
 
 
 def test_the_examples_are_drawn(page):

@@ -168,6 +168,35 @@ def test_calls_from_several_threads_go_one_after_the_other(child):
     assert sorted(results) == [2 * k for k in range(8)]
 
 
+def test_a_busy_child_lets_nobody_wait_who_wants_it_ready(child):
+    child.start()
+    busy = threading.Thread(target=run, args=(child, "sleep", 2))
+    busy.start()
+    time.sleep(0.2)
+    began = time.monotonic()
+    child.begin()
+    assert time.monotonic() - began < 1
+    busy.join()
+
+
+def test_one_that_is_closed_under_a_call_is_a_sentence(child):
+    child.start()
+    said = []
+
+    def work():
+        try:
+            run(child, "sleep", 60)
+        except UserError as error:
+            said.append(str(error))
+
+    busy = threading.Thread(target=work)
+    busy.start()
+    time.sleep(0.5)
+    child.close()
+    busy.join(60)
+    assert len(said) == 1 and "ended by SIGKILL" in said[0]
+
+
 def test_a_child_ends_with_the_process_that_started_it(child):
     pid = run(child, "pid")
     child.process.stdin.close()

@@ -17,6 +17,8 @@ class Visitor:
     def __init__(self, address: str):
         self.address, self.session = f"{address}gradio_api/", f"visitor{next(COUNT)}"
         config = httpx.get(f"{address}config", timeout=PATIENCE).json()["dependencies"]
+        self.lock, self.stream = threading.Lock(), None
+        self.replies: dict[str, Reply] = {}
         self.functions: dict[str, int] = {}
         for function in config:
             self.functions.setdefault(function["api_name"], function["id"])
@@ -26,38 +28,46 @@ class Visitor:
         with path.open("rb") as file:
             reply = httpx.post(f"{self.address}upload", files={"files": file}, timeout=PATIENCE)
         reply.raise_for_status()
-        return {"path": reply.json()[0], "orig_name": path.name, "meta": {"_type": "gradio.FileData"}}
+        return {
+            "path": reply.json()[0],
+            "orig_name": path.name,
+            "meta": {"_type": "gradio.FileData"},
+        }
 
     def click(self, name: str, *data) -> "Reply":
-        """What a function of the page answers; it goes on in a thread."""
+        """What a function of the page will answer; do not wait for it here."""
         ask = {"data": data, "fn_index": self.functions[name], "session_hash": self.session}
-        return Reply(self.address, ask)
+        with self.lock:
+            joined = httpx.post(f"{self.address}queue/join", json=ask, timeout=PATIENCE).json()
+            reply = self.replies[joined["event_id"]] = Reply()
+            if self.stream is None:
+                self.stream = threading.Thread(target=self._follow, daemon=True)
+                self.stream.start()
+        return reply
+
+    def _follow(self) -> None:
+        """Hand each message to its reply, as long as one is open."""
+        how = {"params": {"session_hash": self.session}, "timeout": PATIENCE}
+        with httpx.stream("GET", f"{self.address}queue/data", **how) as lines:
+            for line in lines.iter_lines():
+                message = json.loads(line[5:]) if line.startswith("data:") else {}
+                with self.lock:
+                    if reply := self.replies.get(message.get("event_id")):
+                        reply.take(message)
+                    if all(reply.ended.is_set() for reply in self.replies.values()):
+                        self.stream = None
+                        return
 
 
 class Reply:
     """The messages on one click, as they come."""
 
-    def __init__(self, address: str, ask: dict):
-        self.address, self.ask = address, ask | {"session_hash": f"{ask['session_hash']}"}
+    def __init__(self):
         self.data, self.error, self.said = None, "", []
-        self.joined = threading.Event()
-        self.thread = threading.Thread(target=self._follow, daemon=True)
-        self.thread.start()
+        self.ended = threading.Event()
 
-    def _follow(self) -> None:
-        with httpx.Client(timeout=PATIENCE) as client:
-            joined = client.post(f"{self.address}queue/join", json=self.ask).json()
-            self.joined.set()
-            event, params = joined["event_id"], {"session_hash": self.ask["session_hash"]}
-            with client.stream("GET", f"{self.address}queue/data", params=params) as lines:
-                for line in lines.iter_lines():
-                    if line.startswith("data:") and self._take(json.loads(line[5:]), event):
-                        return
-
-    def _take(self, message: dict, event: str) -> bool:
-        """Keep what a message says; whether it is the last one on this click."""
-        if message.get("event_id") != event:
-            return False
+    def take(self, message: dict) -> None:
+        """Keep what a message says."""
         if message["msg"] == "progress":
             self.said += [unit["desc"] for unit in message["progress_data"]]
         elif message["msg"] == "log":
@@ -65,10 +75,9 @@ class Reply:
         elif message["msg"] == "process_completed":
             output = message["output"]
             self.data, self.error = output.get("data"), output.get("error") or ""
-            return True
-        return False
+            self.ended.set()
 
     def wait(self) -> "Reply":
-        self.thread.join(PATIENCE)
-        assert not self.thread.is_alive()
+        """The same when it has ended."""
+        assert self.ended.wait(PATIENCE)
         return self
