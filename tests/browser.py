@@ -54,6 +54,12 @@ def running(temporary: Path, *argv: str, log: Path | None = None) -> Iterator[tu
             process.wait(PATIENCE)
 
 
+def children(pid: int) -> list[int]:
+    """The processes behind a page, as Linux shows them; the first one is that for images."""
+    found = Path(f"/proc/{pid}/task").glob("*/children")
+    return sorted(int(word) for path in found for word in path.read_text().split())
+
+
 class Browser:
     """One user in front of the page: a session with its own folder of downloads."""
 

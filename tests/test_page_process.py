@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import running
+from browser import children, running
 
 from images import write_png
 from phantom import phantom_pair
@@ -37,9 +37,8 @@ class Served:
         self.address, self.pid, self.log = address, pid, log
 
     def children(self) -> list[int]:
-        """The processes behind the page, the oldest first; the first is the one for images."""
-        found = Path(f"/proc/{self.pid}/task").glob("*/children")
-        return sorted(int(word) for path in found for word in path.read_text().split())
+        """The processes behind the page; the first one is that for images."""
+        return children(self.pid)
 
     def megabytes(self) -> float:
         """The memory of the page's own process at its peak."""
@@ -101,7 +100,7 @@ def test_a_queue_tells_the_position_and_takes_one_click_of_a_visitor(served, pai
     first, second = Visitor(served.address), Visitor(served.address)
     os.kill(served.children()[0], signal.SIGSTOP)
     try:
-        running = fused(first, pair)
+        now = fused(first, pair)
         time.sleep(1)
         waiting = fused(second, pair)
         until(lambda: "in the queue, 1 before you" in waiting.said)
@@ -111,7 +110,7 @@ def test_a_queue_tells_the_position_and_takes_one_click_of_a_visitor(served, pai
         until(lambda: "in the queue, 2 before you" in third.said)
     finally:
         os.kill(served.children()[0], signal.SIGCONT)
-    for reply in (running, waiting, third):
+    for reply in (now, waiting, third):
         assert not reply.wait().error
     assert "in the queue, 1 before you" in third.said
 
