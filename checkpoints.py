@@ -13,6 +13,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
+import limits
 from args_setting import TrainArgs
 from cli import UserError
 from images import whole_file, write_bytes
@@ -263,7 +264,7 @@ def parts_of_checkpoint(path: Path) -> Saved:
     Raises UserError for a file that has none of these, or has them of other types.
     """
     try:
-        saved = load_plain(path)
+        saved = load_plain(path, limits.CHECKPOINT_BYTES)
         settings, states = saved["settings"], saved["state"]
         done, progress = saved["run"]["stages"], Progress(**saved["run"]["progress"])
         data = str(saved["run"]["data"])
@@ -271,6 +272,8 @@ def parts_of_checkpoint(path: Path) -> Saved:
         sound &= all([*map(type, stage)] == [int, int, int, bool] for stage in done)
         sound &= all(isinstance(getattr(progress, name), kind) for name, kind in PROGRESS.items())
         sound &= all(isinstance(row["seconds"], int | float) for row in progress.rows)
+    except UserError:  # which has said why
+        raise
     except Exception:  # a parser of strange bytes may stumble in any way
         sound = False
     if not sound:

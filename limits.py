@@ -57,6 +57,7 @@ UNPACKED_TIMES = 4  # times the largest upload
 TRANSFORM_BYTES = 2**20  # of a file with a linear transform: it holds 12 numbers
 TABLE_BYTES = 2**24  # of a CSV: 100,000 rows
 WEIGHTS_BYTES = 2**31  # of a file of weights: the published ones have 50 MB
+CHECKPOINT_BYTES = 2**33  # of a training to resume: one of the paper size has 2.7 GB
 # a child process that works on files from outside, see studies/child.py
 CHILD_FILE_BYTES = 2**32  # of a file that it writes: a volume of VOXELS as float32
 CHILD_OPEN_FILES = 256  # at a time: a series is read file by file

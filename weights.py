@@ -300,13 +300,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return dict(items)
 
 
-def load_plain(path: Path):
+def load_plain(path: Path, most: int = limits.WEIGHTS_BYTES):
     """What `torch.save` wrote, on the CPU, if it is tensors and plain values.
 
-    Raises UserError for a file that is too large or would unpack to more than it has, and what
-    torch raises for a damaged one.
+    Raises UserError for a file that has more than `most` bytes or would unpack to more than it has,
+    and what torch raises for a damaged one.
     """
-    length = limits.check_bytes(path, limits.WEIGHTS_BYTES, " for a checkpoint")
+    length = limits.check_bytes(path, most, " for a checkpoint")
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())

@@ -127,7 +127,6 @@ def test_one_error_is_one_message(user, address, tmp_path):
     user.upload("#file1", tmp_path / "t1.nii.gz")
     said = "t1.nii.gz is a volume: use the tab Volumes"
     user.wait(lambda: said in user.text("body"))
-    write_png(tmp_path / "mri.png", phantom_pair("CT-MRI", 64)[1])
     time.sleep(3)  # for a second message, should there be one
     assert len(user.find(".toast-close")) == 1
     user.click("#fuse")

@@ -13,6 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip("nibabel", reason="needs requirements-volumes.txt")
@@ -25,6 +26,7 @@ import images
 import limits
 from args_setting import ROOT, SIZES, ModelSize
 from cli import UserError
+from network import ASFEFusion
 from volumes.grid import Volume, cubic, low_passed, resample, straightened
 from volumes.io import read_volume
 
@@ -397,3 +399,12 @@ def test_a_tiff_that_is_cut_is_left_to_its_reader():
     with pytest.raises(UserError, match="over 1000 pages"):
         limits.check_tags(Path("a.tif"), bad.many_pages())
     assert struct.calcsize("<HHI4s") == 12
+
+
+def test_weights_and_checkpoints_of_the_paper_size_are_taken():
+    """A checkpoint has the network, its moving average, and two moments of AdamW, as float32."""
+    with torch.device("meta"):
+        network = ASFEFusion("paper")
+    floats = 4 * sum(value.numel() for value in network.state_dict().values())
+    assert floats < limits.WEIGHTS_BYTES
+    assert 4 * floats < limits.CHECKPOINT_BYTES

@@ -94,6 +94,15 @@ def test_vif_is_that_of_the_metrics():
         assert information_loss(fused, img1, img2).item() == pytest.approx(2 - got.item())
 
 
+def test_vif_has_the_noise_of_the_metrics():
+    """Texture everywhere: without a flat part, the damping does not hide another noise."""
+    img1, img2, fused = (255 * torch.rand(3, 1, 1, 96, 96)).round()
+    fused = ((img1 + img2 + fused) / 3).round()
+    got = vif(fused / 255, torch.cat([img1, img2], 1) / 255).sum(1)
+    expected = metrics.vif(*(image[0, 0].numpy() for image in (fused, img1, img2)))
+    assert got.item() == pytest.approx(expected, rel=0.002)
+
+
 def test_vif_of_images_below_its_window_is_one():
     assert torch.equal(vif(*torch.rand(2, 3, 1, 16, 16)), torch.ones(3, 1))
 

@@ -189,6 +189,23 @@ def test_stages_are_one_run_whose_rest_may_change(call, data, tmp_path):
     assert len(rows(tmp_path / "twice")) == 3
 
 
+@pytest.mark.slow
+def test_the_paper_size_trains_validates_saves_resumes_and_fuses(call, tmp_path):
+    """Two steps of it, in two runs. Its running variances exceed what float16 can hold."""
+    names = {name: 128 for name in ("1000", "1001", "1002", "1003", "2000")}
+    data = write_task(tmp_path / "data", "CT-MRI", "train", names)
+    argv = settings(data, tmp_path / "run", "--size", "paper", "--epoch", 2, "--val_every", 1)
+    argv[argv.index("--patch_size") + 1] = "128"
+    code, out, err = call(*argv, "--minutes", 1e-9)
+    assert code == 0 and "1 epochs of 2" in out, err
+    code, out, err = call(*argv, "--resume")
+    assert code == 0 and "2 epochs" in out, err
+    assert all(float(row["val_SSIM"]) > 0 for row in rows(tmp_path / "run", "paper_CT-MRI"))
+    model, metadata = load_weights(tmp_path / "run" / "paper_CT-MRI.safetensors")
+    assert metadata["size"] == "paper"
+    assert torch.isfinite(model.fuse(*phantom_pair("CT-MRI", 128))).all()
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_run_killed_during_a_save_goes_on(call, data, tmp_path, number):
     """A child stops itself halfway through writing its second checkpoint."""

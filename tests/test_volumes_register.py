@@ -284,16 +284,23 @@ def test_a_registered_run_end_to_end(call, brighter, heads, tmp_path, grid):
 
 
 def registration_object(path: Path, moves: dict[str, np.ndarray]) -> Path:
-    """A DICOM spatial registration: a matrix (LPS) from each frame of reference to the first."""
+    """A DICOM spatial registration: from each frame of reference to the first, by a matrix (LPS).
+
+    Each matrix is written as two: a turn and a shift, and what is then left to do.
+    """
+    first = a_move((0, 0, 40), (50, 0, 0), (0, 0, 0))
     ds = pydicom.Dataset()
     ds.SOPClassUID, ds.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.66.1", generate_uid()
     ds.Modality, ds.FrameOfReferenceUID = "REG", next(iter(moves))
     ds.RegistrationSequence = []
     for frame, matrix in moves.items():
-        step, item, outer = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
-        step.FrameOfReferenceTransformationMatrixType = "RIGID"
-        step.FrameOfReferenceTransformationMatrix = [f"{v:.12g}" for v in matrix.ravel()]
-        item.MatrixSequence = [step]
+        item, outer = pydicom.Dataset(), pydicom.Dataset()
+        item.MatrixSequence = []
+        for part in (first, matrix @ np.linalg.inv(first)):
+            step = pydicom.Dataset()
+            step.FrameOfReferenceTransformationMatrixType = "RIGID"
+            step.FrameOfReferenceTransformationMatrix = [f"{v:.12g}" for v in part.ravel()]
+            item.MatrixSequence.append(step)
         outer.FrameOfReferenceUID, outer.MatrixRegistrationSequence = frame, [item]
         ds.RegistrationSequence.append(outer)
     ds.file_meta = pydicom.dataset.FileMetaDataset()
