@@ -89,7 +89,8 @@ class Tab:
             files = list(paths_in(values, str(self.place.folder)))
 
             def tell(before: int) -> None:
-                shown(None, desc=f"in the queue, {before} before you" if before else "working")
+                # gradio's page shows the text only beside a share of the work
+                shown(0, desc=f"in the queue, {before} before you" if before else "working")
 
             try:
                 with turns.turn(str(request.session_hash), files, only, tell):

@@ -75,7 +75,7 @@ class VolumePage(Tab):
         """What `words` of a request make of the uploads, see `words_of`.
 
         Args:
-            progress: gets a share of the work, or None, and `desc`, a line.
+            progress: gets a share of the work, and `desc`, a line.
 
         Raises:
             gr.Error: a sentence on what is wrong.
@@ -84,7 +84,7 @@ class VolumePage(Tab):
         with tempfile.TemporaryDirectory(dir=self.place.folder.parent) as work:
 
             def tell(share: list | None, line: str) -> None:
-                progress(tuple(share) if share else None, desc=line)
+                progress(tuple(share) if share else 0, desc=line)  # without it there is no text
 
             try:
                 files = self.uploads(
