@@ -153,7 +153,7 @@ def test_the_position_in_the_queue_is_told(user, server, tmp_path):
         reply = other.click("fuse", *files, "CT-MRI", "compact_CT-MRI")
         time.sleep(1)
         user.click("#fuse")
-        user.wait(lambda: "in the queue, 1 before you" in user.text("body"))
+        user.wait(lambda: user.find("#fused [aria-label^='in the queue, 1 before you']"))
     finally:
         with suppress(ProcessLookupError):  # its turn may be over
             os.kill(child, signal.SIGCONT)
@@ -220,7 +220,7 @@ def test_two_volumes_are_registered_and_looked_at(user, address, tmp_path, heads
     user.upload("#scan2", tmp_path / "moved.nii.gz")
     user.wait(lambda: all("KB" in user.text(box) for box in ("#scan1", "#scan2")))
     user.click("#fuse-volumes")
-    user.wait(lambda: "reading" in user.text("#status") or "slices" in user.text("#status"))
+    user.wait(lambda: user.find("#status [aria-label^='reading'], #status [aria-label*='slices']"))
     for plane in ("#axial", "#coronal", "#sagittal"):
         image = pixels(user.wait(lambda plane=plane: user.picture(plane)))
         assert image.shape == (360, 360, 3) and image.max() > 200
