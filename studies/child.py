@@ -170,7 +170,7 @@ class Child:
         clock.start()
         try:
             if request is not None:
-                with contextlib.suppress(OSError):  # it died: there will be no reply
+                with contextlib.suppress(OSError, ValueError):  # it died, or was closed: no reply
                     pickle.dump(request, process.stdin)
                     process.stdin.flush()
             kind, content = _reply(process)
