@@ -76,6 +76,13 @@ SIZES = {
 }
 
 
+def shipped_path(size: str, task: str) -> Path:
+    """The file of the weights of a size for a task, else for all; not every size is shipped."""
+    folder = ROOT / "model_pre"
+    own = folder / f"{size}_{task}.safetensors"
+    return own if own.is_file() else folder / f"{size}_all.safetensors"
+
+
 LEVELS_HELP = (
     "values that become black and white, one setting or one a source: auto (16 bits: as the file "
     "declares, else 65535 is white), full (255 or 65535), or LOW,HIGH"
@@ -242,13 +249,25 @@ class VolumeArgs(WeightsArgs):
     overlap: int = setting(64, "pixels over which tiles blend", minimum=1)
     colour: str = setting(
         "auto",
-        "PET and SPECT: colours of the RGB volume that is written beside the grey one; auto: warm",
-        choices=("auto", "none", "warm", "hot", "rainbow", "jet", "inferno"),
+        "PET and SPECT: colours of the RGB volume that is written beside the grey one; auto: warm; "
+        "the last four are DICOM's",
+        choices=(
+            *("auto", "none", "warm", "hot", "rainbow", "jet", "inferno"),
+            *("hot-iron", "pet", "hot-metal-blue", "pet-20-step"),
+        ),
+    )
+    rgb: str = setting(
+        "type",
+        "how the RGB volume holds its colours: in NIfTI's RGB type, or on a fourth axis of R, G "
+        "and B, which get_fdata() of nibabel reads",
+        choices=("type", "axis"),
     )
     png: Path | None = setting(None, "folder for the fused slices as PNG")
     mosaic: Path | None = setting(None, "PNG with a choice of fused slices to look at")
     dicom: Path | None = setting(
-        None, "new folder for the fused slices as a DICOM series, by highdicom; names nobody"
+        None,
+        "new folder for the fused slices as a DICOM series, and a presentation state that blends "
+        "the untouched sources; by highdicom; names nobody",
     )
     moved: Path | None = setting(
         None,

@@ -10,6 +10,7 @@ import codecs
 import ctypes
 import difflib
 import gc
+import hashlib
 import io
 import math
 import os
@@ -21,7 +22,7 @@ import time
 import types
 import typing
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -36,6 +37,7 @@ from args_setting import (
     StudyArgs,
     TestArgs,
     TrainArgs,
+    shipped_path,
 )
 
 if TYPE_CHECKING:  # it takes seconds to load, and flags need none of it
@@ -79,7 +81,9 @@ def make_parser(cls: type, description: str = "") -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"ASFE-Fusion {VERSION}")
+    parser.add_argument(
+        "--version", action="store_true", help="say the version, and which weights would be loaded"
+    )
     hints = typing.get_type_hints(cls)
     for f in fields(cls):
         extras = dict(f.metadata)
@@ -115,7 +119,11 @@ def parse_args(cls: type, argv: list[str] | None = None, description: str = ""):
     """Parse `argv` (default: the command line) into an instance of `cls`; errors exit with 2."""
     print_anywhere()
     parser = make_parser(cls, description)
-    args = cls(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    if given.pop("version"):
+        say(*version_lines(given))
+        parser.exit(0)
+    args = cls(**given)
     for f in fields(cls):  # argparse does not check a default that was edited in args_setting.py
         value, choices = getattr(args, f.name), f.metadata.get("choices")
         each = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
@@ -126,6 +134,21 @@ def parse_args(cls: type, argv: list[str] | None = None, description: str = ""):
         if "minimum" in f.metadata and not value >= f.metadata["minimum"]:
             parser.error(f"{f.name} is {value}, expected at least {f.metadata['minimum']}")
     return args
+
+
+def version_lines(settings: Mapping[str, Any]) -> list[str]:
+    """The version of the software, and the SHA-256 of each file of weights that settings name."""
+    paths = []
+    if folder := settings.get("weights_dir"):
+        paths = sorted(folder.glob("*.safetensors"))
+    elif "weights" in settings and "size" in settings:
+        size, task = settings["size"], settings.get("task", "all")
+        paths = [settings["weights"] or shipped_path(size, task)]
+    lines = [f"ASFE-Fusion {VERSION}"]
+    for path in paths:
+        told = f"SHA-256 {file_hash(path)}" if path.is_file() else "not there"
+        lines.append(f"weights {path.name}: {told}")
+    return lines
 
 
 def command_line(cls: type, description: str, check: Callable | None = None):
@@ -179,6 +202,15 @@ def print_anywhere() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="asfe")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with Path(path).open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def in_ascii(error: UnicodeError) -> tuple[str, int]:
@@ -265,6 +297,15 @@ def keep_freed_memory() -> None:
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: larger pieces come directly from the system
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free bytes at the end that are kept
         libc.mallopt(-8, 1)  # M_ARENA_MAX: one pool of memory for all threads
+
+
+def return_freed_memory() -> None:
+    """Give memory that glibc keeps for reuse back to the system, so that it counts as free there.
+
+    See malloc_trim(3).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def pick_device(name: str) -> "torch.device":
@@ -377,7 +418,7 @@ USES = {
         Use("overlap", (VOLUME_PAIR,), beside="tile"),
         Use("window", (VOLUME_PAIR,), tasks=("CT-MRI",)),
         Use("suv", (VOLUME_PAIR,), tasks=("PET-MRI",)),
-        Use("colour via", (VOLUME_PAIR,), tasks=("PET-MRI", "SPECT-MRI")),
+        Use("colour rgb via", (VOLUME_PAIR,), tasks=("PET-MRI", "SPECT-MRI")),
     ),
     MetricArgs: (
         Use("fused between jobs json markdown latex", ("--fused", "--one_source")),

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import limits
 from args_setting import CASE_PATTERN, TASKS, DataArgs, TrainArgs
-from cli import UserError, command_line, run_script, say, stem_of
+from cli import UserError, command_line, file_hash, run_script, say, stem_of
 
 if __name__ == "__main__":  # before the imports that take seconds
     ARGS = command_line(DataArgs, __doc__)
@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import images
-from images import Doubts, Pixels, Reading, file_hash, is_image, to_uint8, write_bytes
+from images import Doubts, Pixels, Reading, is_image, to_uint8, write_bytes
 from phantom import seed_of
 
 HMIF_URL = (

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-import limits
+from args_setting import VERSION
 from cli import UserError, installed, stem_of
 from dataset import Pair, check_equal_sizes
 from images import (
@@ -41,6 +41,7 @@ from images import (
     write_together,
 )
 from network import MIN_SIDE, ASFEFusion
+from tiles import Passes, fitting, fuse_tiled
 
 AHEAD = 2**28  # bytes of pixels that are decoded before the first image is written
 WAYS_OF_IMAGES = ("auto", "off", "check", "rigid", "similarity")  # of --register
@@ -384,6 +385,7 @@ class FusedImage:
     read: tuple[Path, ...]  # files that were opened
     shift: Shift | None  # None: the pair was not registered
     odd: dict[str, list[str]]  # what is odd about the sources: lines by their kind, see Doubts
+    notes: tuple[str, ...] = ()  # lines on what was done in another way, for lack of memory
 
 
 @dataclass(frozen=True)
@@ -397,9 +399,14 @@ class _Decoded:
     extras: dict[str, bytes] = field(default_factory=dict)  # files of a registration
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of source 1."""
+        return self.sources[0].values.shape[:2]
+
+    @property
     def group(self) -> tuple:
         """What pairs that go through the network together have in common."""
-        return self.sources[0].values.shape[:2], self.request.stretch
+        return self.shape, self.request.stretch
 
 
 def fuse_images(
@@ -420,7 +427,8 @@ def fuse_images(
 
     Raises:
         UserError: an output that may not be written, a source that cannot be read, two sources of
-            different sizes or under 16 pixels, or a registration that cannot be trusted.
+            different sizes or under 16 pixels, a registration that cannot be trusted, or a pair
+            that needs more memory than is free, also in tiles.
         OSError: a file that cannot be read or written.
     """
     plans = [request.plan() for request in requests]
@@ -429,10 +437,10 @@ def fuse_images(
         plans[0] = replace(first, outputs=(*first.outputs, *also))
     check_plans(plans)
     ahead = _decode_ahead(requests)
-    for request in requests[len(ahead) :]:
-        check_room(model, _check_headers(request))
-    for pair in ahead:
-        check_room(model, pair.sources[0].values.shape[:2])
+    shapes = [_check_headers(request) for request in requests[len(ahead) :]]
+    shapes += [pair.shape for pair in ahead]
+    for shape in dict.fromkeys(shapes):
+        fitting(model, shape, Passes())
     for folder in sorted({request.out.parent for request in requests}):
         writable_folder(Path(os.path.realpath(folder)))
     waiting = (ahead.pop(0) if ahead else _decoded(request) for request in requests)
@@ -457,16 +465,6 @@ def _check_headers(request: ImageRequest) -> tuple[int, int]:
     if not request.registers:
         _check_sizes(pair, size1, size2)
     return size1
-
-
-def check_room(model: ASFEFusion, shape: tuple[int, int]) -> None:
-    """UserError for a pair of so many rows and columns that needs more memory than is free.
-
-    A GPU has its own.
-    """
-    parameter = next(iter(model.parameters()), None) if hasattr(model, "parameters") else None
-    if parameter is not None and parameter.device.type == "cpu" and hasattr(model, "size"):
-        limits.check_room(*shape, model.size)
 
 
 def _check_sizes(pair: Pair, size1: tuple[int, int], size2: tuple[int, int]) -> None:
@@ -523,55 +521,89 @@ def stored(luma: np.ndarray, chroma: np.ndarray | None, dtype: np.dtype) -> Pixe
 
 
 def _fused(pairs: Iterable[_Decoded], model: ASFEFusion, batch_size: int) -> Iterator[FusedImage]:
-    """Fuse pairs as they come; those of equal size, one after the other, share a batch."""
+    """Fuse pairs as they come; those of equal size, one after the other, share a batch.
+
+    A batch is smaller, or goes in tiles, where memory asks for that.
+    """
     batch: list[_Decoded] = []
+    passes = Passes()
     for pair in pairs:
         if batch and batch[0].group != pair.group:
-            yield from _fused_batch(batch, model)
+            yield from _fused_batch(batch, model, passes)
             batch = []
+        if not batch:
+            passes = fitting(model, pair.shape, Passes(batch_size))
         batch.append(pair)
-        if len(batch) == batch_size:  # before the next pair is decoded
-            yield from _fused_batch(batch, model)
+        if len(batch) == passes.batch:  # before the next pair is decoded
+            yield from _fused_batch(batch, model, passes)
             batch = []
     if batch:
-        yield from _fused_batch(batch, model)
+        yield from _fused_batch(batch, model, passes)
 
 
-def _fused_batch(batch: list[_Decoded], model: ASFEFusion) -> Iterator[FusedImage]:
+def _fused_batch(batch: list[_Decoded], model: ASFEFusion, passes: Passes) -> Iterator[FusedImage]:
     """Fuse pairs of one size and write each."""
     parts = [[luma_and_chroma(pixels) for pixels in pair.sources] for pair in batch]
     luma1, luma2 = (np.stack([part[i][0] for part in parts])[:, None] for i in (0, 1))
-    fused = model.fuse(luma1, luma2, batch[0].request.stretch).cpu().numpy()  # (B, 1, H, W)
+    stretch = batch[0].request.stretch
+    if passes.tile:
+        fused = fuse_tiled(model, luma1, luma2, passes.tile, passes.overlap)  # (B, 1, H, W)
+        fused = stretched(fused) if stretch else fused
+    else:
+        fused = model.fuse(luma1, luma2, stretch).cpu().numpy()
     for pair, part, luma in zip(batch, parts, fused[:, 0], strict=True):
         (_, chroma1), (_, chroma2) = part
         image = to_uint8(luma, chroma2 if chroma1 is None else chroma1)
-        yield _written(pair, image)
+        yield _written(pair, image, sha256_of_weights(model), passes.line)
 
 
-def _written(pair: _Decoded, image: np.ndarray) -> FusedImage:
-    """The result of a pair, after its files were written, all or none."""
+def stretched(luma: np.ndarray) -> np.ndarray:
+    """Each of (B, 1, H, W) from its darkest pixel, 0, to its brightest, 1."""
+    low, high = (edge(luma, axis=(1, 2, 3), keepdims=True) for edge in (np.min, np.max))
+    return (luma - low) / np.maximum(high - low, np.finfo(luma.dtype).tiny)
+
+
+def sha256_of_weights(model: ASFEFusion) -> str | None:
+    """SHA-256 of the file that a network was loaded from; None if it was not."""
+    return getattr(model, "weights_sha256", None)
+
+
+def _written(pair: _Decoded, image: np.ndarray, weights: str | None, line: str) -> FusedImage:
+    """The result of a pair, after its files were written, all or none.
+
+    Args:
+        weights: the SHA-256 of the network's file.
+        line: what was done in another way for lack of memory; empty for nothing.
+    """
+    notes = (line,) if line else ()
     request, plan = pair.request, pair.request.plan()
     files = {output.what: output.path for output in plan.outputs}
     contents = {"fused image": png_bytes(image)} | pair.extras
     if "sidecar" in files:
         kept = [request.transform] if request.keeps_transform else []
         names = [listed_as(path, plan.sidecar) for path in (*files.values(), *kept)]
-        contents["sidecar"] = _sidecar(pair, names)
+        contents["sidecar"] = _sidecar(pair, names, weights, notes)
     writers = {files[w]: partial(_write, data) for w, data in contents.items() if w in files}
     write_together(writers, plan.stale(files.values()))
-    return FusedImage(request, image, pair.sources, files, request.sources, pair.shift, pair.odd)
+    found = request.sources, pair.shift, pair.odd
+    return FusedImage(request, image, pair.sources, files, *found, notes)
 
 
 def _write(data: bytes, file: BinaryIO) -> None:
     file.write(data)
 
 
-def _sidecar(pair: _Decoded, files: list[str]) -> bytes:
+def _sidecar(
+    pair: _Decoded, files: list[str], weights: str | None, notes: tuple[str, ...]
+) -> bytes:
     """What was done to a registered pair, as JSON; no paths but those of `files`."""
     content = {
         "software": SOFTWARE,
+        "version": VERSION,
+        "weights_sha256": weights,
         "task": pair.request.task,
         "registration": {"how": pair.request.register, **asdict(pair.shift)},
+        "notes": notes,
         "files": files,
     }
     return (json.dumps(content, indent=1) + "\n").encode()

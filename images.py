@@ -532,15 +532,6 @@ def png_bytes(image: np.ndarray) -> bytes:
     return cv2.imencode(".png", image)[1].tobytes()
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with Path(path).open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def writable_folder(path: Path) -> Path:
     """Make the folder and prove that a file can be written there; OSError that names it if not.
 

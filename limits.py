@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from args_setting import SIZES, ModelSize
-from cli import UserError
+from cli import UserError, return_freed_memory
 
 # --- the table -------------------------------------------------------------------------------
 
@@ -424,6 +424,7 @@ def check_claim(
         raise UserError(f"{claim}, expected at most {VOXELS}; crop or resample it")
     if voxels > max(DENSE_VOXELS, VOXELS_PER_BYTE * length):
         raise UserError(f"{claim} in {length} bytes: hardly any is not empty; crop it")
+    check_memory(f"{claim}, which", voxels * BYTES_OF_VOXEL, "crop or resample it")
 
 
 def check_spacing(path: Path, spacing: Sequence[float]) -> None:
@@ -444,6 +445,8 @@ def check_grid(what: str, shape: Sequence[int], way_out: str, most: int = GRID_V
             f"{what} {sides(int(n) for n in shape)} voxels, expected at most {most / 1e6:.0f} "
             f"million; {way_out}"
         )
+    needed = product(shape) * BYTES_ON_GRID
+    check_memory(f"{what} {sides(int(n) for n in shape)} voxels, which", needed, way_out)
 
 
 def check_coarser(fine: Sequence[float], times: float) -> None:
@@ -458,9 +461,21 @@ def check_coarser(fine: Sequence[float], times: float) -> None:
 
 # --- what the system grants ------------------------------------------------------------------
 
-# Bytes of memory for each pixel of a pair that is fused whole, as measured from 512 x 512 to
-# 2048 x 2048 on a CPU, rounded down: who is refused would not have had enough.
-BYTES_OF_PIXEL = {"compact": 1000, "paper": 5500}
+# Bytes of memory for each pixel of a pair that is fused whole. Measured as the growth of a child
+# process's largest resident set (VmHWM) by one pass, after a small one had loaded everything:
+# compact 1105 to 1308 (256 x 256 to 1024 x 1024, one to four pairs, one or two threads), paper 6623
+# to 7098 (256 x 256 and 512 x 512). A part of it does not grow with the image.
+BYTES_OF_PIXEL = {"compact": 1200, "paper": 6500}
+# The same of a pair that is fused in tiles, beside what a tile takes: a PET in colour and an MRI of
+# 1536 x 1536, in tiles of 256.
+BYTES_IN_TILES = 110
+BYTES_OF_VOXEL = 4  # to read a volume, beside the bytes of its file: float32
+# To bring two volumes onto one grid and fuse them, for each voxel of it. A process of 0.6 GB came
+# to 2.5 GB with 79 million voxels (benchmarks/volume_memory.py): 24 bytes, 8 of them the sources.
+BYTES_ON_GRID = 16
+# What a process holds before it fuses: the libraries and a network. Measured: 0.6 and 1.4 GB.
+BYTES_OF_PROCESS = {"compact": 700_000_000, "paper": 1_500_000_000}
+SMALL = 2**26  # bytes: what needs less is not compared with what is free
 UNLIMITED = 2**60  # what some systems write for "no limit" is above
 
 
@@ -473,14 +488,21 @@ def needed_bytes(pixels: int, size: ModelSize, batch: int = 1) -> int:
     return int(pixels * batch * per_channel * max(size.channels[0], size.tail // 2))
 
 
-def check_room(height: int, width: int, size: ModelSize) -> None:
-    """UserError for a pair of H x W that needs more memory than is free."""
-    needed, free = needed_bytes(height * width, size), free_bytes()
-    if needed > free:
-        raise UserError(
-            f"a pair of {height}x{width} pixels needs about {needed / 2**30:.1f} GB of memory, but "
-            f"{free / 2**30:.1f} GB are free; make the images smaller, or take a larger machine"
-        )
+def check_memory(what: str, needed: int, way_out: str) -> None:
+    """UserError, which begins with `what`, for what needs more bytes of memory than are free."""
+    if needed > SMALL and needed > free_bytes():
+        return_freed_memory()
+        free = free_bytes()
+        if needed > free:
+            raise UserError(
+                f"{what} need about {amount(needed)} of memory, but {amount(free)} are free; "
+                f"{way_out}, or take a larger machine"
+            )
+
+
+def amount(count: int) -> str:
+    """A number of bytes for messages, in GB or MB."""
+    return f"{count / 1e9:.1f} GB" if count >= 10**9 else f"{count / 1e6:.0f} MB"
 
 
 def granted_cores(root: Path = Path("/")) -> int:
@@ -516,6 +538,8 @@ def free_bytes(root: Path = Path("/")) -> int:
     sys.maxsize where the system tells none.
     """
     bounds = [meminfo("MemAvailable", root)]
+    if Share.most:
+        bounds.append(max(Share.most - resident(root), 1))
     if address_space():
         in_use = [number(word) for word in words(root / "proc/self/statm")[:1]]
         page = os.sysconf("SC_PAGE_SIZE")
@@ -527,6 +551,18 @@ def free_bytes(root: Path = Path("/")) -> int:
                 used = number(text(folder / usage)) - reclaimable(folder)
                 bounds.append(max(most - used, 1))
     return min(filter(None, bounds), default=sys.maxsize)
+
+
+class Share:
+    """The memory that whoever started this process has granted it, as a study does for a worker."""
+
+    most = 0  # bytes of its resident set; 0: no share was named
+
+
+def resident(root: Path) -> int:
+    """Bytes of memory that this process holds now; 0 where the system does not tell."""
+    pages = [number(word) for word in words(root / "proc/self/statm")[1:2]]
+    return sum(pages) * os.sysconf("SC_PAGE_SIZE") if pages else 0
 
 
 MEMORY_LIMITS = "memory.max", "memory.high", "memory.limit_in_bytes"  # v2, v2, v1

@@ -294,6 +294,7 @@ class ASFEFusion(nn.Module):
         self.decoder = Decoder(size.channels, size.tail, size.head)
         self.multiple = max(2**k * p for k, p in enumerate(size.patch))  # of H and W, in pixels
         self.aff = aff
+        self.weights_sha256: str | None = None  # of the file that its values were loaded from
         self.to(memory_format=torch.channels_last)
 
     def forward(self, img1: Tensor, img2: Tensor) -> Tensor:

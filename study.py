@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -40,15 +40,19 @@ from tqdm import tqdm
 
 import limits
 from images import writable_folder, write_bytes
-from studies.bids import description, find_pairs, ignored
-from studies.cases import Case, Listing, find_cases
+from studies.bids import description, ignored
+from studies.cases import Case, Listing, find_cases, left_out
+from studies.memory import USABLE, bytes_of_case
 from studies.report import write_report
+from studies.run import write_record
 from weights import load_model
 
 try:
     import dask
-    from distributed import Client, KilledWorker, LocalCluster, as_completed
+    from distributed import Client, Future, KilledWorker, LocalCluster
     from distributed.comm import CommClosedError
+
+    from studies.workers import RememberingNanny, as_they_end, death_of
 except ModuleNotFoundError as error:
     missing = error.name
 else:
@@ -76,13 +80,17 @@ def main(args: StudyArgs) -> None:
     if missing:
         raise UserError(f"study.py needs {missing}: pip install -r requirements-study.txt")
     check_study(args)
+    asked = args
     args, jobs = shares(args)
     out, cases = cases_of(args)
+    if jobs > 1 and not (asked.jobs or asked.memory):
+        args, jobs, cases = with_room(args, jobs, cases, asked.threads)
     check_weights(args, cases)
     writable_folder(out)
+    left = left_out(listing_of(args, out))
+    for line in left:
+        say(line)
     if args.bids:
-        for line in find_pairs(listing_of(args, out).choice).left_out:
-            say(line)
         write_bytes(out / "dataset_description.json", description(args.bids, out).encode())
         write_bytes(out / ".bidsignore", ignored().encode())
     records: dict[str, dict] = {}
@@ -93,7 +101,7 @@ def main(args: StudyArgs) -> None:
             print("stopped; start again to go on")
             raise
         finally:  # also of a run that is stopped
-            page = write_report(out, cases, records)
+            page = write_report(out, cases, records, left)
             say(f"report: {page}")
     failed = [name for name, record in records.items() if record["status"] == "failed"]
     if failed:
@@ -133,21 +141,40 @@ def shares(args: StudyArgs) -> tuple[StudyArgs, int]:
     """The settings with the threads and GB of each process here, and how many processes."""
     if args.scheduler or args.scheduler_file:
         return args, 0
-    cores, granted = limits.granted_cores(), limits.granted_memory() / 1e9
+    cores, free = limits.granted_cores(), limits.free_bytes() / 1e9
     jobs = args.jobs or max(1, cores // 2)
     if 0 < (args.memory or 0) < LEAST:
         raise UserError(f"--memory is {args.memory:g}, expected at least {LEAST} (GB)")
-    if not args.memory and granted / jobs < LEAST:
+    if not args.memory and free / jobs < LEAST:
         if args.jobs:
             raise UserError(
-                f"--jobs is {jobs}, but of {granted:.1f} GB each would have {granted / jobs:.1f}, "
-                f"expected at least {LEAST}: give fewer"
+                f"--jobs is {jobs}, but of the {free:.1f} GB that are free each would have "
+                f"{free / jobs:.1f}, expected at least {LEAST}: give fewer"
             )
-        jobs = max(1, int(granted // LEAST))
-        print(f"{jobs} at a time, as there are {granted:.1f} GB and each case needs {LEAST}")
+        jobs = max(1, int(free // LEAST))
+        print(f"{jobs} at a time, as {free:.1f} GB are free and each case needs {LEAST}")
     threads = args.threads or max(1, cores // jobs)
-    memory = args.memory or granted / jobs
+    memory = args.memory or free / jobs
     return StudyArgs(**{**vars(args), "threads": threads, "memory": memory}), jobs
+
+
+def with_room(
+    args: StudyArgs, jobs: int, cases: list[Case], threads: int
+) -> tuple[StudyArgs, int, list[Case]]:
+    """Settings, number of processes and cases, so that the largest case fits into a process.
+
+    `threads` is what the user gave for each process, 0 for nothing.
+    """
+    need, name = max((bytes_of_case(case), case.name) for case in cases)
+    total = args.memory * jobs
+    fewer = max(1, min(jobs, int(total * 1e9 * USABLE // max(need, 1))))
+    if fewer == jobs:
+        return args, jobs, cases
+    needs = f"{name} needs about {limits.amount(need)} and {total:.1f} GB are free"
+    say(f"{fewer} at a time in place of {jobs}, as {needs}")
+    threads = threads or max(1, limits.granted_cores() // fewer)
+    cases = [replace(c, runtime=c.runtime._replace(threads=threads)) for c in cases]
+    return replace(args, threads=threads, memory=total / fewer), fewer, cases
 
 
 def check_weights(args: StudyArgs, cases: list[Case]) -> None:
@@ -184,6 +211,7 @@ def workers(args: StudyArgs, jobs: int) -> Iterator["Client"]:
                 n_workers=jobs,
                 threads_per_worker=1,
                 memory_limit=int(args.memory * 1e9),
+                worker_class=RememberingNanny,
                 host="127.0.0.1",
                 dashboard_address="127.0.0.1:0",  # Dask's, on a port that is free
                 silence_logs=logging.CRITICAL,
@@ -201,9 +229,10 @@ def fuse_all(client: "Client", cases: list[Case], records: dict[str, dict]) -> N
         key = f"{case.name}-{sha256(packed).hexdigest()}"
         waiting[client.submit(remote, packed, key=key, pure=False)] = case
     with tqdm(total=len(cases), unit="case", desc="study") as progress:
-        for future in as_completed(list(waiting)):
+        told = progress.write if client.cluster is None else lambda line: None  # else they come
+        for future in as_they_end(client, list(waiting), told):
             case = waiting.pop(future)
-            record = records[case.name] = result_of(future, case)
+            record = records[case.name] = result_of(client, future, case)
             if record["status"] == "failed":
                 progress.write(visible(f"{case.name}: failed: {record['message']}"))
             slow = max(records.values(), key=lambda r: r["seconds"])
@@ -217,25 +246,29 @@ def fuse_all(client: "Client", cases: list[Case], records: dict[str, dict]) -> N
     say("slowest: " + ", ".join(f"{r['name']} {r['seconds']:.1f} s" for r in slow))
 
 
-def result_of(future, case: Case) -> dict:
+def result_of(client: "Client", future: "Future", case: Case) -> dict:
     """The record of a case that has ended; a case whose worker died has failed."""
     try:
         return future.result()
-    except KilledWorker:
-        message = "its worker died twice, maybe for lack of memory: see --memory and --tile"
+    except KilledWorker as error:
+        message = death_of(client, error)
     except (CancelledError, CommClosedError):
         raise UserError("the cluster is gone; start again to go on") from None
     except Exception as error:  # such as a worker that lacks a package
         message = " ".join(f"{type(error).__name__}: {error}".split())
     record = {"name": case.name, "status": "failed", "message": message, "again": False}
-    return record | {"seconds": 0.0}
+    record["seconds"] = 0.0
+    write_record(case, record)  # its worker could not
+    return record
 
 
 def remote(packed: bytes) -> dict:
     """`run_case` of a packed case, imported where it runs: a scheduler needs nothing of ours."""
+    from distributed import get_worker
+
     from studies.run import run_case
 
-    return run_case(packed)
+    return run_case(packed, get_worker().memory_manager.memory_limit or 0)
 
 
 if __name__ == "__main__":

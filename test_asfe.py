@@ -14,7 +14,7 @@ This file turns flags into requests and prints results. fusing.py and volumes/ d
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from args_setting import ROOT, TASKS, TestArgs
@@ -76,6 +76,7 @@ def fuse_one(args: TestArgs, device: torch.device) -> None:
     model = optimise(load_model(args, args.task, device))
     [fused] = fuse_images([request], model)
     tell_oddities([fused.odd], args.task)
+    say_once(fused.notes)
     if fused.shift:
         say(line_of(fused.shift))
     for what, path in fused.files.items():
@@ -109,16 +110,18 @@ def fuse_folder(args: TestArgs, pairs: list[Pair], out: Path, device: torch.devi
     model = optimise(load_model(args, args.task, device))
     also = [Output("contact sheet", sheet, replaces=True)] if shown else []
     results = fuse_images(requests, model, args.batch_size, also)
-    rows, odd, samples = [], [], {}
+    rows, odd, samples, notes = [], [], {}, []
     started = time.perf_counter()
     for fused in tqdm(results, total=len(pairs), unit="pair", desc=f"{args.size} {args.task}"):
         name = fused.request.pair.name
         odd.append(fused.odd)
+        notes += fused.notes
         if name in shown:
             rows.append((name, views(fused)))
         if args.metrics:
             samples[name] = lumas(fused)
     tell_oddities(odd, args.task)
+    say_once(notes)
     say(f"{len(pairs)} pairs in {time.perf_counter() - started:.1f} s: {out}")
     if rows:
         titles = ["source 1", "source 2"] if args.task == "all" else [TASKS[args.task], "MRI"]
@@ -148,6 +151,12 @@ def fuse_demo(args: TestArgs, device: torch.device) -> None:
     say(f"look at {sheet}")
     if args.metrics:
         print_metrics(samples, "phantoms")
+
+
+def say_once(lines: Iterable[str]) -> None:
+    """Print each of these lines once."""
+    for line in dict.fromkeys(lines):
+        say(line)
 
 
 def views(fused: FusedImage) -> list[np.ndarray]:

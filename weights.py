@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 import cli
 import limits
-from args_setting import MODULES, ROOT, SIZES, ModelSize, WeightsArgs
-from cli import UserError
+from args_setting import MODULES, SIZES, ModelSize, WeightsArgs, shipped_path
+from cli import UserError, file_hash
 from network import ASFEFusion
 
 # Where the published checkpoints call a part otherwise; applied in this order.
@@ -56,13 +56,6 @@ BOUNDS = {
     "experts": (1, 64),
     "slots": (1, 4096),
 }
-
-
-def shipped_path(size: str, task: str) -> Path:
-    """The file of the weights of a size for a task, else for all; not every size is shipped."""
-    folder = ROOT / "model_pre"
-    own = folder / f"{size}_{task}.safetensors"
-    return own if own.is_file() else folder / f"{size}_all.safetensors"
 
 
 class Trained(NamedTuple):
@@ -136,6 +129,7 @@ def load_weights(
     path = Path(path)
     if not path.is_file():
         raise UserError(f"weights {path}: no such file")
+    digest = file_hash(path)
     if path.suffix == ".safetensors":
         state, metadata = read_safetensors(path)
     else:
@@ -146,6 +140,7 @@ def load_weights(
     state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     check_finite(state, f"weights {path}")
     model.load_state_dict(state, assign=True)
+    model.weights_sha256 = digest
     return model.to(device, memory_format=torch.channels_last).eval(), metadata
 
 

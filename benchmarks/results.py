@@ -29,13 +29,13 @@ from machine import ROOT, make_parser
 import evaluation.findings as planted
 import evaluation.one_source_tables as own_content
 from args_setting import DATA_DIR, TASKS
-from cli import UserError, run_script
+from cli import UserError, file_hash, run_script
 from dataset import Pair, case_of, people, read_pair, task_pairs
 from evaluation.compare import Comparison, Files, name_folders
 from evaluation.methods import Method, trivial_methods
 from evaluation.tables import FORMATS, table
 from evaluation.trivial import TRIVIAL
-from images import file_hash, read_luma8, to_uint8, write_bytes, write_png
+from images import read_luma8, to_uint8, write_bytes, write_png
 from inference import optimise
 from metrics import METRICS, PANEL, compare
 from network import HEADS

@@ -26,7 +26,7 @@ from cli import (
 from dataset import Pair, match_files
 from fusing import ImageRequest, check_plans, image_request_from
 from images import is_image
-from studies.bids import Choice, of_bids
+from studies.bids import Choice, find_pairs, of_bids
 from weights import Trained
 
 if TYPE_CHECKING:  # its packages are an extra
@@ -202,12 +202,39 @@ def value_of(column: Column, cell: str, where: str, folder: Path) -> Any:
 
 
 def check_path(path: Path, where: str, listing: Listing, there: bool) -> None:
-    """UserError for a path that `--inside` forbids, or, if it should be `there`, that is not."""
+    """UserError for a path that `--inside` forbids, or, if it should be `there`, that is not.
+
+    The former comes first: whether a file outside is there is nobody's business.
+    """
+    folder = listing.table.absolute().parent.resolve()
+    if listing.inside and not is_inside(path, folder):
+        raise UserError(f"{where} is {path}, which --inside forbids")
     if there and not path.exists():
         raise UserError(f"{where} is {path}: no such file or folder")
-    folder = listing.table.absolute().parent.resolve()
-    if listing.inside and not path.resolve().is_relative_to(folder):
-        raise UserError(f"{where} is {path}, which --inside forbids")
+    if listing.inside and there:
+        for file in files_of(path):
+            if not is_inside(file, folder):
+                raise UserError(f"{where} is {path}, for which {file} is read: --inside forbids it")
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path, with its links followed, lies in a folder; one that leads nowhere does not.
+
+    `folder` is resolved.
+    """
+    try:
+        return path.resolve().is_relative_to(folder)
+    except (OSError, RuntimeError):  # links in a circle
+        return False
+
+
+def files_of(path: Path) -> list[Path]:
+    """Every file that may be opened to read a source that is there."""
+    if not is_volume(path):
+        return [path]
+    with installed("volumes need"):
+        from volumes import io
+    return io.files_of(path)
 
 
 def of_folders(listing: Listing) -> Iterator[Found]:
@@ -216,6 +243,19 @@ def of_folders(listing: Listing) -> Iterator[Found]:
     matched, _ = match_files(*folders, listing.skip_unmatched, takes=is_source)
     for name, (path1, path2) in matched.items():
         yield name, {"img1": path1, "img2": path2}
+
+
+def left_out(listing: Listing) -> list[str]:
+    """A line for each file that is there and is not fused, with the reason.
+
+    A table names what is fused, so there are none for it.
+    """
+    if listing.bids:
+        return find_pairs(listing.choice).left_out
+    if listing.dir1 and listing.skip_unmatched:
+        _, names = match_files(listing.dir1, listing.dir2, skip_unmatched=True, takes=is_source)
+        return [f"{name}: left out, without a partner" for name in names]
+    return []
 
 
 def is_source(path: Path) -> bool:

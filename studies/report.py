@@ -9,6 +9,7 @@ import base64
 import csv
 import io
 import os
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
@@ -34,15 +35,19 @@ main { display: grid; grid-template-columns: repeat(auto-fill, minmax(380px, 1fr
 article { background: #20242b; padding: .8em; border-radius: 6px; overflow-wrap: anywhere }
 article { scroll-margin-top: 1em } article:target { outline: 2px solid #8ec7ff }
 img { max-width: 100%; display: block; margin-top: .4em }
-.failed { color: #ff8f84 } .bad { color: #ffc66d } p { margin: .2em 0 }
-td { overflow-wrap: anywhere } table, main { margin-top: 1em }
+.failed { color: #ff8f84 } .bad { color: #ffc66d } p, ul { margin: .2em 0 }
+td, li { overflow-wrap: anywhere } table, main, details { margin-top: 1em }
 """
 
 
-def write_report(out: Path, cases: list[Case], records: dict[str, dict]) -> Path:
+def write_report(
+    out: Path, cases: list[Case], records: dict[str, dict], left_out: Sequence[str] = ()
+) -> Path:
     """Write report.csv and report.html into `out`, each whole or not at all; the page's path.
 
-    `records` are those of `run_case` by the name of the case; a case without one was not run.
+    Args:
+        records: those of `run_case` by the name of the case; a case without one was not run.
+        left_out: lines for the page on files that are there and are no part of a case.
     """
     rows = [row_of(case, records.get(case.name)) for case in cases]
     rows.sort(key=lambda row: (ORDER.index(row["status"]), not row["doubts"]))  # else as before
@@ -54,7 +59,7 @@ def write_report(out: Path, cases: list[Case], records: dict[str, dict]) -> Path
     by_name = {case.name: case for case in cases}
     shown = [row for row in rows if row["status"] == "done"]
     articles = [article(r, by_name[r["name"]], records[r["name"]], out) for r in shown]
-    page = page_of(rows, articles)
+    page = page_of(rows, articles, left_out)
     write_bytes(out / "report.html", page.encode())
     return out / "report.html"
 
@@ -99,8 +104,8 @@ def result_of(case: Case) -> Path:
 # --- the page --------------------------------------------------------------------------------
 
 
-def page_of(rows: list[dict], articles: list[str]) -> str:
-    """The whole page: counts, failures, doubts, the slowest, then an article for each case done."""
+def page_of(rows: list[dict], articles: list[str], left_out: Sequence[str]) -> str:
+    """The whole page: counts, failures, doubts, what is left out, an article for each case done."""
     of = {status: [row for row in rows if row["status"] == status] for status in ORDER}
     doubtful = [row for row in of["done"] if row["doubts"]]
     slowest = sorted(of["done"], key=lambda row: -row["seconds"])[:3]
@@ -108,6 +113,7 @@ def page_of(rows: list[dict], articles: list[str]) -> str:
     doubts = "".join(line(link(row["name"]), row["doubts"]) for row in doubtful)
     slow = ", ".join(f"{link(row['name'])} ({row['seconds']:.1f} s)" for row in slowest)
     left = ", ".join(escape(row["name"]) for row in of["not run"])
+    files = "".join(f"<li>{escape(text)}</li>" for text in left_out)
     counts = ", ".join(f"{len(of[status])} {status}" for status in ("done", "failed", "not run"))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Fused study</title>'
@@ -116,6 +122,7 @@ def page_of(rows: list[dict], articles: list[str]) -> str:
         + (f'<table class="bad">{doubts}</table>' if doubts else "")
         + (f"<p>Not run: {left}</p>" if left else "")
         + (f"<p>Slowest: {slow}</p>" if slow else "")
+        + (f"<details open><summary>Left out</summary><ul>{files}</ul></details>" if files else "")
         + f"<main>{''.join(articles)}</main></body></html>\n"
     )
 
@@ -144,6 +151,8 @@ def article(row: dict, case: Case, record: dict, out: Path) -> str:
     text = f"<p>{escape(' · '.join(facts))}</p>"
     if row["doubts"]:
         text += f'<p class="bad">{escape(row["doubts"])}</p>'
+    for note in record.get("found", {}).get("notes", ()):
+        text += f"<p>{escape(note)}</p>"
     text += "".join(embedded(*picture) for picture in pictures(case, record))
     file = quote(Path(os.path.relpath(row["out"], out)).as_posix())
     name = escape(row["name"])

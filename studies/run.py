@@ -19,12 +19,15 @@ from typing import Any
 
 import torch
 
-from cli import UserError, setup_runtime
-from fusing import FusedImage, ImageRequest, fuse_images
-from images import file_hash, write_bytes
+import limits
+from args_setting import VERSION
+from cli import UserError, file_hash, setup_runtime
+from fusing import SOFTWARE, FusedImage, ImageRequest, fuse_images
+from images import write_bytes
 from inference import optimise
 from network import ASFEFusion
 from studies.cases import Case
+from studies.memory import USABLE
 from weights import Trained, load_model, weights_path
 
 ONE = threading.Lock()  # a worker with several threads still fuses one case at a time
@@ -32,16 +35,20 @@ NETWORKS: dict[tuple, ASFEFusion] = {}  # by content and device, the latest last
 KEPT = 2  # of them at a time: the paper size has 0.7 GB
 
 
-def run_case(packed: bytes) -> dict:
+def run_case(packed: bytes, memory: int = 0) -> dict:
     """Fuse one case, see `Case.packed`; returns its record.
 
+    `memory` is how many bytes the worker may use until it is ended; 0 for all that is free.
+
     A record has the keys name, status ("done", "failed"), message (one line), seconds, again
-    (whether it was done before), and of a case that is done also fingerprint, found (see
-    `found_by`), and inputs and outputs: {path: SHA-256}, of outputs relative to the record.
+    (whether it was done before), and of a case that is done also software, version and
+    weights_sha256, fingerprint, found (see `found_by`), and inputs and outputs: {path: SHA-256},
+    of outputs relative to the record.
     """
     with ONE:
         case = Case.unpacked(packed)
         started = time.perf_counter()
+        limits.Share.most = int(memory * USABLE)
         record = {"name": case.name, "status": "done", "message": "", "again": False}
         try:
             digest = file_hash(weights_path(case.trained, case.request.task))
@@ -50,6 +57,7 @@ def run_case(packed: bytes) -> dict:
             if is_done(case, before, print_of):
                 return before | {"again": True}
             case.record.unlink(missing_ok=True)
+            record |= {"software": SOFTWARE, "version": VERSION, "weights_sha256": digest}
             record |= {"fingerprint": print_of} | fuse(case, digest)
         except (UserError, OSError) as error:
             record |= {"status": "failed", "message": " ".join(str(error).split())}
@@ -57,8 +65,7 @@ def run_case(packed: bytes) -> dict:
             message = " ".join(f"{type(error).__name__}: {error}".split())
             record |= {"status": "failed", "message": message, "traceback": traceback.format_exc()}
         record["seconds"] = round(time.perf_counter() - started, 3)
-        case.record.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(case.record, (json.dumps(record, indent=1) + "\n").encode())
+        write_record(case, record)
         return record
 
 
@@ -89,7 +96,7 @@ def found_by(result: Any) -> dict:
     The keys are apart_mm (of volumes: how far apart the sources were, the mean over the head),
     apart_pixels (of images: the mean over the image), applied (False: it was only measured, nothing
     moved), coverage (of volumes: 0 to 1, the least share of the result's field that a source
-    covers), and doubts (lines).
+    covers), doubts and notes (lines; notes are on what was done in another way for lack of memory).
     """
     if isinstance(result, FusedImage):
         shift = result.shift
@@ -100,6 +107,7 @@ def found_by(result: Any) -> dict:
             "applied": bool(shift and shift.applied),
             "coverage": None,
             "doubts": [*(shift.doubts if shift else ()), *odd],
+            "notes": list(result.notes),
         }
     return {
         "apart_mm": result.apart_mm,
@@ -107,6 +115,7 @@ def found_by(result: Any) -> dict:
         "apart_pixels": None,
         "coverage": min(result.coverage),
         "doubts": list(result.doubts),
+        "notes": list(result.notes),
     }
 
 
@@ -138,6 +147,12 @@ def is_done(case: Case, record: dict, print_of: str) -> bool:
     files = {Path(name): value for name, value in record["inputs"].items()}
     files |= {case.record.parent / name: value for name, value in record["outputs"].items()}
     return all(path.is_file() and file_hash(path) == value for path, value in files.items())
+
+
+def write_record(case: Case, record: dict) -> None:
+    """Write down what became of a case."""
+    case.record.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(case.record, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def read_record(path: Path) -> dict:

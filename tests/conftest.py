@@ -2,6 +2,8 @@
 
 import os
 import runpy
+import shutil
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -103,6 +105,25 @@ def brighter(monkeypatch):
     from volume_files import Brighter
 
     stand_in(monkeypatch, Brighter())
+
+
+@pytest.fixture
+def dicom_errors():
+    """The errors that dciodvfy has for a DICOM file, of the kind by which it should know it."""
+    program = shutil.which("dciodvfy")
+    if not program:
+        reason = "needs dciodvfy (Debian: dicom3tools)"
+        if os.environ.get("ASFE_DICOM") == "required":
+            pytest.fail(f"ASFE_DICOM=required, but the test {reason}")
+        pytest.skip(reason)
+
+    def errors(path: Path, kind: str) -> list[str]:
+        done = subprocess.run([program, "-new", path], capture_output=True, text=True)
+        lines = (done.stdout + done.stderr).splitlines()
+        assert kind in lines, "it knows the file by its class"
+        return [line for line in lines if line.startswith("Error")]
+
+    return errors
 
 
 @pytest.fixture(scope="session")

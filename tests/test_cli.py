@@ -1,18 +1,20 @@
 """Flags, one-line errors, and the set-up of a process."""
 
+import hashlib
 import importlib.util
 import os
 import platform
 import subprocess
 import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import get_type_hints
 
 import pytest
 import torch
 
 import args_setting
-from args_setting import ROOT, TASKS, CommonArgs, TestArgs, TrainArgs, setting
+from args_setting import ROOT, TASKS, VERSION, CommonArgs, TestArgs, TrainArgs, setting
 from cli import (
     CASES,
     MODES,
@@ -141,7 +143,7 @@ COUNTS = {  # of test_asfe.py: the first letters of the modes, and of the tasks 
     "png mosaic dicom moved transform labels": "v",
     "window": "v CT",
     "suv": "v PET",
-    "colour via": "v PET SPECT",
+    "colour rgb via": "v PET SPECT",
 }
 LETTERS = dict(zip("t2ovd", MODES, strict=True))
 
@@ -499,3 +501,45 @@ def test_freed_memory_is_kept():
         # at best, as a small thing in a gap may cost a map its old address once; of up to 24576
         assert kept[0] < 100
         assert kept[0] < returned[-1]
+
+
+# --- the version -----------------------------------------------------------------------------
+
+
+def said_version(capsys, cls, *argv: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        parse_args(cls, list(argv))
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_version_names_the_weights_that_would_be_loaded(capsys, tmp_path):
+    """Wherever the flag stands; of a command without weights it is one line."""
+
+    def told(path: Path) -> str:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return f"weights {path.name}: SHA-256 {digest}\n"
+
+    first, folder = f"ASFE-Fusion {VERSION}\n", ROOT / "model_pre"
+    assert said_version(capsys, args_setting.DataArgs, "--version") == first
+    pet = folder / "compact_PET-MRI.safetensors"
+    for argv in (["--version", "--task", "PET-MRI"], ["--task", "PET-MRI", "--version"]):
+        assert said_version(capsys, TestArgs, *argv) == first + told(pet)
+    own = tmp_path / "own.safetensors"
+    assert "own.safetensors: not there" in said_version(
+        capsys, TestArgs, "--version", "--weights", str(own)
+    )
+    own.write_bytes(b"anything")
+    for cls in (TestArgs, args_setting.StudyArgs, args_setting.MetricArgs):
+        lines = said_version(capsys, cls, "--version", "--weights", str(own))
+        assert lines == first + told(own)
+    lines = said_version(capsys, args_setting.AppArgs, "--version", "--weights-dir", str(tmp_path))
+    assert lines == first + told(own)
+
+
+def test_the_version_needs_no_torch(tmp_path):
+    code = "import runpy, sys; sys.argv = ['test_asfe.py', '--version']\ntry:\n"
+    code += "    runpy.run_path('test_asfe.py', run_name='__main__')\nfinally:\n"
+    code += "    assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("ASFE-Fusion "), done.stderr

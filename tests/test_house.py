@@ -9,7 +9,7 @@ from args_setting import ROOT
 LAYERS = (  # a file imports from layers before its own, or from its own without a circle
     {"args_setting", "cli", "limits"},
     {"network", "losses", "images"},
-    {"inference", "weights", "dataset", "checkpoints", "phantom"},
+    {"inference", "weights", "dataset", "checkpoints", "phantom", "tiles"},
     {"volumes", "evaluation", "fusing"},
     {"metrics"},
     {"train_asfe", "test_asfe", "app", "classify_asfe", "export_onnx", "hubconf", "onnx_example"}

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import cv2
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -329,27 +330,31 @@ def test_the_limit_of_addresses_counts(tmp_path):
         resource.setrlimit(resource.RLIMIT_AS, old)
 
 
-def test_the_need_of_a_pair_is_known_before(monkeypatch):
+def test_the_share_of_a_worker_counts(tmp_path, monkeypatch):
+    """Less what it holds already."""
+    files = {"proc/self/statm": f"9 {GB // os.sysconf('SC_PAGE_SIZE')} 0"}
+    root = machine(tmp_path, "0::/\n", files)
+    assert limits.free_bytes(root) == 8 * GB
+    monkeypatch.setattr(limits.Share, "most", 3 * GB)
+    assert limits.free_bytes(root) == 2 * GB
+
+
+def test_the_need_of_a_pair_is_known_before():
     compact, paper = (limits.needed_bytes(1024**2, SIZES[name]) for name in ("compact", "paper"))
     assert GB / 2 < compact < 2 * GB < 4 * GB < paper < 8 * GB
     other = limits.needed_bytes(1024**2, ModelSize(channels=(8, 8, 8, 8, 8)))
     assert 0 < other < paper
-    monkeypatch.setattr(limits, "free_bytes", lambda: 9 * GB)
-    limits.check_room(2048, 2048, SIZES["compact"])
-    with pytest.raises(UserError, match=r"5000x5000 pixels needs about 23.3 GB .* 9.0 GB are free"):
-        limits.check_room(5000, 5000, SIZES["compact"])
 
 
-def test_a_pair_that_does_not_fit_is_refused_before_anything_is_written(
-    call, tmp_path, monkeypatch
-):
-    for name in ("a.png", "b.png"):
-        Image.new("L", (512, 512), 9).save(tmp_path / name)
-    monkeypatch.setattr(limits, "free_bytes", lambda: GB // 5)
-    pair = ["--img1", tmp_path / "a.png", "--img2", tmp_path / "b.png"]
-    code, _, err = call(*pair, "--out", tmp_path / "out" / "f.png", "--DEVICE", "cpu")
-    assert code == 2 and "512x512 pixels needs about 0.2 GB of memory, but 0.2 GB are free" in err
-    assert not (tmp_path / "out").exists()
+def test_a_volume_that_does_not_fit_is_refused_by_its_header(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "free_bytes", lambda: GB // 10)
+    path = tmp_path / "a.nii.gz"
+    nib.Nifti1Image(np.zeros((256, 256, 512), np.int16), np.eye(4)).to_filename(path)
+    with pytest.raises(UserError, match=r"256x256x512 voxels, which need about 134 MB .* 107 MB"):
+        read_volume(path)
+    with pytest.raises(UserError, match="a grid of 1 mm would have 300x300x300 voxels, which need"):
+        limits.check_grid("a grid of 1 mm would have", (300, 300, 300), "take cubes of 2 mm")
+    limits.check_grid("a grid of 1 mm would have", (100, 100, 100), "take cubes of 2 mm")
 
 
 # --- small parts -----------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What a run may write: outputs that meet something, what an earlier run left, and one decode."""
 
+import hashlib
 import json
 import os
 import re
@@ -18,13 +19,16 @@ from volume_files import SHAPE, Brighter, affine_of, numbered
 import fusing
 import images
 import volumes
-from args_setting import ROOT
+from args_setting import ROOT, VERSION, shipped_path
 from cli import UserError
 from dataset import Pair
 from fusing import AHEAD, ImageRequest, fuse_images, listed_as
 from images import part_of, write_png
+from inference import optimise
+from network import ASFEFusion
 from phantom import phantom_pair
 from volumes import fuse_volumes, request_from
+from weights import load_weights, save_weights
 
 OFF = ["--register", "off", "--force", "all"]
 
@@ -78,6 +82,19 @@ def test_a_registered_image_does_not_go_through_a_file(call, brighter, tmp_path,
     told = json.loads((tmp_path / "f.json").read_text())
     assert told["registration"]["applied"] and 3 < told["registration"]["moved_pixels"] < 5
     assert set(told["files"]) == {"f.png", "f_img2.png", "f.tfm", "f_registration.png", "f.json"}
+    assert told["version"] == VERSION and told["weights_sha256"] is None, "of no file"
+
+
+def test_a_network_knows_the_file_of_its_values(tmp_path):
+    """Also the one that is optimised; a changed file has another hash."""
+    path = shipped_path("compact", "CT-MRI")
+    model, metadata = load_weights(path)
+    assert model.weights_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert optimise(model).weights_sha256 == model.weights_sha256
+    model.decoder.outlayer.bias.data += 0.5
+    save_weights(model, tmp_path / "w.safetensors", metadata)
+    assert load_weights(tmp_path / "w.safetensors")[0].weights_sha256 != model.weights_sha256
+    assert ASFEFusion("compact").weights_sha256 is None
 
 
 def test_a_volume_is_read_once_also_to_show_it_before(tmp_path, monkeypatch):

@@ -2,29 +2,36 @@
 
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
+from dicom_files import write_series
 from study_files import AFFINE, draw_pair, rows_of, write_study, write_table, write_volume, written
 from task_files import files, write_task
 
 pytest.importorskip("distributed", reason="needs requirements-study.txt")
+import limits
 import study
 import test_asfe
 import volumes
-from args_setting import StudyArgs, TestArgs
-from cli import UserError, parse_args
+from args_setting import VERSION, StudyArgs, TestArgs, shipped_path
+from cli import UserError, file_hash, parse_args
 from images import write_png
 from phantom import phantom_pair
 from studies import run
 from studies.cases import Case, Runtime
+from studies.memory import USABLE, bytes_of_case
 from studies.report import write_report
 from volumes import request_from
 from volumes.requests import Levels
 from weights import Trained, load_weights, save_weights
+
+SHIPPED = file_hash(shipped_path("compact", "CT-MRI"))
 
 
 @pytest.fixture
@@ -178,6 +185,126 @@ def test_files_of_two_cases_may_not_meet(table, tmp_path):
         cases_of(tmp_path / "o", table=table)
 
 
+def test_what_is_left_out_is_said_and_in_the_report(call, tmp_path, monkeypatch):
+    """Of two folders, and of a BIDS folder."""
+    monkeypatch.setattr(study, "workers", lambda *_: nullcontext())
+    monkeypatch.setattr(study, "fuse_all", lambda *_: None)
+    for name in ("1/a.png", "2/a.png", "2/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_png(tmp_path / name, np.zeros((32, 32), np.uint8))
+    for name in ("sub-1_ct", "sub-1_T1w", "sub-2_ct"):
+        write_volume(tmp_path / "bids" / name[:5] / f"{name}.nii.gz", draw_pair(0)[0])
+    ways = {
+        "b: left out, without a partner": ("--dir1", tmp_path / "1", "--dir2", tmp_path / "2"),
+        "sub-2/sub-2_ct.nii.gz: left out, its subject has": ("--bids", tmp_path / "bids"),
+    }
+    for line, argv in ways.items():
+        skip = ["--skip-unmatched"] if "--dir1" in argv else []
+        code, out, err = call(*argv, *skip, "--out", tmp_path / "o")
+        assert code == 0 and line in out, err
+        assert f"<li>{line}" in (tmp_path / "o" / "report.html").read_text()
+
+
+META = "NDims = 3\nDimSize = 16 16 16\nElementType = MET_SHORT\n"
+NRRD = "NRRD0004\ntype: short\ndimension: 3\nsizes: 16 16 16\nencoding: raw\nendian: little\n"
+HEADERS = {  # that name ../outside/secret.raw, each in its own way
+    "plain.mhd": f"{META}ElementDataFile = ../outside/secret.raw\n",
+    "whole.mha": f"{META}ElementDataFile = OUTSIDE/secret.raw\n",
+    "list.mhd": f"{META}ElementDataFile = LIST\n../outside/secret.raw\n",
+    "pattern.mhd": f"{META}ElementDataFile = ../outside/s%dcret.raw 0 0 1\n",
+    "indented.mhd": f"{META}   ElementDataFile = ../outside/secret.raw\n",
+    "plain.nhdr": f"{NRRD}data file: ../outside/secret.raw\n",
+    "other.nrrd": f"{NRRD}datafile: OUTSIDE/secret.raw\n",
+    "upper.nhdr": f"{NRRD}DATA FILE: ../outside/secret.raw\n",
+    "list.nhdr": f"{NRRD}data file: LIST 3\n../outside/secret.raw\n",
+    "half.nhdr": f"{NRRD}data file: LIST 3\nct00.nii.gz\n../outside/secret.raw\n",
+}
+
+
+def draw_outside(table) -> Path:
+    """A folder beside the table's with what --inside forbids."""
+    outside = table.parent.parent / "outside"
+    outside.mkdir()
+    values = np.full((16, 16, 16), 77, np.int16)
+    (outside / "secret.raw").write_bytes(values.tobytes())
+    (outside / "s0cret.raw").write_bytes(values.tobytes())
+    nib.Nifti1Pair(values, AFFINE).to_filename(outside / "pair.img")
+    nib.Nifti1Image(values, AFFINE).to_filename(outside / "ct.nii.gz")
+    (outside / "ct.json").write_text("{}")
+    (outside / "series").mkdir()
+    (outside / "series" / "1.dcm").write_bytes(bytes(200))
+    return outside
+
+
+def inside_line(table, cell: str, column: str = "img1") -> str:
+    """The error of a table with one such cell under --inside."""
+    row = {"img1": "ct00.nii.gz", "img2": "mri00.nii.gz", "name": "a"} | {column: cell}
+    with pytest.raises(UserError) as caught:
+        cases_of(table.parent.parent / "o", table=write_table(table, [row]), inside=True)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_header_does_not_lead_out_of_the_folder(table, name):
+    outside = draw_outside(table)
+    text = HEADERS[name].replace("OUTSIDE", str(outside))
+    (table.parent / name).write_bytes(text.encode() + (b"" if "NRRD" in text else bytes(9000)))
+    line = inside_line(table, name)
+    assert "for which" in line and "cret.raw is read: --inside forbids it" in line
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "cell"),
+    [
+        ("a.nii.gz", "ct.nii.gz", "a.nii.gz"),
+        ("folder", ".", "folder/ct.nii.gz"),
+        ("folder", "series", "folder"),
+        ("dicom/2.dcm", "series/1.dcm", "dicom"),
+        ("dicom/deep/2.dcm", "series/1.dcm", "dicom"),
+        ("own.img", "pair.img", "own.hdr"),
+        ("own.json", "ct.json", "own.hdr"),
+        ("own.mat", "ct.json", "own.hdr"),
+        ("ct00.json", "ct.json", "ct00.nii.gz"),
+        ("circle", "../in/circle", "circle"),
+        ("nowhere.nii", "nowhere.nii", "nowhere.nii"),
+    ],
+)
+def test_a_link_does_not_lead_out_of_the_folder(table, link, target, cell):
+    outside = draw_outside(table)
+    (table.parent / "dicom" / "deep").mkdir(parents=True)
+    (table.parent / "dicom" / "1.dcm").write_bytes(bytes(200))
+    nib.Nifti1Pair(draw_pair(0)[0], AFFINE).to_filename(table.parent / "own.img")
+    if (table.parent / link).exists():
+        (table.parent / link).unlink()
+    (table.parent / link).symlink_to(outside / target)
+    assert "--inside forbids" in inside_line(table, cell)
+    for column in ("via", "labels", "register", "weights"):
+        row = {"task": "PET-MRI"} if column == "via" else {}
+        if not (table.parent / cell).is_file() and column == "register":
+            continue  # then it is a word
+        rows = [{"img1": "ct01.nii.gz", "img2": "mri00.nii.gz", "name": "a", column: cell} | row]
+        with pytest.raises(UserError, match="--inside forbids"):
+            cases_of(table.parent.parent / "o", table=write_table(table, rows), inside=True)
+
+
+def test_whether_a_file_outside_is_there_is_not_told(table):
+    draw_outside(table)
+    for name in ("ct.nii.gz", "gone.nii.gz"):
+        assert inside_line(table, f"../outside/{name}").endswith("which --inside forbids")
+    for column in ("dicom", "moved", "transform"):
+        assert inside_line(table, "../outside/new.nii.gz", column).endswith("--inside forbids")
+
+
+def test_what_lies_inside_is_taken_through_headers_and_links(table):
+    (table.parent / "deep").mkdir()
+    (table.parent / "deep" / "own.raw").write_bytes(np.full(4096, 7, np.int16).tobytes())
+    (table.parent / "own.mhd").write_text(f"{META}ElementDataFile = deep/own.raw\n")
+    (table.parent / "link.mhd").symlink_to("own.mhd")
+    for name in ("own.mhd", "link.mhd"):
+        rows = [{"img1": name, "img2": "mri00.nii.gz", "name": "a"}]
+        assert cases_of(table.parent.parent / "o", table=write_table(table, rows), inside=True)
+
+
 # --- one case --------------------------------------------------------------------------------
 
 
@@ -187,8 +314,13 @@ def test_a_case_is_what_test_asfe_makes_of_it(table, tmp_path):
     (image,) = cases_of(tmp_path / "a", dir1=data / "CT", dir2=data / "MRI")
     run.NETWORKS.clear()
     for case in (volume, image):
-        assert run.run_case(case.packed())["status"] == "done"
+        record = run.run_case(case.packed())
+        assert record["status"] == "done"
+        assert (record["software"], record["version"]) == ("ASFE-Fusion", VERSION)
+        assert record["weights_sha256"] == SHIPPED
     assert len(run.NETWORKS) == 1, "loaded once"
+    told = json.loads((tmp_path / "a" / "c00.json").read_text())
+    assert told["weights_sha256"] == SHIPPED and told["version"] == VERSION
     sources = {"img1": table.parent / "ct00.nii.gz", "img2": table.parent / "mri00.nii.gz"}
     files = {"out": tmp_path / "b" / "c00.nii.gz", "mosaic": tmp_path / "b" / "c00_mosaic.png"}
     test_asfe.main(TestArgs(register="off", **sources, **files))
@@ -325,6 +457,76 @@ def test_a_case_that_fails_is_written_down(table, tmp_path, brighter, monkeypatc
     assert "in run_case" in json.loads(cases[1].record.read_text())["traceback"]
 
 
+# --- memory ----------------------------------------------------------------------------------
+
+
+def test_fewer_run_at_once_where_the_largest_case_needs_more(tmp_path, monkeypatch, capsys):
+    """One line names the case; what the user gave stays."""
+    for name in ("1/a.png", "2/a.png", "1/b.png", "2/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        side = 2048 if name.endswith("b.png") else 32
+        write_png(tmp_path / name, np.zeros((side, side), np.uint8))
+    monkeypatch.setattr(limits, "free_bytes", lambda: 16 * 10**9)
+    monkeypatch.setattr(limits, "granted_cores", lambda: 8)
+    given = {"dir1": tmp_path / "1", "dir2": tmp_path / "2", "out": tmp_path / "o"}
+    args, jobs = study.shares(StudyArgs(**given))
+    cases = study.cases_of(args)[1]
+    assert jobs == 4 and [bytes_of_case(case) // 10**9 for case in cases] == [0, 5]
+    args, jobs, cases = study.with_room(args, jobs, cases, 0)
+    line = "2 at a time in place of 4, as b needs about 5.7 GB and 16.0 GB are free\n"
+    assert capsys.readouterr().out == line
+    assert (jobs, args.memory, args.threads) == (2, 8, 4)
+    assert {case.runtime.threads for case in cases} == {4}
+    monkeypatch.setattr(study, "workers", lambda args, jobs: nullcontext(jobs))
+    seen = []
+    monkeypatch.setattr(study, "fuse_all", lambda jobs, *_: seen.append(jobs))
+    for own, expected in (({}, 2), ({"jobs": 4}, 4), ({"memory": 4}, 4)):
+        study.main(StudyArgs(**given, **own))
+        assert seen.pop() == expected
+
+
+def test_the_need_of_volumes_comes_from_their_headers(table, tmp_path):
+    """Of each format; and what cannot be read needs nothing, as it will fail."""
+    shape = (64, 48, 40)
+    ct, voxels = np.zeros(shape, np.int16), 64 * 48 * 40
+    image = sitk.GetImageFromArray(ct.T)
+    for name in ("ct.mha", "ct.nrrd"):
+        sitk.WriteImage(image, str(table.parent / name))
+    nib.Nifti1Pair(ct, AFFINE).to_filename(table.parent / "ct.img")
+    write_volume(table.parent / "ct.nii.gz", ct)
+    write_series(table.parent / "dicom", ct, AFFINE, "CT")
+    pairs = [("ct.mha", "ct.nrrd"), ("ct.hdr", "ct.nii.gz"), ("dicom", "ct.nii.gz")]
+    pairs += [("mri01.nii.gz", "ct.nii.gz")]
+    rows = [{"img1": a, "img2": b, "name": f"c{n}"} for n, (a, b) in enumerate(pairs)]
+    cases = cases_of(tmp_path / "o", table=write_table(table, rows))
+    *told, broken = [bytes_of_case(case) for case in cases]
+    held = limits.BYTES_OF_PROCESS["compact"]
+    exact = held + voxels * (2 * limits.BYTES_OF_VOXEL + limits.BYTES_ON_GRID) + 64 * 48 * 1200
+    assert told[0] == told[1] == exact and broken == 0
+    assert exact < told[2] < exact + 4 * 10**8, "by the bytes of the files, and slices of 512"
+
+
+def test_a_case_takes_tiles_in_a_small_share(tmp_path, monkeypatch):
+    """Its record and the report say so; the share counts what the process holds already."""
+    for name, image in zip(("1/a.png", "2/a.png"), phantom_pair("CT-MRI", 512), strict=True):
+        (tmp_path / name).parent.mkdir()
+        write_png(tmp_path / name, image)
+    (case,) = cases_of(tmp_path / "o", dir1=tmp_path / "1", dir2=tmp_path / "2", DEVICE="cpu")
+    monkeypatch.setattr(limits.Share, "most", 0)
+    monkeypatch.setattr(limits, "resident", lambda root: 10**9)
+    record = run.run_case(case.packed(), int(1.2e9 / USABLE))
+    [note] = record["found"]["notes"]
+    assert "a pair of 512x512 pixels needs about 315 MB and 200 MB are free" in note
+    assert "fused in tiles of 256 pixels" in note
+    page = write_report(tmp_path / "o", [case], {"a": record}).read_text()
+    assert f"<p>{note}</p>" in page
+    tight = run.run_case(case.packed(), int(1.05e9 / USABLE))
+    assert tight["again"], "what is done is done, however little memory there is"
+    case.record.unlink()
+    tight = run.run_case(case.packed(), int(1.05e9 / USABLE))
+    assert tight["status"] == "failed" and "50 MB are free; end other" in tight["message"]
+
+
 # --- the report ------------------------------------------------------------------------------
 
 
@@ -348,7 +550,9 @@ def test_report_has_failures_on_top_and_needs_nothing_else(tmp_path):
         "fine": {"status": "done", "message": "", "seconds": 4.2, "found": found, "outputs": files},
         "bad": {"status": "failed", "message": "no <volume>", "seconds": 0.1},
     }
-    page = write_report(out, cases, records).read_text()
+    left = ["sub-1/<a>_T1w.nii: left out, no CT or PET goes with it"]
+    page = write_report(out, cases, records, left).read_text()
+    assert f"<li>{left[0].replace('<a>', '&lt;a&gt;')}</li>" in page
     rows = rows_of(out)
     assert list(rows) == ["bad", "left", "fine", "calm"] and rows["left"]["status"] == "not run"
     assert (rows["fine"]["moved_mm"], rows["fine"]["coverage_percent"]) == ("3.46", "87")

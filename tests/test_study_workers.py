@@ -1,5 +1,7 @@
 """study.py with workers: they die, the run dies, and another cluster gives the same files."""
 
+import itertools
+import json
 import os
 import random
 import re
@@ -9,20 +11,24 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import dying
 import pytest
 from study_files import rows_of, write_study, written
 
 pytest.importorskip("distributed", reason="needs requirements-study.txt")
+from distributed import KilledWorker, LocalCluster
 from distributed.comm import CommClosedError
 
 import limits
 import study
 from args_setting import ROOT, StudyArgs
 from cli import UserError, parse_args
+from studies import workers as study_workers
 from studies.cases import RECORDS
 from studies.run import run_case
+from studies.workers import death_of
 
 PATIENCE = 300  # seconds for a start or an end; a busy machine is slow
 
@@ -179,20 +185,108 @@ def test_another_cluster_gives_the_same_files(tmp_path):
     assert written(tmp_path / "out") == expected and broken <= rows_of(tmp_path / "out").keys()
 
 
-def test_a_case_that_kills_its_worker_twice_has_failed(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "remote", dying.dies)
-    monkeypatch.setenv("ASFE_TEST_MARK", str(tmp_path / "mark"))
-    table, _ = write_study(tmp_path / "in", 4)
-    args, jobs = study.shares(StudyArgs(table=table, out=tmp_path / "out", jobs=1))
+def records_of_dying(folder: Path, **given) -> dict[str, dict]:
+    """The records of four cases on one worker of this machine, which some of them kill."""
+    table, _ = write_study(folder, 4)
+    args, jobs = study.shares(StudyArgs(table=table, out=folder / "out", jobs=1, **given))
     _, cases = study.cases_of(args)
     records = {}
     with study.workers(args, jobs) as client:
         study.fuse_all(client, cases[1:] + cases[:1], records)
+    return records
+
+
+DEATHS = {
+    "SIGKILL": r"killed \(SIGKILL\), as the system does for lack of memory; take fewer --jobs",
+    "SIGSEGV": r"a library crashed on one of its sources \(SIGSEGV\); export the source again",
+    "SIGTERM": "ended by SIGTERM",
+    "EXIT": "its process ended with exit code 7",
+}
+
+
+@pytest.mark.parametrize("how", DEATHS)
+def test_a_case_that_kills_its_worker_twice_has_failed(tmp_path, monkeypatch, capsys, how):
+    monkeypatch.setattr(study, "remote", dying.dies)
+    monkeypatch.setenv("ASFE_TEST_MARK", str(tmp_path / "mark"))
+    monkeypatch.setenv("ASFE_TEST_DEATH", how)
+    records = records_of_dying(tmp_path)
     assert {n: r["status"] for n, r in records.items()} == {
         "c00": "failed",
         **dict.fromkeys(("c01", "c02", "c03"), "done"),
     }
-    assert "died twice" in records["c00"]["message"]
+    assert re.match(f"its worker died twice: {DEATHS[how]}", records["c00"]["message"])
+    told = json.loads((tmp_path / "out" / RECORDS / "c00.json").read_text())
+    assert told == records["c00"]
+    assert "waiting for workers" not in "".join(capsys.readouterr()), "they come by themselves"
+
+
+def test_a_case_that_takes_more_than_its_share_has_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "LEAST", 0.3)
+    monkeypatch.setattr(study, "remote", dying.dies)
+    monkeypatch.setenv("ASFE_TEST_MARK", str(tmp_path / "mark"))
+    monkeypatch.setenv("ASFE_TEST_DEATH", "MEMORY")
+    message = records_of_dying(tmp_path, memory=0.5)["c00"]["message"]
+    assert message.startswith("its worker died twice: it used more than 0.5 GB of memory; take")
+
+
+def test_how_a_worker_of_a_cluster_died_is_not_made_up():
+    class Client:
+        def get_events(self, topic):
+            return [(0.0, {"worker": "tcp://b:1", "pid": 9, "rss": 1})]
+
+    def of(address: str, times: int = 1) -> str:
+        last = SimpleNamespace(address=address, pid=9, memory_limit=4e9)
+        return death_of(Client(), KilledWorker("c00", last, times))
+
+    told = "its cluster does not tell how; see the log of the worker at tcp://a:1"
+    assert of("tcp://a:1") == f"its worker died twice: {told}"
+    assert of("tcp://a:1", 3) == f"its worker died 4 times: {told}"
+    assert "it used more than 4.0 GB of memory" in of("tcp://b:1")
+
+
+def test_a_cluster_without_workers_is_told_of(tmp_path):
+    table, _ = write_study(tmp_path / "in", 4)
+    with LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address="127.0.0.1:0") as cluster:
+        argv = [table, "--out", tmp_path / "out", "--scheduler", cluster.scheduler_address]
+        process, log = start(*argv, log=tmp_path / "log"), tmp_path / "log"
+        try:
+            line = f"waiting for workers: start some by `dask worker {cluster.scheduler_address} "
+            wait_for(lambda: line in log.read_text(), process)
+            assert process.poll() is None
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_that_there_are_no_workers_is_said_again(monkeypatch):
+    """Also after some had been there: once a minute, and at once when they are gone."""
+    monkeypatch.setattr(study_workers, "LOOK", 0)
+    clock, counts, lines = itertools.count(0, 10), iter([0] * 8 + [1] * 3 + [0] * 3), []
+
+    class Left:
+        def __init__(self, futures):
+            self.ready = False
+
+        def count(self):
+            return 0 if self.ready else 1
+
+        def has_ready(self):
+            return self.ready
+
+    left = Left(())
+
+    def workers(client):
+        count = next(counts, None)
+        left.ready = count is None
+        return count
+
+    monkeypatch.setattr(study_workers, "as_completed", lambda futures: left)
+    monkeypatch.setattr(study_workers, "workers_of", workers)
+    monkeypatch.setattr(study_workers, "waiting_line", lambda client: "waiting")
+    monkeypatch.setattr(study_workers.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(study_workers.time, "sleep", lambda seconds: None)
+    assert list(study_workers.as_they_end(None, [], lines.append)) == []
+    assert lines == ["waiting"] * 3
 
 
 def test_a_cluster_that_is_not_there_is_one_line(tmp_path, monkeypatch, in_process):
@@ -210,12 +304,14 @@ def test_a_cluster_that_goes_and_memory_for_nothing_are_one_line(monkeypatch):
             raise CommClosedError("Stream is closed")
 
     with pytest.raises(UserError, match="the cluster is gone; start again to go on"):
-        study.result_of(Future(), None)
-    monkeypatch.setattr(limits, "granted_memory", lambda: 5e9)
+        study.result_of(None, Future(), None)
+    monkeypatch.setattr(limits, "free_bytes", lambda: 5e9)
     monkeypatch.setattr(limits, "granted_cores", lambda: 16)
     args, jobs = study.shares(StudyArgs())
     assert (jobs, args.threads, args.memory) == (2, 8, 2.5)
-    with pytest.raises(UserError, match=r"--jobs is 4, but of 5\.0 GB each would have 1\.2"):
+    with pytest.raises(
+        UserError, match=r"--jobs is 4, but of the 5\.0 GB that are free each would have 1\.2"
+    ):
         study.shares(StudyArgs(jobs=4))
     with pytest.raises(UserError, match=r"--memory is 0\.3, expected at least 2"):
         study.shares(StudyArgs(memory=0.3))

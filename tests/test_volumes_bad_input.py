@@ -13,7 +13,9 @@ import pytest
 from dicom_files import SECRET, sample, write_series
 from volume_files import SHAPE, SPACING, affine_of, numbered, write
 
+from cli import UserError
 from volumes.grid import RAS_LPS
+from volumes.io import read_volume
 
 AFFINE, DATA = affine_of("identity"), numbered()
 WINDOW = ["--window", "2000,4000"]  # DATA is not in HU
@@ -352,3 +354,30 @@ def test_nan_to_zero_goes_on_and_says_so(call, brighter, heads, tmp_path):
     argv += [*OFF, "--nan-to-zero", "--force", "overlap"]
     code, stdout, err = call(*argv)
     assert code == 0 and "2 voxels are NaN or infinite" in stdout and "taken as 0" in stdout, err
+
+
+META = b"NDims = 3\nDimSize = 16 16 16\nElementType = MET_SHORT\n"
+NRRD = b"NRRD0004\ntype: short\ndimension: 3\nsizes: 16 16 16\nencoding: raw\nendian: little\n"
+TWO_WAYS = {  # headers that ITK reads in another way than our check: secret.raw in place of zeros
+    "colon.mha": META + b"ElementDataFile: secret.raw\nElementDataFile = LOCAL\n",
+    "both.mha": META + b"ElementDataFile := secret.raw\nElementDataFile = LOCAL\n",
+    "broken.mha": META + b"ElementDataFile \n= secret.raw\nElementDataFile = LOCAL\n",
+    "return.nrrd": NRRD + b"content: a\rdata file: secret.raw\n\n",
+}
+
+
+@pytest.mark.parametrize("name", TWO_WAYS)
+def test_a_header_that_can_be_read_in_two_ways_is_refused(tmp_path, name):
+    """Else it could name a file that `--inside` and the fingerprint of a case do not know of."""
+    (tmp_path / "secret.raw").write_bytes(np.full(4096, 77, np.int16).tobytes())
+    (tmp_path / name).write_bytes(TWO_WAYS[name] + bytes(9000))
+    with pytest.raises(UserError, match="damaged or not"):
+        read_volume(tmp_path / name)
+
+
+def test_a_file_that_a_list_names_must_be_there(tmp_path):
+    (tmp_path / "a.raw").write_bytes(bytes(512))
+    names = b"a.raw\n" * 15 + b"gone.raw\n"
+    (tmp_path / "a.mhd").write_bytes(META + b"ElementDataFile = LIST\n" + names)
+    with pytest.raises(UserError, match="file that should have its voxels is not there"):
+        read_volume(tmp_path / "a.mhd")

@@ -12,10 +12,11 @@ from scipy import ndimage
 from volume_files import Brighter
 
 from args_setting import ROOT
+from tiles import fuse_tiled, reduction, tile_starts
 from volumes.grid import slices
 from volumes.intensity import STORED_ONE, ct_scaling
 from volumes.requests import Slicing
-from volumes.tiles import fuse_slices, fuse_tiled, reduction, tile_starts
+from volumes.tiles import fuse_slices, passes_of
 from weights import load_weights
 
 
@@ -139,8 +140,8 @@ def test_batches_are_smaller_for_large_slices(monkeypatch):
     ):
         seen.clear()
         stack, out = np.zeros((6, side, side), np.float32), np.empty((6, side, side), np.int16)
-        how = Slicing(tile=tile, batch_size=4)
-        done = list(fuse_slices(Watched(), (stack, stack), (scale, scale), out, how))
+        passes = passes_of(Watched(), (side, side), Slicing(tile=tile, batch_size=4))
+        done = list(fuse_slices(Watched(), (stack, stack), (scale, scale), out, passes))
         assert done == sorted(done) and done[-1] == 6
         assert [shape[0] for shape in seen] == expected
         assert (out == round(STORED_ONE / 2)).all()

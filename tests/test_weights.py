@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,19 @@ def test_damaged_checkpoints_are_refused(compact, tmp_path, kind):
     with pytest.raises(ValueError, match=message) as error:
         load_weights(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_checkpoint_that_unpacks_to_more_than_it_has_is_refused(tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save({"a": torch.zeros(2**20)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    assert path.stat().st_size < 2**16
+    with pytest.raises(UserError, match=r"would unpack to 4\d{6} bytes"):
+        load_weights(path)
 
 
 @pytest.mark.parametrize("cut", [0, 5, 1000, 100_000])

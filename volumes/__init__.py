@@ -5,16 +5,17 @@
 What a job needs is in requests.py. Both sources are registered where they need it, and the fused
 volume lies on the grid of one of them. Files are in io.py (with headers.py and uploads.py) and
 dicom.py (with series.py, planes.py, stored.py, varying.py, nuclear.py, durations.py, suv.py,
-decay.py and quiet.py), geometry in grid.py, registration in pair.py (with register.py,
+decay.py, tracers.py and quiet.py), geometry in grid.py, registration in pair.py (with register.py,
 transforms.py, programs.py and overlay.py; flat.py for images), intensities in intensity.py, the
-network in tiles.py, and what is written in outputs.py, pictures.py, exports.py, labels.py and
-derived.py. report.py is what a run has to say. The packages for them are an extra,
+network in tiles.py, and what is written in outputs.py, pictures.py, exports.py, labels.py,
+derived.py and blending.py. report.py is what a run has to say. The packages for them are an extra,
 requirements-volumes.txt.
 
 Legend: I J K voxels as stored; N slices of (H, W) pixels, see grid.py.
 """
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,20 +24,29 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
 from cli import UserError
-from fusing import check_plans
+from fusing import check_plans, sha256_of_weights
 from images import png_bytes
 from network import MIN_SIDE, ASFEFusion
+from tiles import Passes, check_tiles
 from volumes.grid import Volume, pick_axis, pixel_sides, slices
 from volumes.intensity import DICOM_MODALITY, Scaling, scaling_of, units_doubt
 from volumes.io import read_volume
 from volumes.labels import bring_labels, labels_nifti
-from volumes.outputs import Fused, FusedVolume, check_dicom, is_packed, write_outputs
+from volumes.outputs import (
+    Fused,
+    FusedVolume,
+    check_dicom,
+    is_packed,
+    why_no_blending,
+    write_outputs,
+)
 from volumes.pair import Registered, Sources, Together, bring_together, picture_of, register
-from volumes.pictures import square_size
+from volumes.pictures import WHOLE, fall_lines, square_size
 from volumes.report import Report
 from volumes.requests import Levels, Source, VolumeRequest, request_from
 from volumes.series import check_patients
-from volumes.tiles import check_tiles, fuse_slices
+from volumes.tiles import fuse_slices, passes_of
+from volumes.tracers import Tracer, find_tracer, tracer_lines
 from volumes.transforms import exported
 from volumes.varying import Choice
 
@@ -63,7 +73,7 @@ def fuse_volumes(
     report, plan = Report(say), request.plan()
     check_plans([plan])
     check_dicom(request.writing)
-    check_tiles(request.slicing, model.multiple)
+    check_tiles(request.slicing.tile, request.slicing.overlap, model.multiple)
     ready = prepare(request, report)
     together = ready.together
     if request.writing.keep_patient and together.giver.origin is None:
@@ -72,10 +82,18 @@ def fuse_volumes(
         plan = plan.without("transform")
     if "overlay" not in ready.extras:
         plan = plan.without("overlay")
+    report.tell(*blending_lines(request, together))
     scalings = ready.scalings
     report.tell(*scale_lines(scalings, request.modality))
+    report.tell(*tracer_lines(ready.tracer, scalings[0]), *fall_lines(request.writing.colour))
     luma, axis = empty(together, request.slicing.axis)
-    fused = Fused(request, luma, axis, scalings, together, ready.registered)
+    passes = passes_of(
+        model, slices(luma, together.source1.affine, axis).shape[1:], request.slicing
+    )
+    report.tell(*filter(None, [passes.line]))
+    request = as_done(request, passes)
+    weights = sha256_of_weights(model)
+    fused = Fused(request, luma, axis, scalings, together, ready.registered, weights)
     count, height, width = fused.stack.shape
     report.tell(f"{count} {fused.axis} slices of {height}x{width}")
     size = square_size((height, width), pixel_sides(fused.affine, axis))
@@ -84,16 +102,23 @@ def fuse_volumes(
     plan.make_folders()
     sources = (together.source1, together.source2)
     stacks = tuple(slices(volume.data, fused.affine, fused.axis) for volume in sources)
-    for done in fuse_slices(model, stacks, scalings, fused.stack, request.slicing):
+    for done in fuse_slices(model, stacks, scalings, fused.stack, passes):
         progress(done, count)
     files = write_outputs(plan, fused, ready.extras, report.lines)
     return FusedVolume(
         **vars(fused),
         report=tuple(report.lines),
         doubts=tuple(report.doubts),
+        notes=tuple(filter(None, [passes.line])),
         files=files,
         read=ready.files,
     )
+
+
+def as_done(request: VolumeRequest, passes: Passes) -> VolumeRequest:
+    """The request with the tiles that were taken, which the sidecar tells."""
+    slicing = replace(request.slicing, tile=passes.tile, overlap=passes.overlap)
+    return replace(request, slicing=slicing)
 
 
 def use_threads(count: int) -> None:
@@ -110,12 +135,14 @@ class Ready(NamedTuple):
     files: tuple[Path, ...]  # that were opened
     scalings: tuple[Scaling, Scaling]  # of the sources as they came, whatever the grid
     extras: dict[str, Callable[[], bytes]]  # content of files of the plan that needs the sources
+    tracer: Tracer | None  # of a PET, where it is named and known
 
 
 def prepare(request: VolumeRequest, report: Report) -> Ready:
     """Source 1 and source 2, registered and on one grid."""
     sources = read_sources(request, report)
     scalings = scale_pair(sources, request.levels)
+    tracer = find_tracer(sources.source1) if request.modality == "PET" else None
     registered = register(sources, request.registering, request.forced, report)
     extras = extras_of(request, sources, registered, report)
     unmoved = request.registering.keep_unmoved and registered.applied
@@ -132,7 +159,7 @@ def prepare(request: VolumeRequest, report: Report) -> Ready:
     if request.registering.transform:
         files.append(request.registering.transform)
     files += files_of_labels
-    return Ready(together, registered, tuple(files), scalings, extras)
+    return Ready(together, registered, tuple(files), scalings, extras, tracer)
 
 
 def extras_of(
@@ -263,11 +290,23 @@ def scale_pair(sources: Sources, levels: Levels) -> tuple[Scaling, Scaling]:
 
 
 def scale_lines(scalings: tuple[Scaling, Scaling], kind: str) -> list[str]:
-    """The scalings in lines, for PET also why SUV is missing."""
-    lines = [scaling.text for scaling in scalings]
-    if reason := scalings[0].method.get("no_suv"):
+    """The scalings in lines, for PET also why SUV is missing and how far its values reach."""
+    lines, method = [scaling.text for scaling in scalings], scalings[0].method
+    if reason := method.get("no_suv"):
         lines.append(f"no SUV ({reason}): {kind} scaled to its maximum")
+    if (share := method.get("share_used", 1.0)) < WHOLE:
+        reach = f"up to {share * method['high']:.3g} SUV"
+        lines.append(f"{kind}: its values use {share:.0%} of that range, {reach}")
     return lines
+
+
+def blending_lines(request: VolumeRequest, together: Together) -> list[str]:
+    """Whether `--dicom` lets a viewer blend the untouched sources, in a line."""
+    if not request.writing.dicom:
+        return []
+    if reason := why_no_blending(together):
+        return [f"--dicom: no presentation state that blends the sources, as {reason}"]
+    return ["--dicom: presentation.dcm blends the untouched sources in a viewer"]
 
 
 def empty(together: Together, axis: str) -> tuple[np.ndarray, str]:

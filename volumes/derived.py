@@ -57,7 +57,7 @@ def series(
     shape: tuple[int, ...],
     axis: str,
     frame_of_reference: str | None,
-    patient: Path | None,
+    who: dict,
 ) -> dict[str, Callable[[], bytes]]:
     """Slices as DICOM files: by the name of each, what makes its content.
 
@@ -66,9 +66,8 @@ def series(
         affine: of the volume (I, J, K) of `shape`, RAS mm.
         axis: of the slices.
         frame_of_reference: its UID; None makes a new one.
-        patient: a DICOM file whose patient and study are copied; None names nobody.
+        who: patient and study, as of `patient_fields`.
     """
-    who = patient_fields(patient)
     uid, space = (generate_uid(prefix=None), frame_of_reference or generate_uid(prefix=None))
     starts, directions, sides = places(affine, shape, axis)
 

@@ -129,7 +129,7 @@ def read_dicom(
     headers, copies = once(headers)
     refuse_mosaic(path, headers[0][1])
     volume = _volume_of(path, headers, choice)
-    volume.patient, volume.files = patient, _files_below(path)
+    volume.patient, volume.files = patient, files_below(path)
     if copies:
         volume.notes.append(f"{copies} files are copies of others, counted once")
     if strays:
@@ -166,6 +166,7 @@ def _volume_of(path: Path, headers: Headers, choice: Choice) -> Volume:
     volume.notes = [text for text in (*notes, note, when, stacks[0].note) if text]
     volume.notes += dict.fromkeys(plane.note for plane in planes if plane.note)
     volume.origin, volume.placed = planes[0].path, all(plane.placed for plane in planes)
+    volume.planes = times[0] if len(times) == 1 else []  # several are no longer what a file shows
     volume.frame_of_reference, volume.modality = (text or None for text in planes[0].kind[:2])
     volume.unit = UNITS.get(unit, "")
     _tell_suv(volume, kept)
@@ -202,7 +203,7 @@ def _tell_suv(volume: Volume, headers: list[pydicom.Dataset]) -> None:
 
 def _read_headers(path: Path) -> tuple[Headers, int]:
     """Every image below `path` with the header fields of TAGS, and the count of other files."""
-    files = [p for p in _files_below(path) if not p.name.startswith(".") and p.name != "DICOMDIR"]
+    files = [p for p in files_below(path) if not p.name.startswith(".") and p.name != "DICOMDIR"]
     elements = limits.Elements(path, sum(file.stat().st_size for file in files))
     headers = [(file, ds) for file in files if (ds := _image_header(file, elements)) is not None]
     strays = len(files) - len(headers)
@@ -212,7 +213,7 @@ def _read_headers(path: Path) -> tuple[Headers, int]:
     return headers, strays
 
 
-def _files_below(path: Path) -> list[Path]:
+def files_below(path: Path) -> list[Path]:
     """The files of a folder and its subfolders, or the file itself."""
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
@@ -393,7 +394,10 @@ def _rescaled(plane: Plane, rescale: pydicom.Dataset, mappings, ds: pydicom.Data
     kind = tuple(str(ds.get(name) or "") for name in ("FrameOfReferenceUID", "Modality"))
     if unit and not ds.get("Units"):
         ds.Units = unit  # for SUV
-    return plane._replace(slope=slope, intercept=intercept, note=note, kind=(*kind, unit))
+    shown = rescale.get("RescaleSlope"), rescale.get("RescaleIntercept")
+    seen = float(1 if shown[0] is None else shown[0]) or 1.0, float(shown[1] or 0)
+    plane = plane._replace(slope=slope, intercept=intercept, rescale=seen)
+    return plane._replace(note=note, kind=(*kind, unit))
 
 
 def _plane(

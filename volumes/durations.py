@@ -31,16 +31,21 @@ def mean_weights(durations: Sequence[float], count: int) -> tuple[np.ndarray, st
 
 def beside(sidecar: Path) -> list[float]:
     """FrameDuration of a JSON file of BIDS, in s; [] where there is none that makes sense."""
-    try:
-        if sidecar.stat().st_size > MOST:
-            return []
-        content = json.loads(sidecar.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return []
-    found = content.get("FrameDuration") if isinstance(content, dict) else None
+    found = content_of(sidecar).get("FrameDuration")
     numbers = found if isinstance(found, list) else [found]
     wrong = any(isinstance(n, bool) or not isinstance(n, (int, float)) for n in numbers)
     return [] if wrong else [float(n) for n in numbers]
+
+
+def content_of(sidecar: Path) -> dict:
+    """What a JSON file of BIDS says; empty where there is none, or none that makes sense."""
+    try:
+        if sidecar.stat().st_size > MOST:
+            return {}
+        content = json.loads(sidecar.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def sum_words(count: int) -> str:

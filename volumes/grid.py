@@ -52,6 +52,7 @@ class Volume:
     summed: bool = False  # concentrations of several times, added up
     patient: tuple[str, ...] | None = field(default=None, repr=False)  # to be compared only
     origin: Path | None = None  # a DICOM file of it
+    planes: list = field(default_factory=list, repr=False)  # of DICOM: the Plane of each image
     files: list[Path] = field(default_factory=list, repr=False)  # that its reader opened
     notes: list[str] = field(default_factory=list)
     chosen_by: set[str] = field(default_factory=set)  # flags that had an effect on what was read

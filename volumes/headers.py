@@ -10,7 +10,7 @@ Sources: MetaImage's reference (itk.org/Wiki/MetaIO/Documentation), the definiti
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,9 @@ NRRD_TYPES = {
 }
 NRRD_SIZES = {name: size for size, names in NRRD_TYPES.items() for name in names.split(", ")}
 NRRD_ALIASES = {"datafile": "data file", "lineskip": "line skip", "byteskip": "byte skip"}
+LOCAL = ("LOCAL", "Local", "local")  # the voxels of a MetaImage follow its header
+OF_NO_FIELD = re.compile(r"#|[^:]*:=")  # in NRRD: a comment, or a key and its value, of any length
+DETACHED_META = re.compile(r"\s*ElementDataFile\b")
 RAW, TEXT, HEX = ("raw",), ("text", "txt", "ascii"), ("hex",)
 PACKED = ("gzip", "gz", "bzip2", "bz2")
 
@@ -74,9 +77,8 @@ quiet_itk = Quiet(itk_without_warnings)
 
 def check_header(path: Path) -> None:
     """UserError for a MetaImage or NRRD file that ITK must not see, or that is not one volume."""
-    is_meta = path.suffix.lower() in META
     try:
-        claim = (meta_claim if is_meta else nrrd_claim)(path)
+        claim = claim_of(path)
         files = data_files(path) if claim.detached else []
     except ValueError as error:
         if isinstance(error, UserError):
@@ -84,39 +86,60 @@ def check_header(path: Path) -> None:
         raise UserError(f"{path}: damaged or not {path.suffix} ({error})") from None
     length = path.stat().st_size
     if claim.detached:
-        if not files:
+        if not files or not all(file.is_file() for file in files):
             raise UserError(f"{path}: the file that should have its voxels is not there")
         length = sum(file.stat().st_size for file in files)
     limits.check_claim(path, claim.shape, claim.itemsize, claim.packed, length)
 
 
-def fields_of(path: Path, sign: str, last: str) -> dict[str, str]:
-    """The fields of a header of text, up to an empty line or the one that is called `last`.
+def claim_of(path: Path) -> Claim:
+    """What a MetaImage or NRRD file says of its voxels; ValueError if it is damaged."""
+    return (meta_claim if path.suffix.lower() in META else nrrd_claim)(path)
 
-    Raises ValueError for one that is too long, or there twice, or no text.
+
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of a header of text, up to an empty one.
+
+    Raises ValueError for a header that is too long, and for a line that has the end of a line
+    within: some readers see two lines there, and some see one.
     """
-    fields: dict[str, str] = {}
     left = limits.HEADER_BYTES
     with path.open("rb") as file:
         for line in iter(partial(file.readline, left), b""):
             left -= len(line)
-            if not line.strip() or left <= 0:
-                break
-            if line.startswith(b"#") or b":=" in line:
-                continue  # a comment, or a pair of key and value, which may be long
-            if len(line) > limits.FIELD_BYTES or b"\0" in line:
-                raise ValueError(f"a field of over {limits.FIELD_BYTES} bytes")
-            name, found, value = line.decode("utf-8", "surrogateescape").partition(sign)
-            name = name.strip()
-            if not found:
-                continue
-            if name in fields:
-                raise ValueError("a field is there twice")
-            fields[name] = value.strip()
-            if name == last:
-                break
-    if left <= 0:
-        raise ValueError(f"a header of over {limits.HEADER_BYTES >> 20} MB")
+            if not line.strip():
+                return
+            if left <= 0:
+                raise ValueError(f"a header of over {limits.HEADER_BYTES >> 20} MB")
+            if b"\r" in line.rstrip(b"\r\n"):
+                raise ValueError("a line ends within a line")
+            yield line.decode("utf-8", "surrogateescape")
+
+
+def fields_of(path: Path, sign: str, last: str) -> dict[str, str]:
+    """The fields of a header of text, up to an empty line or the one that is called `last`.
+
+    `sign` stands between a name and its value: "=" in MetaImage, ":" in NRRD. Raises ValueError for
+    a field that is too long, or there twice, or no text. In MetaImage every line is a field, and
+    its readers take a colon for a sign, too. So other lines are refused there.
+    """
+    fields: dict[str, str] = {}
+    for line in lines_of(path):
+        if sign == ":" and OF_NO_FIELD.match(line):
+            continue
+        if len(line) > limits.FIELD_BYTES or "\0" in line:
+            raise ValueError(f"a field of over {limits.FIELD_BYTES} bytes")
+        name, found, value = line.partition(sign)
+        name = name.strip()
+        if sign == "=" and (not found or ":" in name):
+            raise ValueError("a line that is no field")
+        if not found:
+            continue
+        if name in fields:
+            raise ValueError("a field is there twice")
+        fields[name] = value.strip()
+        if name == last:
+            break
     return fields
 
 
@@ -146,23 +169,21 @@ def data_files(path: Path) -> list[Path]:
     """The files that a header of MetaImage or NRRD names as the place of its voxels.
 
     Either names one file, or lists several in the lines after it, or has a pattern with a number,
-    its first and last value and its step. ValueError for a pattern or a list of another kind.
+    its first and last value and its step. They need not be there. Without any the voxels are in the
+    file itself. ValueError for a pattern or a list of another kind.
     """
-    lines, left = [], limits.HEADER_BYTES
-    with path.open("rb") as file:
-        for line in iter(partial(file.readline, limits.FIELD_BYTES), b""):
-            left -= len(line)
-            if left <= 0 or (not line.strip() and path.suffix.lower() in (".nrrd", ".nhdr")):
-                break  # the voxels follow
-            lines.append(line.decode("utf-8", "replace").strip())
-            if line.startswith(b"ElementDataFile") and not line.rstrip().endswith(b"LIST"):
-                break
+    is_meta = path.suffix.lower() in META
+    lines = []
+    for line in lines_of(path):
+        lines.append(line.strip())
+        if is_meta and DETACHED_META.match(line) and not line.rstrip().endswith("LIST"):
+            break  # the voxels follow
     names = []
     for number, line in enumerate(lines):
-        key, sign, value = line.partition("=" if line.startswith("Element") else ":")
+        key, sign, value = line.partition("=" if is_meta else ":")
         if sign and key.strip().lower() in ("elementdatafile", "data file", "datafile"):
             names += names_of(value, lines[number + 1 :])
-    return [file for name in names if name and (file := path.parent / name).is_file()]
+    return [path.parent / name for name in names if name and not (is_meta and name in LOCAL)]
 
 
 def names_of(value: str, following: list[str]) -> list[str]:
@@ -205,7 +226,7 @@ def meta_claim(path: Path) -> Claim:
     kind = fields["ElementType"].removeprefix("MET_")
     if kind not in META_TYPES:
         raise ValueError("its ElementType is none of one grey value")
-    detached = fields["ElementDataFile"].upper() != "LOCAL"
+    detached = fields["ElementDataFile"] not in LOCAL
     shape = integers_of(fields["DimSize"], dimensions, "DimSize")
     packed = fields.get("CompressedData", "").lower() in ("true", "1")
     return Claim(shape, META_TYPES[kind], packed, detached)

@@ -178,9 +178,10 @@ def uptake_scaling(volume: Volume, kind: str, suv: float) -> Scaling:
     if kind == "PET" and suv and volume.suv:
         above = float((volume.data > suv / volume.suv).mean())
         method = {"method": "SUV (body weight)", "high": suv, "unit": "g/ml", "share_above": above}
+        method["share_used"] = min(peak * volume.suv / suv, 1.0)
         return Scaling(0.0, suv / volume.suv, f"PET 0..{suv:g} SUV", method)
     unit = f"summed {volume.unit}".strip() if volume.summed else volume.unit or "as stored"
-    method = {"method": "maximum", "high": peak, "unit": unit}
+    method = {"method": "maximum", "high": peak, "unit": unit, "share_used": 1.0}
     if kind == "PET":
         method["no_suv"] = volume.no_suv if suv else "not asked for"
     return Scaling(0.0, peak, f"{kind} 0..max {peak:.4g}", method)

@@ -10,7 +10,7 @@ Legend: I J K voxels as stored; affines are RAS in mm, see volumes/grid.py.
 import gzip
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -20,14 +20,16 @@ import SimpleITK as sitk  # noqa: N813
 
 import limits
 from cli import UserError, stem_of
-from volumes.dicom import read_dicom
+from volumes.dicom import files_below, read_dicom
 from volumes.durations import beside, mean_weights, sum_words
 from volumes.grid import RAS_LPS, SCANNER, SHEAR, Volume, displacement
-from volumes.headers import check_header, data_files, quiet_itk
+from volumes.headers import META, check_header, claim_of, data_files, quiet_itk
 from volumes.varying import ALL, Choice, number_of
 
 NIFTI = (".nii", ".nii.gz")
 PAIRS = (".hdr", ".img", ".img.gz")  # NIfTI or Analyze in two files
+# of what may be read beside a NIfTI or Analyze file: the other half, SPM's affine, BIDS's sidecar
+BESIDE = (".hdr", ".img", ".hdr.gz", ".img.gz", ".hdr.bz2", ".img.bz2", ".mat", ".json")
 MGH = (".mgz", ".mgh")
 ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
 KINDS = (  # of nibabel's images, in its own order
@@ -78,6 +80,43 @@ def read_volume(
             raise UserError(f"{flag} is for DICOM, but {path} is none")
         return read_nifti(path, choice) if nibabel else read_itk(path)
     return read_dicom(path, series, flag, choice)
+
+
+def files_of(path: Path) -> list[Path]:
+    """Every file that `read_volume` may open for a file or folder; some need not be there.
+
+    Only names are looked at, and of MetaImage and NRRD the header.
+    """
+    name = path.name.lower()
+    if path.is_dir():
+        return files_below(path)
+    found = [path]
+    if name.endswith(ITK):
+        with suppress(ValueError, OSError):  # else it is refused when it is read
+            found += data_files(path)
+    if name.endswith((*NIFTI, *PAIRS)):
+        stem = stem_of(path).lower()
+        names = [stem + end for end in BESIDE]
+        found += [file for file in path.parent.iterdir() if file.name.lower() in names]
+    return found
+
+
+def shape_of(path: Path) -> tuple[int, ...]:
+    """The voxels of a volume along its axes, as far as its header tells.
+
+    Of DICOM it is their number only, by the bytes of the files, two for each voxel. Raises
+    UserError for a damaged file.
+    """
+    name = path.name.lower()
+    try:
+        if path.is_file() and name.endswith(ITK):
+            return tuple(claim_of(path).shape)
+        if path.is_file() and name.endswith((*NIFTI, *PAIRS, *MGH)):
+            with opened_nifti(path) as image:
+                return tuple(image.shape[:3])
+    except DAMAGED as error:
+        raise UserError(f"{path}: damaged ({_first_line(error)})") from None
+    return (sum(file.stat().st_size for file in files_below(path)) // 2,)
 
 
 def read_nifti(path: Path, choice: Choice = ALL) -> Volume:
@@ -261,6 +300,7 @@ def read_itk(path: Path) -> Volume:
     """
     check_header(path)
     reader = sitk.ImageFileReader()
+    reader.SetImageIO("MetaImageIO" if path.suffix.lower() in META else "NrrdImageIO")
     reader.SetFileName(str(path))
     try:
         with quiet_itk:
@@ -296,16 +336,17 @@ class Header(NamedTuple):
     text: str  # description; at most 79 characters of it are kept
     slope: float = 1.0  # what a reader multiplies the stored values with
     unit: str = ""  # of the values, at most 15 characters, where they are a measure
+    rgb_axis: bool = False  # RGB on a fourth axis, not in NIfTI's own type
 
 
 def stream_nifti(file: BinaryIO, data: np.ndarray, header: Header, packed: bool = False) -> None:
     """Write a NIfTI-1 volume to an open file.
 
     Args:
-        data: (I, J, K), or (I, J, K, 3) uint8 RGB.
+        data: (I, J, K), or (I, J, K, 3) uint8 RGB, which `header.rgb_axis` keeps as four axes.
         packed: compressed by gzip. The same volume gives the same bytes.
     """
-    if data.ndim == 4:
+    if data.ndim == 4 and not header.rgb_axis:
         data = data.view([(c, "u1") for c in "RGB"])[..., 0]
     image = nib.Nifti1Image(data, header.affine)
     image.set_sform(header.affine, header.code)

@@ -25,7 +25,15 @@ from volumes.grid import pixel_sides, slice_positions, slices
 from volumes.intensity import STORED_ONE, Scaling
 from volumes.io import Header, stream_nifti
 from volumes.pair import Registered, Together
-from volumes.pictures import colour_slice, colour_table, eight_bit, mosaic, squared, with_bar
+from volumes.pictures import (
+    colour_slice,
+    colour_table,
+    colours,
+    eight_bit,
+    mosaic,
+    squared,
+    with_bar,
+)
 from volumes.requests import VolumeRequest, Writing
 from volumes.transforms import transform_text
 
@@ -43,6 +51,7 @@ class Fused:
     scalings: tuple[Scaling, Scaling]  # of source 1 and source 2
     together: Together  # the sources on its grid
     registered: Registered
+    weights_sha256: str | None  # of the file of the network's values; None: of no file
 
     scale = 1 / STORED_ONE
 
@@ -73,6 +82,7 @@ class FusedVolume(Fused):
 
     report: tuple[str, ...]  # lines for the user, without paths and without anything of the patient
     doubts: tuple[str, ...]  # those lines that are doubts
+    notes: tuple[str, ...]  # those on what was done in another way, for lack of memory
     files: dict[str, tuple[Path, ...]]  # what was written, by what it is
     read: tuple[Path, ...]  # files that the readers opened
 
@@ -150,7 +160,9 @@ def contents(plan: Plan, fused: Fused) -> dict[str, Writers]:
     volume = partial(stream_nifti, packed=is_packed(grey))
     found: dict[str, Writers] = {}
     if path := plan.path("colour"):
-        found["colour"] = {path: partial(volume, data=rgb, header=header)}
+        as_axis = fused.request.writing.rgb == "axis"
+        own = header._replace(rgb_axis=as_axis, unit="RGB" if as_axis else "")
+        found["colour"] = {path: partial(volume, data=rgb, header=own)}
     if folder := plan.path("png"):
         found["png"] = {
             folder / f"{fused.axis}_{n:04d}.png": partial(
@@ -196,14 +208,38 @@ def _mosaic_png(fused: Fused, pictures: np.ndarray, colour: str | None) -> bytes
 
 
 def _dicom_writers(folder: Path, fused: Fused, pictures: np.ndarray) -> Writers:
-    """How to write the slices as a DICOM series."""
-    from volumes.derived import series  # only --dicom needs highdicom
+    """How to write the slices as a DICOM series, and what blends the untouched sources."""
+    from volumes.derived import patient_fields, series  # only --dicom needs highdicom
 
     giver = fused.together.giver
     place = fused.affine, fused.luma.shape, fused.axis
-    patient = giver.origin if fused.request.writing.keep_patient else None
-    made = series(pictures, *place, giver.frame_of_reference, patient)
+    who = patient_fields(giver.origin if fused.request.writing.keep_patient else None)
+    made = series(pictures, *place, giver.frame_of_reference, who)
+    made |= {} if why_no_blending(fused.together) else _blending(fused, who)
     return {folder / name: partial(_bytes, content) for name, content in made.items()}
+
+
+def _blending(fused: Fused, who: dict) -> dict[str, Callable[[], bytes]]:
+    """The presentation state and its spatial registration, where it needs one; by their names."""
+    from volumes.blending import Input, blending, headers_of
+
+    together, grey = fused.together, np.linspace(0, 1, 256)[:, None].repeat(3, 1)
+    colour = fused.request.writing.colour
+    palettes = (colours(colour) if colour else grey), grey
+    volumes = together.source1, together.source2
+    inputs = tuple(
+        Input(volume, scaling, palette, headers_of(volume), volume is together.giver)
+        for volume, scaling, palette in zip(volumes, fused.scalings, palettes, strict=True)
+    )
+    return blending(inputs, fused.registered.how, fused.registered.matrix, who)
+
+
+def why_no_blending(together: Together) -> str:
+    """Why `--dicom` cannot write a presentation state of the two sources; empty if it can."""
+    from volumes.blending import why_none
+
+    reasons = (why_none(i, v) for i, v in enumerate((together.source1, together.source2), 1))
+    return next(filter(None, reasons), "")
 
 
 def colour_volume(fused: Fused, colour: str) -> np.ndarray:
@@ -227,6 +263,7 @@ def sidecar(fused: Fused, report: list[str], files: list[str]) -> str:
         "version": VERSION,
         "task": request.task,
         "network": request.network,
+        "weights_sha256": fused.weights_sha256,
         "values": "fused luma, 0 to 1",
         "levels": {f"source{i}": s.method for i, s in enumerate(fused.scalings, 1)},
         "grid": {"of": fused.together.grid, "affine_ras_mm": fused.affine.tolist()},

@@ -1,5 +1,8 @@
 """Pictures of fused slices: eight bits, colour of the uptake, and a mosaic.
 
+Sources: colour tables of matplotlib, and of DICOM (PS3.6, annex B) through pydicom; CIE L* (CIE 15)
+through scikit-image.
+
 Legend: N slices of (H, W) pixels as a reader looks at them, see volumes/grid.py. Stored luma is
 int16, a luma of 1 being STORED_ONE; RGB is uint8.
 """
@@ -7,6 +10,8 @@ int16, a luma of 1 being STORED_ONE; RGB is uint8.
 import cv2
 import matplotlib
 import numpy as np
+from pydicom.pixels.processing import apply_color_lut
+from skimage.color import rgb2lab
 
 from images import BT601, to_uint8
 from volumes.intensity import STORED_ONE, Scaling
@@ -24,15 +29,49 @@ COLOURS = {
     "jet": ("jet", 1.0),
     "inferno": ("inferno", 1.0),
 }
+PALETTES = {  # DICOM's own tables, by their UIDs
+    "hot-iron": "1.2.840.10008.1.5.1",
+    "pet": "1.2.840.10008.1.5.2",
+    "hot-metal-blue": "1.2.840.10008.1.5.3",
+    "pet-20-step": "1.2.840.10008.1.5.4",
+}
+TABLES = (*COLOURS, *PALETTES)
+EVEN = 0.01  # L*, for rounding
+WHOLE = 0.995  # of a bar's range: data that reach so far use all of it
 BAR, MARGIN = 10, 5  # pixels: width of the colour bar, and around it
-FADE = 16  # of 256 steps: below it a colour table fades to black, so no uptake is black
+FADE = 16  # of 256 steps: below it one of COLOURS fades to black, so no uptake is black
 
 
 def colours(name: str) -> np.ndarray:
     """RGB (256, 3) in [0, 1] of 256 steps of uptake."""
+    if name in PALETTES:
+        steps = np.arange(256, dtype=np.uint8)
+        return apply_color_lut(steps, palette=PALETTES[name]) / 255
     table, end = COLOURS[name]
     rgb = matplotlib.colormaps[table](np.linspace(0, end, 256))[:, :3]
     return rgb * np.minimum(np.arange(256) / FADE, 1)[:, None]
+
+
+def lightness(name: str) -> np.ndarray:
+    """CIE L* (256,), 0 to 100, of a table."""
+    return rgb2lab(colours(name))[:, 0]
+
+
+def fall(name: str) -> float:
+    """By how much, in CIE L* (0 to 100), a table falls in all its steps; 0 if it only rises."""
+    steps = np.diff(lightness(name))
+    return float(np.abs(steps[steps < -EVEN]).sum())
+
+
+def fall_lines(name: str | None) -> list[str]:
+    """A line for a table in which more uptake may look darker."""
+    if not name or not (down := fall(name)):
+        return []
+    rising = ", ".join(other for other in TABLES if not fall(other))
+    return [
+        f"--colour {name}: its lightness falls by {down:.0f} of 100 on the way up, so more uptake "
+        f"may look like less; these only rise: {rising}"
+    ]
 
 
 def colour_table(name: str) -> np.ndarray:
@@ -74,7 +113,8 @@ def squared(image: np.ndarray, pixel: tuple[float, float]) -> np.ndarray:
 def with_bar(image: np.ndarray, colour: str | None, uptake: Scaling) -> np.ndarray:
     """RGB (H, W', 3): an image with a bar at its right of what the colours stand for.
 
-    A grey image, without `colour`, stays as it is.
+    Where the data use only a part of its range, a mark shows their highest value, and its share is
+    told. A grey image, without `colour`, stays as it is.
     """
     if not colour:
         return image
@@ -82,13 +122,19 @@ def with_bar(image: np.ndarray, colour: str | None, uptake: Scaling) -> np.ndarr
     high, unit = uptake.method["high"], "SUV" if suv else uptake.method["unit"]
     height = image.shape[0]
     lines = {10: f"{high:.3g}", 22: unit, height // 2 + 4: f"{high / 2:.3g}", height - 4: "0"}
+    share = uptake.method["share_used"]
     if height < 64:  # no room for the one in the middle
         del lines[height // 2 + 4]
+    elif share < WHOLE:
+        lines[34] = f"used {share:.0%}"
     font = cv2.FONT_HERSHEY_SIMPLEX
     widest = max(cv2.getTextSize(text, font, 0.38, 1)[0][0] for text in lines.values())
     strip = np.zeros((height, BAR + 3 * MARGIN + widest, 3), np.uint8)
     steps = np.linspace(255, 0, height).round().astype(int)
     strip[:, MARGIN : MARGIN + BAR] = np.rint(colours(colour)[steps] * 255)[:, None]
+    if share < WHOLE:
+        row = round((1 - share) * (height - 1))
+        strip[row, : MARGIN + BAR + MARGIN - 1] = 255
     for row, text in lines.items():
         write_text(strip, text, (BAR + 2 * MARGIN, row))
     return np.hstack([image, strip])

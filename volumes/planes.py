@@ -41,6 +41,7 @@ class Plane(NamedTuple):
     fields: Mapping[str, str] = MappingProxyType({})  # may tell it from others here, see varying.py
     kind: tuple[str, str, str] = ("", "", "")  # frame of reference, modality, unit of the values
     placed: bool = True  # False: the file does not say where it is
+    rescale: tuple[float, float] = (1.0, 0.0)  # slope and intercept that a viewer applies
     note: str = ""  # on its values, for the user
 
     @property

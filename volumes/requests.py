@@ -73,6 +73,7 @@ class Writing:
 
     out: Path  # the fused volume, .nii or .nii.gz
     colour: str | None = None  # table of the RGB volume and the pictures; None: grey
+    rgb: str = "type"  # of the RGB volume: NIfTI's type, or a fourth axis
     png: Path | None = None  # folder for the slices
     mosaic: Path | None = None  # PNG with a choice of slices
     dicom: Path | None = None  # folder for the slices as a DICOM series
@@ -253,6 +254,8 @@ def writing_from(words: Mapping[str, Any]) -> Writing:
     colour = {"auto": default, "none": None}.get(table, table)
     if words.get("keep_patient") and not words.get("dicom"):
         raise UserError("--keep-patient is for --dicom, no other output names a patient")
+    if words.get("rgb", "type") != "type" and colour is None:
+        raise UserError("--rgb is for the RGB volume, which --colour none leaves out")
     own = given(words, png="png", mosaic="mosaic", dicom="dicom", keep_patient="keep_patient")
-    own |= given(words, moved="moved", transform="transform", derivative="derivative")
+    own |= given(words, moved="moved", transform="transform", derivative="derivative", rgb="rgb")
     return Writing(words["out"], colour, **own)

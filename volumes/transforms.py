@@ -236,24 +236,49 @@ def read_registration(path: Path, source1: Volume, source2: Volume) -> np.ndarra
     """The matrix, LPS, of a DICOM spatial registration object between two frames of reference."""
     try:
         ds = read_dataset_of(path)
-        known = {str(ds.FrameOfReferenceUID): np.eye(4)} if "FrameOfReferenceUID" in ds else {}
-        for item in ds.get("RegistrationSequence", []):
-            if "FrameOfReferenceUID" in item:
-                known[str(item.FrameOfReferenceUID)] = chained(item)
+        known = known_matrices(ds)
     except UserError:
         raise
     except Exception:  # a parser of strange bytes may stumble in any way
         raise UserError(f"{path}: a damaged DICOM file, export the registration again") from None
     if not ds.get("RegistrationSequence"):
         raise UserError(f"{path}: DICOM, but no spatial registration (REG), give one that is")
-    for i, volume in enumerate((source1, source2), 1):
-        if volume.frame_of_reference not in known:
+    keys = [registered_as(volume, known) for volume in (source1, source2)]
+    for i, key in enumerate(keys, 1):
+        if key not in known:
             raise UserError(
                 f"{path}: does not register the frame of reference of img{i}, --register rigid "
                 "registers these two"
             )
-    there, back = (regular(known[v.frame_of_reference], path) for v in (source1, source2))
+    there, back = (regular(known[key], path) for key in keys)
     return placing(np.linalg.inv(back) @ there, path)
+
+
+def known_matrices(ds: pydicom.Dataset) -> dict[str, np.ndarray]:
+    """The matrices of a registration, by the UID of a frame of reference or of an image.
+
+    A frame of reference of which parts are moved in several ways is left out.
+    """
+    by_frame: dict[str, list[np.ndarray]] = {}
+    by_image: dict[str, np.ndarray] = {}
+    if "FrameOfReferenceUID" in ds:
+        by_frame[str(ds.FrameOfReferenceUID)] = [np.eye(4)]
+    for item in ds.get("RegistrationSequence", []):
+        if "FrameOfReferenceUID" in item:
+            by_frame.setdefault(str(item.FrameOfReferenceUID), []).append(chained(item))
+        for image in item.get("ReferencedImageSequence") or []:
+            by_image[str(image.ReferencedSOPInstanceUID)] = chained(item)
+    one = {uid: found[-1] for uid, found in by_frame.items() if np.allclose(found, found[-1])}
+    return by_image | one
+
+
+def registered_as(volume: Volume, known: dict[str, np.ndarray]) -> str | None:
+    """The key of `known_matrices` for a volume: one of its images, else its frame of reference."""
+    if volume.origin is not None:
+        image = str(read_dataset_of(volume.origin, ["SOPInstanceUID"]).get("SOPInstanceUID"))
+        if image in known:
+            return image
+    return volume.frame_of_reference
 
 
 def chained(item: pydicom.Dataset) -> np.ndarray:
