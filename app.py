@@ -7,49 +7,43 @@ folder. A file is removed at the age of --keep_minutes, and the folder when the 
 program was killed, the next one removes it. Between clicks the program keeps only the paths of each
 visitor's last pair, so nobody sees another's images.
 
-Legend: H W pixels. Images are uint8, (H, W) or (H, W, 3) RGB; `file` is the path of an upload.
+This file is the layout of the page and its server. What opens an upload is in webpage/clicks.py,
+for volumes in webpage/volume_clicks.py, and runs in child processes (studies/child.py). So this
+process neither decodes an upload nor holds a network. webpage/turns.py has the queue.
+
+`file` is the path of an upload.
 """
 
-import html
+import contextlib
 import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
+import limits
 from args_setting import TASKS, AppArgs
-from cli import UserError, command_line, run_script, setup_runtime, temporary_folder
+from cli import UserError, command_line, run_script, temporary_folder
 
 if __name__ == "__main__":  # before the imports that take seconds
     ARGS = command_line(AppArgs, __doc__)
 
-import numpy as np
-from PIL import Image
-
-from dataset import Pair, decode_pair
-from evaluation.tables import table
-from evaluation.trivial import TRIVIAL
-from fusing import ImageRequest, fuse_images
-from images import (
-    EXTENSIONS,
-    FORMATS,
-    header_size,
-    luma_and_chroma,
-    read_uint8,
-    to_uint8,
-    write_png,
-)
-from inference import optimise
-from metrics import compare
-from network import MIN_SIDE, ASFEFusion
-from phantom import phantom_pair
-from weights import load_weights
+from studies.child import Bounds, Call, Child
+from webpage.shared import ImageLimits, Runtime, VolumeLimits, example_paths
+from webpage.tab import CLOSE_MESSAGES, Place, Tab, sentence
+from webpage.turns import Turns
+from webpage.volume_tab import VolumePage, volume_tab
 
 MISSING = "app.py needs gradio: pip install -r requirements-app.txt"
+FOR_VOLUMES = ("SimpleITK", "nibabel", "pydicom")
+FORMATS = ("PNG", "TIFF", "JPEG", "BMP")  # all that Gradio, too, may have Pillow open
+THREADS = 2 * limits.WAITING + 16  # of Gradio: each job that waits has one
+JOBS = "webpage.clicks:"  # what a child runs
 INTRODUCTION = """# Two scans of one head, fused into one image
 CT shows bone, MRI shows soft tissue, PET and SPECT show activity. This page joins two such images
 of the **same slice**, lined up pixel for pixel, into one that shows what both show.
@@ -83,56 +77,14 @@ STYLE = """footer {display: none !important}
     #numbers th {white-space: normal}
 }
 """
-# Messages about earlier images, such as "two images are needed", close when others are chosen.
-CLOSE_MESSAGES = "() => document.querySelectorAll('.toast-close').forEach(b => b.click())"
 
 
-def sentence(error: Exception, *files: str) -> str:
-    """An error's message with the names of uploads in place of their paths, safe as HTML."""
-    text = str(error)
-    for file in files:
-        text = text.replace(file, Path(file).name)
-    return html.escape(text, quote=False)
-
-
-def check_image(file: str, args: AppArgs) -> None:
-    """Refuse an image by its length, or the size in its header, before its pixels take memory."""
-    megabytes = Path(file).stat().st_size / 2**20
-    if megabytes > args.max_mb:
-        raise UserError(f"{file} has {megabytes:.4g} MB, expected at most {args.max_mb:g} MB")
-    try:
-        height, width = header_size(Path(file))
-    except (UserError, OSError):  # whatever stumbles here is described by `read_image`
-        return
-    got = f"{file} is {height}x{width} pixels, expected"
-    if min(width, height) < MIN_SIDE:
-        raise UserError(f"{got} sides of {MIN_SIDE} or more")
-    if max(width, height) > args.max_side:
-        raise UserError(f"{got} sides of at most {args.max_side} (test_asfe.py takes larger ones)")
-
-
-def uploaded_pair(file1: str | None, file2: str | None, args: AppArgs) -> Pair:
-    """The uploads as a pair; UserError if one is absent, swept away or too large."""
-    if not (file1 and file2):
-        raise UserError("two images are needed: drop one into each box, or take an example")
-    for file in (file1, file2):
-        if not Path(file).is_file():
-            kept = f"{args.keep_minutes:g} minutes"
-            raise UserError(f"{file} is gone, as files are kept for {kept}; choose it again")
-        check_image(file, args)
-    return Pair("image", Path(file1), Path(file2))
-
-
-def load_all(args: AppArgs) -> dict[str, ASFEFusion]:
-    """Every network of the weights folder by the name of its file, ready for the first click."""
-    device = setup_runtime(args)
-    paths = sorted(args.weights_dir.glob("*.safetensors"))
+def weights_in(folder: Path) -> dict[str, Path]:
+    """The files of weights in a folder, by their names; UserError if there are none."""
+    paths = sorted(folder.glob("*.safetensors"))
     if not paths:
-        raise UserError(f"{args.weights_dir}: no weights, expected *.safetensors")
-    models = {path.stem: optimise(load_weights(path, device)[0]) for path in paths}
-    black = np.zeros((256, 256), np.uint8)
-    next(iter(models.values())).fuse(black, black)  # the first pass prepares the library
-    return models
+        raise UserError(f"{folder}: no weights, expected *.safetensors")
+    return {path.stem: path for path in paths}
 
 
 def weights_for(task: str, names: list[str]) -> str:
@@ -141,115 +93,115 @@ def weights_for(task: str, names: list[str]) -> str:
     return next(name for name in wanted if name in names)
 
 
-def draw_examples(folder: Path) -> dict[str, tuple[str, str]]:
-    """A drawn pair for each task, as files: (source 1, MRI)."""
-    examples = {}
-    for task, source in TASKS.items():
-        (folder / task).mkdir()
-        paths = [folder / task / f"example_{name}.png" for name in (source, "MRI")]
-        for path, image in zip(paths, phantom_pair(task), strict=True):
-            write_png(path, image)
-        examples[task] = tuple(map(str, paths))
-    return examples
+def worded(note: str) -> UserError:
+    """A note on a source, with what the page has in place of flags."""
+    note = note.replace("--task another", "the choice of the two images above another")
+    return UserError(note.replace("--levels", "test_asfe.py --levels"))
 
 
-class Page:
-    """What happens on the page. It holds networks and settings, never an image.
+class Made(NamedTuple):
+    """What a visitor has made last, as paths."""
 
-    Pictures that it makes are files in `folder`.
-    """
+    files: tuple[Path, ...]  # the two uploads
+    source: str  # picture of source 1
+    fused: str
 
-    def __init__(self, args: AppArgs, models: dict[str, ASFEFusion], folder: Path):
-        import gradio
 
-        self.gr, self.args, self.models, self.folder = gradio, args, models, folder
+class Page(Tab):
+    """What happens on the tab for images. The child opens uploads, see webpage/clicks.py."""
 
-    def error(self, error: Exception, *files: str):
-        """The error as a sentence on the page; it stays until it is closed."""
-        return self.gr.Error(sentence(error, *files), duration=None, print_exception=False)
+    def __init__(self, gr, place: Place, most: ImageLimits, weights: dict[str, Path], child: Child):
+        super().__init__(gr, place)
+        self.most, self.weights, self.child, self.turns = most, weights, child, Turns()
+
+    def job(self, name: str, *args):
+        """What a function of webpage/clicks.py returns."""
+        return self.ask(self.child, f"{JOBS}{name}", *args, seconds=limits.IMAGE_SECONDS)
 
     def show(self, file: str | None):
-        """The image of an upload, and blanks for the results of earlier images."""
-        blank = (None, None, "", "image 1 | fused", None)
-        if not file:
-            return None, *blank
+        """The image of an upload twice, and blanks for the results of earlier images."""
+        image = None
         try:
-            check_image(file, self.args)
-            return read_uint8(Path(file)), *blank
+            if file:
+                [upload] = self.uploads(file, need="")
+                out = self.new("shown.png")
+                self.job("show", upload, self.most, out)
+                image = str(out)
         except (UserError, OSError) as error:
-            self.gr.Warning(sentence(error, file), duration=None)
-            return None, *blank
+            self.warn(error, file)
+        return image, image, None, None, "", "image 1 | fused", "", None
 
     def task(self, task: str):
         """Labels and weights that go with a task."""
         label = f"Image 1: {TASKS[task]}"
-        weights = weights_for(task, list(self.models))
+        weights = weights_for(task, list(self.weights))
         return self.gr.update(label=label), self.gr.update(label=label), weights
 
-    def picture(self, name: str, image: np.ndarray) -> str:
-        """The image as a new file. Gradio would encode it again for each place on the page."""
-        path = Path(tempfile.mkdtemp(dir=self.folder), f"{name}.png")
-        write_png(path, image)
-        return str(path)
-
-    def fuse(self, file1: str | None, file2: str | None, weights: str):
+    def fuse(self, file1: str | None, file2: str | None, task: str, weights: str):
         """The values of the results on the page; the last one is for `measure`."""
+        need = "two images are needed: drop one into each box, or take an example"
         try:
-            pair = uploaded_pair(file1, file2, self.args)
-            stems = "_".join(path.stem[:60] for path in (pair.path1, pair.path2))
-            out = Path(tempfile.mkdtemp(dir=self.folder), f"{stems}_fused.png")
-            [fused] = fuse_images([ImageRequest(pair, out)], self.models[weights])
-            source = self.picture("source", to_uint8(*luma_and_chroma(fused.sources[0])))
+            files = self.uploads(file1, file2, need=need)
+            folder = self.new()
+            how = self.most, task, self.weights[weights], folder
+            done = self.job("fuse", files, *how)
         except (UserError, OSError) as error:
-            raise self.error(error, *filter(None, (file1, file2))) from None
-        return str(out), (source, str(out)), "Measuring …", "image 1 | fused", (pair, str(out))
+            raise self.error(error, file1, file2) from None
+        source, fused = (str(folder / Path(done[name]).name) for name in ("source", "fused"))
+        notes = "\n".join(f"* {sentence(worded(line), file1, file2)}" for line in done["notes"])
+        made = Made(files, source, fused)
+        return fused, (source, fused), "Measuring …", "image 1 | fused", notes, made
 
-    def measure(self, made: tuple[Pair, str] | None) -> str:
+    def measure(self, made: Made | None) -> str:
         """The metrics of what `fuse` made; nothing if other images have been chosen since."""
         if made is None:
             return ""
-        pair, fused = made
         try:
-            result = compare({"fused": {pair.name: Path(fused)}}, [pair], jobs=1)
+            return self.job("measure", made.files, Path(made.fused))
         except (UserError, OSError) as error:
-            files = (fused, str(pair.path1), str(pair.path2))
-            return f"No figures: {sentence(error, *files)}"
-        return table(result, "markdown", methods=("fused", *TRIVIAL))
+            return f"No figures: {sentence(error, made.fused, *map(str, made.files))}"
 
-    def wipe(self, under: str, image1, image2, fused):
+    def wipe(self, under: str, image1: str | None, image2: str | None, made: Made | None):
         """The two images of the wipe."""
-        images = {"image 1": image1, "image 2": image2, "fused": fused}
+        images = {"image 1": image1, "image 2": image2, "fused": made and made.fused}
         chosen = tuple(images[name] for name in under.split(" | "))
         return None if any(image is None for image in chosen) else chosen
 
-    def blend(self, percent: float, file1: str | None, file2: str | None):
+    def blend(self, percent: float, file1: str | None, file2: str | None) -> str | None:
         """The sources laid over each other, `percent` of source 2; nothing if one is absent."""
         try:
-            pair = uploaded_pair(file1, file2, self.args)
-            pixels = decode_pair(pair)  # of equal sizes
+            files = self.uploads(file1, file2, need="two")
+            out = self.new("blend.png")
+            self.job("blend", files, self.most, percent, out)
         except (UserError, OSError):
             return None  # `show` and `fuse` have said why
-        images = [to_uint8(*luma_and_chroma(source)) for source in pixels]
-        images = [i if i.ndim == 3 else np.repeat(i[..., None], 3, 2) for i in images]
-        share = percent / 100
-        return to_uint8((images[0] * (1 - share) + images[1] * share) / 255)
+        return str(out)
 
 
-def sweep(folder: Path, age: float) -> None:
-    """Remove what lies below `folder` and was not written or moved for `age` seconds."""
+def sweep(folder: Path, age: float, turns: Sequence[Turns] = ()) -> None:
+    """Remove what lies below `folder` and was not written or moved for `age` seconds.
+
+    What jobs need that wait or run in `turns` stays.
+    """
     for path in sorted(folder.rglob("*"), reverse=True):  # a folder after its files
-        with suppress(OSError):  # moved meanwhile, or a folder that is not empty
-            if time.time() - path.stat().st_ctime > age:
+        with contextlib.suppress(OSError):  # moved meanwhile, or a folder that is not empty
+            if time.time() - path.stat().st_ctime > age and not is_in_use(path, turns):
                 path.rmdir() if path.is_dir() else path.unlink()
 
 
-def keep_swept(folder: Path, age: float) -> None:
+def is_in_use(path: Path, turns: Sequence[Turns]) -> bool:
+    """Whether a job that waits or runs needs a path, or a folder that it lies in."""
+    needed = set().union(*(each.in_use() for each in turns))
+    return not needed.isdisjoint(map(str, (path, *path.parents)))
+
+
+def keep_swept(folder: Path, age: float, turns: Sequence[Turns]) -> None:
     """`sweep` as long as the program runs, in a thread of its own."""
 
     def work() -> None:
         while folder.is_dir():
             time.sleep(min(30, max(age / 4, 0.1)))
-            sweep(folder, age)
+            sweep(folder, age, turns)
 
     threading.Thread(target=work, daemon=True).start()
 
@@ -272,10 +224,9 @@ def quiet_blocks(gr) -> type:
     return QuietBlocks
 
 
-def image_tab(page: Page, examples: dict[str, tuple[str, str]]) -> None:
+def image_tab(page: Page, examples: dict[str, tuple[Path, Path]]) -> None:
     """The tab for images: what is on it, and which click does what."""
-    gr, models = page.gr, page.models
-    first = next(iter(TASKS))
+    gr, first = page.gr, next(iter(TASKS))
     picture = {"format": "png", "image_mode": None, "type": "filepath", "interactive": False}
     picture |= {"buttons": ["fullscreen"]}
     gr.Markdown(INTRODUCTION)
@@ -283,17 +234,18 @@ def image_tab(page: Page, examples: dict[str, tuple[str, str]]) -> None:
         gr.Markdown("No images at hand? Take a drawn head (no patient):")
         buttons = {t: gr.Button(t, elem_id=f"example-{t}", size="sm") for t in TASKS}
     names = [f"Image 1: {TASKS[first]}", "Image 2: MRI"]
-    kinds = {"file_types": list(EXTENSIONS), "height": 150}
     with gr.Row():
-        files = [gr.File(label=n, elem_id=f"file{k}", **kinds) for k, n in enumerate(names, 1)]
+        # of any kind: so that a volume gets a better answer than gradio's
+        files = [gr.File(label=n, elem_id=f"file{k}", height=150) for k, n in enumerate(names, 1)]
         with gr.Column():
             task = gr.Radio(list(TASKS), value=first, label="What are the two images?")
             weights = gr.Dropdown(
-                list(models),
-                value=weights_for(first, list(models)),
+                list(page.weights),
+                value=weights_for(first, list(page.weights)),
                 label="Weights: what the network has learned (picked for you)",
             )
     go = gr.Button("Fuse", variant="primary", elem_id="fuse")
+    notes = gr.Markdown(elem_id="notes")
     with gr.Row():
         shown = [gr.Image(label=n, elem_id=f"image{k}", **picture) for k, n in enumerate(names, 1)]
         fused = gr.Image(
@@ -307,27 +259,59 @@ def image_tab(page: Page, examples: dict[str, tuple[str, str]]) -> None:
             numbers = gr.Markdown(elem_id="numbers")
         with gr.Column():
             gr.Markdown(FIGURES)
-
-    made = gr.State()  # of this visitor: the last pair and its fused image, as paths
-    results = [fused, wipe, numbers, under, made]
-    # One at a time: the network uses every core.
-    turn = {"concurrency_id": "turn", "concurrency_limit": 1, "api_visibility": "private"}
-    quiet = turn | {"show_progress": "hidden"}
-    for file, image in zip(files, shown, strict=True):
-        file.change(None, js=CLOSE_MESSAGES)
-        file.change(page.show, file, [image, *results], **quiet).then(
-            page.blend, [share, *files], blend, **quiet
-        )
+    results = Results(fused, wipe, numbers, under, notes, gr.State())
     for name, button in buttons.items():
-        chosen = (*examples[name], name)
-        button.click(lambda chosen=chosen: chosen, None, [*files, task], **quiet)
-    task.change(page.task, task, [files[0], shown[0], weights], **quiet)
+        chosen = (*map(str, examples[name]), name)
+        button.click(lambda chosen=chosen: chosen, None, [*files, task], **AT_ONCE)
+    task.change(page.task, task, [files[0], shown[0], weights], **AT_ONCE)
+    connect(page, Given(files, shown, [task, weights], go), results, (blend, share))
+
+
+# Each handler waits for its turn by itself, see webpage/turns.py.
+AT_ONCE = {"concurrency_limit": None, "api_visibility": "private", "show_progress": "hidden"}
+
+
+class Given(NamedTuple):
+    """The components that a visitor fills or clicks; all are gradio's."""
+
+    files: list  # the two uploads
+    shown: list  # their pictures
+    how: list  # task, weights
+    go: object  # the button
+
+
+class Results(NamedTuple):
+    """The components of a result, in the order of what `Page.fuse` returns."""
+
+    fused: object
+    wipe: object
+    numbers: object
+    under: object  # what the wipe shows
+    notes: object
+    made: object  # state of this visitor, see `Made`
+
+
+def connect(page: Page, given: Given, results: Results, blending: tuple) -> None:
+    """Which change or click of the components does what; `blending` is a picture and its share."""
+    images = [page.gr.State(), page.gr.State()]  # paths of what `given.shown` shows
+    blend, share = blending
+    turns, sources = page.turns, [share, *given.files]
+    blended = page.queued(turns, page.blend)
+    for file, shown, image in zip(given.files, given.shown, images, strict=True):
+        file.change(None, js=CLOSE_MESSAGES)
+        handler = page.queued(turns, page.show)
+        file.change(handler, file, [shown, image, *results], **AT_ONCE).then(
+            blended, sources, blend, **AT_ONCE
+        )
+    given.go.click(None, js=CLOSE_MESSAGES)
+    click = AT_ONCE | {"show_progress": "full"}
     # the figures in a turn of their own: another's picture comes before them
-    go.click(page.fuse, [*files, weights], results, **turn).success(
-        page.measure, made, numbers, **quiet
-    )
-    under.input(page.wipe, [under, *shown, fused], wipe, **quiet)
-    share.release(page.blend, [share, *files], blend, **quiet)
+    given.go.click(
+        page.queued(turns, page.fuse, only="fuse"), [*given.files, *given.how], results, **click
+    ).success(page.queued(turns, page.measure), results.made, results.numbers, **AT_ONCE)
+    places = [results.under, *images, results.made]
+    results.under.input(page.wipe, places, results.wipe, **AT_ONCE)
+    share.release(blended, sources, blend, **AT_ONCE)
 
 
 def comparison(gr, picture: dict) -> tuple:
@@ -355,29 +339,24 @@ def comparison(gr, picture: dict) -> tuple:
     return wipe, under, blend, share
 
 
-def volume_tab(page: Page) -> None:
-    """The tab for volumes, or what to install for it."""
-    try:
-        from volumes.page import Limits, VolumePage, volume_tab  # its packages are an extra
-    except ModuleNotFoundError as error:
-        command = "pip install -r requirements-volumes.txt"
-        page.gr.Markdown(f"Volumes need {error.name}: `{command}`")
-        return
-    models = {task: page.models[weights_for(task, list(page.models))] for task in TASKS}
-    args = page.args
-    limits = Limits(args.volume_mb, 1e6 * args.volume_voxels, args.keep_minutes)
-    volume_tab(VolumePage(page.gr, limits, models, page.folder, sentence))
-
-
-def build(page: Page, examples: dict[str, tuple[str, str]]):
-    """The page as gradio.Blocks."""
+def build(page: Page, examples: dict[str, tuple[Path, Path]], volumes: VolumePage | None):
+    """The page as gradio.Blocks; without `volumes` the second tab says what to install."""
     gr = page.gr
     with quiet_blocks(gr)(title="ASFE-Fusion", analytics_enabled=False) as blocks:
         with gr.Tab("Images"):
             image_tab(page, examples)
         with gr.Tab("Volumes", elem_id="volumes"):
-            volume_tab(page)
+            if volumes is None:
+                absent = ", ".join(name for name in FOR_VOLUMES if not find_spec(name))
+                gr.Markdown(f"Volumes need {absent}: `pip install -r requirements-volumes.txt`")
+            else:
+                volume_tab(volumes)
     return blocks
+
+
+def log(text: str) -> None:
+    """Print what went wrong in this program."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def free_port(host: str, port: int) -> int:
@@ -391,8 +370,40 @@ def free_port(host: str, port: int) -> int:
         return probe.getsockname()[1]
 
 
-def serve(args: AppArgs, folder: Path) -> None:
-    """Serve the page, with its files below `folder`, until it is interrupted."""
+def start_children(args: AppArgs, folder: Path, stack: contextlib.ExitStack) -> list[Child]:
+    """The children for images, for volumes, and to look at volumes; the first gets ready at once.
+
+    They end with `stack`. Those for volumes are started by the first visitor who needs them.
+    """
+    weights = weights_in(args.weights_dir)
+    runtime = Runtime(args.DEVICE, args.threads)
+    of_tasks = {task: weights[weights_for(task, list(weights))] for task in TASKS}
+    prepared = [
+        Call("webpage.clicks:prepare", (list(weights.values()), runtime, folder)),
+        Call("webpage.volume_clicks:prepare", (of_tasks, runtime)),
+        Call("webpage.volume_clicks:prepare", ({}, runtime)),
+    ]
+    memory = limits.granted_memory() // 2  # so that one cannot take what the others have
+    children = [Child(call, Bounds(memory)) for call in prepared]
+    for child in children:
+        stack.callback(child.close)
+    children[0].begin()
+    return children
+
+
+def pages(gr, args: AppArgs, uploads: Path, children: list[Child]) -> list[Tab | None]:
+    """What happens on the tab for images, and on the one for volumes, if it can be."""
+    place = Place(uploads, args.keep_minutes, log)
+    most = ImageLimits(args.max_mb, args.max_side)
+    page, volumes = Page(gr, place, most, weights_in(args.weights_dir), children[0]), None
+    if all(map(find_spec, FOR_VOLUMES)):
+        most = VolumeLimits(args.volume_mb, 1e6 * args.volume_voxels)
+        volumes = VolumePage(gr, place, most, children[1:])
+    return [page, volumes]
+
+
+def import_gradio(folder: Path):
+    """Gradio, with its files below a folder; UserError if it is not installed."""
     # Gradio reads these when it is imported or builds a page.
     os.environ |= {
         "GRADIO_TEMP_DIR": str(folder / "uploads"),
@@ -400,21 +411,32 @@ def serve(args: AppArgs, folder: Path) -> None:
         "GRADIO_RUN_HISTORY": "False",  # it would keep images in the browser
     }
     try:
-        import gradio  # noqa: F401
-
-        Image.init()
-        Image.ID[:] = FORMATS  # all that Gradio, too, may have Pillow open
+        import gradio
+        from PIL import Image
     except ImportError:
         raise UserError(MISSING) from None
+    Image.init()
+    Image.ID[:] = FORMATS
+    return gradio
+
+
+def serve(args: AppArgs, folder: Path, stack: contextlib.ExitStack) -> None:
+    """Serve the page, with its files below `folder`, until it is interrupted."""
+    children = start_children(args, folder, stack)
+    gr = import_gradio(folder)
     port = free_port(args.host, args.port)
-    models = load_all(args)
+    if lacks := children[0].start():
+        log(f"no limit of {', '.join(lacks)} for what opens uploads here: only its time is bounded")
     (uploads := folder / "uploads").mkdir()
-    keep_swept(uploads, 60 * args.keep_minutes)
-    blocks = build(Page(args, models, uploads), draw_examples(folder))
+    page, volumes = pages(gr, args, uploads, children)
+    turns = [page.turns, *((volumes.turns, volumes.looks) if volumes else ())]
+    keep_swept(uploads, 60 * args.keep_minutes, turns)
+    blocks = build(page, {task: example_paths(folder, task) for task in TASKS}, volumes)
     _, address, _ = blocks.launch(
         server_name=args.host,
         server_port=port,
         max_file_size=round(max(args.max_mb, args.volume_mb) * 2**20),
+        max_threads=THREADS,
         share=False,
         ssr_mode=False,
         mcp_server=False,
@@ -430,8 +452,8 @@ def serve(args: AppArgs, folder: Path) -> None:
 
 def main(args: AppArgs) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder is removed
-    with temporary_folder("asfe-") as folder:
-        serve(args, folder)
+    with temporary_folder("asfe-") as folder, contextlib.ExitStack() as stack:
+        serve(args, folder, stack)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,16 @@ TRANSFORM_BYTES = 2**20  # of a file with a linear transform: it holds 12 number
 TABLE_BYTES = 2**24  # of a CSV: 100,000 rows
 WEIGHTS_BYTES = 2**31  # of a file of weights: the published ones have 50 MB
 CHECKPOINT_BYTES = 2**33  # of a training to resume: one of the paper size has 2.7 GB
+# a child process that works on files from outside, see studies/child.py
+CHILD_FILE_BYTES = 2**32  # of a file that it writes: a volume of VOXELS as float32
+CHILD_OPEN_FILES = 256  # at a time: a series is read file by file
+# one turn on the page; then its child process is killed
+IMAGE_SECONDS = 60
+VOLUME_SECONDS = 300
+LOOK_SECONDS = 30  # a look at an upload or a slice
+# turns on the page
+WAITING = 32  # jobs that may wait for a turn
+WAITING_OF_ONE = 8  # of them of one visitor
 # what is promised of any file of 1 MB until it is accepted or refused; tests hold it
 SECONDS = 10
 MEGABYTES = 500

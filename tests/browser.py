@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from args_setting import ROOT
@@ -30,17 +30,34 @@ def missing() -> str:
 @contextmanager
 def served(temporary: Path, *argv: str) -> Iterator[str]:
     """The address of a page in a process of its own, whose temporary files lie in `temporary`."""
+    with running(temporary, *argv) as (address, _):
+        yield address
+
+
+@contextmanager
+def running(temporary: Path, *argv: str, log: Path | None = None) -> Iterator[tuple[str, int]]:
+    """The same, with the number of the process; `log` gets what it writes of errors."""
     command = [sys.executable, ROOT / "app.py", "--port", "0", *argv]
     environment = os.environ | {"TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    pipes = {"stdout": subprocess.PIPE, "text": True}
+    with (
+        log.open("w") if log else nullcontext() as errors,
+        subprocess.Popen(command, env=environment, stderr=errors, **pipes) as process,
+    ):
         try:
             line = process.stdout.readline()  # open ADDRESS in a browser; …
             if not line.startswith("open http"):
                 raise RuntimeError(f"app.py did not start: {line}")
-            yield line.split()[1]
+            yield line.split()[1], process.pid
         finally:
             process.terminate()
             process.wait(PATIENCE)
+
+
+def children(pid: int) -> list[int]:
+    """The processes behind a page, as Linux shows them; the first one is that for images."""
+    found = Path(f"/proc/{pid}/task").glob("*/children")
+    return sorted(int(word) for path in found for word in path.read_text().split())
 
 
 class Browser:

@@ -1,5 +1,6 @@
 """What happens on the page of app.py, without a browser; `test_browser.py` has the rest."""
 
+import contextlib
 import json
 import os
 import signal
@@ -14,23 +15,31 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from near_child import NearChild
 
-from args_setting import ROOT, AppArgs
+import limits
+from args_setting import ROOT, TASKS, AppArgs, TestArgs
 from cli import UserError, parse_args, remove_left
 from images import write_png
 from phantom import phantom_pair
+from studies.child import Child
+from webpage import clicks, tab
+from webpage.shared import ImageLimits, Runtime, example_paths
+from webpage.tab import Place
 
 gradio = pytest.importorskip("gradio", reason="needs requirements-app.txt")
 
 import app  # noqa: E402
 import test_asfe  # noqa: E402
-from args_setting import TestArgs  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> app.Page:
     folder = tmp_path_factory.mktemp("uploads")
-    return app.Page(AppArgs(max_side=200), app.load_all(AppArgs()), folder)
+    weights = app.weights_in(AppArgs().weights_dir)
+    clicks.prepare(list(weights.values()), Runtime(), folder)
+    place = Place(folder, 10, pytest.fail)
+    return app.Page(gradio, place, ImageLimits(16, 200), weights, NearChild())
 
 
 def pair_of_files(folder: Path, task: str = "PET-MRI", side: int = 64) -> tuple[str, str]:
@@ -46,9 +55,11 @@ def rgb(path: str | Path) -> np.ndarray:
 
 def test_the_page_fuses_as_the_script_does(page, tmp_path):
     files = pair_of_files(tmp_path)
-    fused, (source, right), measuring, _, made = page.fuse(*files, "compact_PET-MRI")
+    fused, (source, right), measuring, _, notes, made = page.fuse(
+        *files, "PET-MRI", "compact_PET-MRI"
+    )
     assert np.array_equal(rgb(source), phantom_pair("PET-MRI", 64)[0]) and right == fused
-    assert measuring == "Measuring …"
+    assert measuring == "Measuring …" and not notes
     out = tmp_path / "script.png"
     paths = {"img1": Path(files[0]), "img2": Path(files[1]), "out": out}
     test_asfe.main(TestArgs(task="PET-MRI", **paths))
@@ -57,16 +68,16 @@ def test_the_page_fuses_as_the_script_does(page, tmp_path):
     assert "| metric | fused | max | mean | source 1 | source 2 |" in text and "Qabf ↑" in text
     assert Path(fused).name == "source_mri_fused.png", "the name of a download"
     # each click has files of its own
-    assert page.fuse(*files, "compact_all")[0] != fused
+    assert page.fuse(*files, "PET-MRI", "compact_all")[0] != fused
 
 
 def test_there_are_no_figures_of_what_is_gone(page, tmp_path):
     assert page.measure(None) == "", "other images were chosen meanwhile"
-    *_, made = page.fuse(*pair_of_files(tmp_path), "compact_all")
-    Path(made[1]).unlink()
+    *_, made = page.fuse(*pair_of_files(tmp_path), "PET-MRI", "compact_all")
+    Path(made.fused).unlink()
     text = page.measure(made)
-    assert text.startswith("No figures: ") and Path(made[1]).name in text
-    assert str(page.folder) not in text
+    assert text.startswith("No figures: ") and Path(made.fused).name in text
+    assert str(page.place.folder) not in text
 
 
 @pytest.mark.parametrize(
@@ -104,42 +115,119 @@ def test_bad_uploads_get_a_sentence(page, tmp_path, kind, message):
         path.unlink()
     given = (source, None) if kind == "absent" else (source, mri)
     with pytest.raises(gradio.Error) as error:
-        page.fuse(*given, "compact_all")
+        page.fuse(*given, "PET-MRI", "compact_all")
     assert message in error.value.message and str(tmp_path) not in error.value.message
     assert page.blend(50, *given) is None
 
 
 def test_names_of_uploads_are_text_not_html():
-    shown = app.sentence(UserError("/tmp/x/<img src=x>.png: damaged"), "/tmp/x/<img src=x>.png")
+    shown = tab.sentence(UserError("/tmp/x/<img src=x>.png: damaged"), "/tmp/x/<img src=x>.png")
     assert shown == "&lt;img src=x&gt;.png: damaged"
 
 
-def test_a_new_upload_is_shown_and_clears_the_results(page, tmp_path, monkeypatch):
+@pytest.fixture
+def warned(page, monkeypatch) -> list[str]:
+    """What the page says while a handler goes on."""
     said = []
     monkeypatch.setattr(page.gr, "Warning", lambda text, **_: said.append(text))
+    return said
+
+
+def test_a_new_upload_is_shown_and_clears_the_results(page, tmp_path, warned):
     source, mri = pair_of_files(tmp_path)
-    image, *results = page.show(source)
-    assert np.array_equal(image, phantom_pair("PET-MRI", 64)[0]) and not said
-    assert results == [None, None, "", "image 1 | fused", None]
+    image, kept, *results = page.show(source)
+    assert np.array_equal(rgb(image), phantom_pair("PET-MRI", 64)[0]) and kept == image
+    assert results == [None, None, "", "image 1 | fused", "", None] and not warned
     Path(mri).write_text("hello")
     assert page.show(mri)[0] is None
-    assert said == ["mri.png: damaged or not an image, expected PNG, TIFF, JPEG or BMP"]
-    assert page.show(None)[0] is None and len(said) == 1
+    assert warned == ["mri.png: damaged or not an image, expected PNG, TIFF, JPEG or BMP"]
+    assert page.show(None)[0] is None and len(warned) == 1
+
+
+VOLUMES = ("t1.nii.gz", "T1.NII", "t1.mha", "1.dcm", "series.zip", "IM0001")
+
+
+@pytest.mark.parametrize("name", VOLUMES)
+def test_a_volume_among_images_is_named(page, tmp_path, warned, name):
+    path = tmp_path / name
+    path.write_bytes(bytes(128) + b"DICM" + bytes(2**20))
+    assert page.show(str(path))[0] is None
+    assert warned == [f"{name} is a volume: use the tab Volumes"]
+
+
+def test_one_wrong_file_is_one_message(page, tmp_path, warned):
+    source, mri = pair_of_files(tmp_path)
+    Path(mri).write_text("hello")
+    page.show(source), page.blend(50, source, None)
+    page.show(mri), page.blend(50, source, mri)
+    assert len(warned) == 1
+
+
+def test_a_colour_pet_that_is_called_ct_is_named(page, tmp_path):
+    files = pair_of_files(tmp_path)
+    *_, notes, _ = page.fuse(*files, "CT-MRI", "compact_all")
+    assert notes.startswith("* source.png: is in colour, which no CT is; is it PET or SPECT")
+    assert "the choice of the two images above another?" in notes and "--" not in notes
 
 
 def test_the_blend_goes_from_one_source_to_the_other(page, tmp_path):
     files = pair_of_files(tmp_path)
     pet, mri = phantom_pair("PET-MRI", 64)
-    assert np.array_equal(page.blend(0, *files), pet)
-    assert np.array_equal(page.blend(100, *files), np.repeat(mri[..., None], 3, 2))
-    half = page.blend(50, *files).astype(float)
+    assert np.array_equal(rgb(page.blend(0, *files)), pet)
+    assert np.array_equal(rgb(page.blend(100, *files)), np.repeat(mri[..., None], 3, 2))
+    half = rgb(page.blend(50, *files)).astype(float)
     assert np.abs(half - (pet / 2 + mri[..., None] / 2)).max() <= 0.5
 
 
 def test_the_wipe_shows_what_was_chosen(page):
-    assert page.wipe("image 2 | fused", "a", "b", "f") == ("b", "f")
+    made = app.Made((), "s", "f")
+    assert page.wipe("image 2 | fused", "a", "b", made) == ("b", "f")
     assert page.wipe("image 1 | image 2", "a", "b", None) == ("a", "b")
     assert page.wipe("image 1 | fused", "a", "b", None) is None
+
+
+def test_a_fault_of_ours_is_a_sentence_and_its_traceback_is_logged(page, tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(page, "place", page.place._replace(log=logged.append))
+    monkeypatch.setattr(clicks, "read_uint8", lambda file: 1 / 0)
+    monkeypatch.setattr(clicks, "fuse_images", lambda *_: 1 / 0)
+    files = pair_of_files(tmp_path)
+    with pytest.raises(gradio.Error, match="a fault of the program, not of your files"):
+        page.fuse(*files, "PET-MRI", "compact_all")
+    assert len(logged) == 1 and "ZeroDivisionError" in logged[0]
+
+
+def test_a_job_that_takes_too_long_or_dies_is_one_sentence(page, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setattr(app, "JOBS", "child_jobs:")
+    monkeypatch.setattr(limits, "IMAGE_SECONDS", 1)
+    child = Child()
+    other = app.Page(gradio, page.place, page.most, page.weights, child)
+    child.start()
+    for job, message in (
+        (("sleep", 60), "it took over 1 seconds and was ended"),
+        (("die", "SIGSEGV"), "the process that worked on it ended by SIGSEGV"),
+    ):
+        monkeypatch.setattr(other, "job", lambda *_, job=job: app.Page.job(other, *job))
+        with pytest.raises(gradio.Error) as error:
+            other.fuse(*pair_of_files(tmp_path), "PET-MRI", "compact_all")
+        assert error.value.message.startswith(message)
+    monkeypatch.undo()
+    child.close()
+
+
+def test_the_limits_of_a_turn_are_those_that_are_promised():
+    assert (limits.IMAGE_SECONDS, limits.VOLUME_SECONDS) == (60, 300)
+
+
+def test_the_examples_are_drawn(page):
+    for task in TASKS:
+        paths = example_paths(page.place.folder, task)
+        assert all(map(np.array_equal, map(rgb, paths), map(in_colour, phantom_pair(task))))
+
+
+def in_colour(image: np.ndarray) -> np.ndarray:
+    return image if image.ndim == 3 else np.repeat(image[..., None], 3, 2)
 
 
 def test_weights_follow_the_task():
@@ -147,7 +235,7 @@ def test_weights_follow_the_task():
     assert app.weights_for("PET-MRI", names) == "compact_PET-MRI"
     assert app.weights_for("SPECT-MRI", [*names, "compact_all"]) == "compact_all"
     assert app.weights_for("SPECT-MRI", ["mine"]) == "mine"
-    assert set(app.load_all(AppArgs())) >= {"compact_all"}
+    assert set(app.weights_in(AppArgs().weights_dir)) >= {"compact_all"}
 
 
 def test_old_files_are_swept_and_new_ones_stay(tmp_path):
@@ -203,7 +291,7 @@ def test_a_refused_request_is_one_line_in_the_log():
             functions = json.load(reply)["dependencies"]
         fuse = next(f["id"] for f in functions if f["api_name"].startswith("fuse"))
         file = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
-        ask = {"data": [file, file, "none"], "fn_index": fuse, "session_hash": "x"}
+        ask = {"data": [file, file, "CT-MRI", "none"], "fn_index": fuse, "session_hash": "x"}
         for route in ("queue/join", "queue/data?session_hash=x"):
             body = json.dumps(ask).encode() if route == "queue/join" else None
             headers = {"Content-Type": "application/json"}
@@ -255,5 +343,8 @@ def test_bad_settings_are_one_line(call, tmp_path, argv, message):
 def test_an_absent_gradio_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ValueError, match=r"pip install -r requirements-app\.txt"):
-        app.serve(AppArgs(), tmp_path)
+    with (
+        pytest.raises(ValueError, match=r"pip install -r requirements-app\.txt"),
+        contextlib.ExitStack() as stack,
+    ):
+        app.serve(AppArgs(), tmp_path, stack)

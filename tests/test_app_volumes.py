@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from dicom_files import SECRET, write_series
+from near_child import NearChild
 from scipy.spatial.transform import Rotation
 from volume_files import Brighter, affine_of, numbered
 
@@ -20,35 +21,43 @@ gradio = pytest.importorskip("gradio", reason="needs requirements-app.txt")
 
 import app  # noqa: E402
 import limits  # noqa: E402
-from volumes import fuse_volumes, page, request_from, uploads  # noqa: E402
+from fusing import FORCED  # noqa: E402
+from volumes import fuse_volumes, request_from, uploads  # noqa: E402
+from volumes.grid import AXES  # noqa: E402
+from volumes.requests import WAYS_OF_VOLUMES, Levels  # noqa: E402
+from webpage import shared, volume_clicks, volume_tab  # noqa: E402
+from webpage.tab import Place  # noqa: E402
 
 MORE = {name: "" for name in ("series1", "series2", "where", "frame")}
 MORE |= {"window": "wide", "affine": "sform", "nan_to_zero": False, "force": []}
 
 
 @pytest.fixture
-def tab(tmp_path) -> page.VolumePage:
+def tab(tmp_path, monkeypatch) -> volume_tab.VolumePage:
     (tmp_path / "uploads").mkdir()
-    limits = page.Limits(4, 1e6, 10)
-    models = dict.fromkeys(TASKS, Brighter())
-    return page.VolumePage(gradio, limits, models, tmp_path / "uploads", app.sentence)
+    monkeypatch.setattr(volume_clicks, "NETWORKS", dict.fromkeys(TASKS, Brighter()))
+    place = Place(tmp_path / "uploads", 10, pytest.fail)
+    most = shared.VolumeLimits(4, 1e6)
+    return volume_tab.VolumePage(gradio, place, most, (NearChild(), NearChild()))
 
 
-def fuse(tab, file1, file2, task="CT-MRI", size=page.QUICK, register="auto", **more):
+def fuse(tab, file1, file2, task="CT-MRI", size=volume_tab.QUICK, register="auto", **more):
+    """Lines of progress, the folder of the views, status, report, files to save, a picture."""
     lines = []
-    words = page.words_of(task, size, register, MORE | more)
+    words = volume_tab.words_of(task, size, register, MORE | more)
     made = tab.fuse(file1 and str(file1), file2 and str(file2), words,
                     lambda _, desc: lines.append(desc))  # fmt: skip
-    return lines, *made
+    return lines, Path(made.views), *made[1:-1]
 
 
 def refused(tab, file1, file2, **how) -> str:
     """What the visitor reads; nothing stays of the run."""
     with pytest.raises(gradio.Error) as error:
         fuse(tab, file1, file2, **how)
-    assert not error.value.print_exception and str(tab.folder.parent) not in error.value.message
-    assert not list(tab.folder.iterdir())
-    assert not [path for path in tab.folder.parent.iterdir() if path.name.startswith("tmp")]
+    folder = tab.place.folder
+    assert not error.value.print_exception and str(folder.parent) not in error.value.message
+    assert not list(folder.iterdir())
+    assert not [path for path in folder.parent.iterdir() if path.name.startswith("tmp")]
     return error.value.message
 
 
@@ -85,43 +94,68 @@ def test_a_known_shift_is_undone_and_shown(tab, heads, tmp_path, capsys):
     lines, views, status, report, files, picture = fuse(tab, heads["ct"], tmp_path / "mri.nii.gz")
     assert any("registering" in line for line in lines), lines
     assert status.startswith("**ct.nii.gz with mri.nii.gz**, ") and "registered (rigid)" in report
-    assert [Path(file).name for file in files] == ["fused.nii.gz", "moved.nii.gz", "fused.tfm"]
+    names = [Path(file).name for file in files]
+    assert names == ["fused.nii.gz", "moved.nii.gz", "fused.tfm", "fused.json"]
     fused = nib.load(files[0])
     assert np.allclose(fused.header.get_zooms(), 2, atol=1e-3)
     assert cv2.imread(picture) is not None
     at = ("axial", fused.shape[2] // 2)
-    seen = {s: page.view(views, s, *at) for s in page.SHOWN}
-    assert all(image.shape == (page.SIDE, page.SIDE, 3) for image in seen.values())
+    seen = {s: volume_clicks.view(views, s, *at) for s in shared.SHOWN}
+    side = volume_clicks.SIDE
+    assert all(image.shape == (side, side, 3) for image in seen.values())
     # the checkerboard is as of two scans that lie on each other after, not before
     one, two = (np.load(views / f"scan {i}.npy").astype(float) for i in (1, 2))
     before = np.load(views / "before 2.npy").astype(float)
     bone = one > 180  # the drawn skull lies around the brain of the MRI
     assert two[bone].mean() < 0.7 * before[bone].mean()
-    for how in page.BOTH:
-        pair = [page.view(views, f"{how} {when}", *at) for when in ("before", "after")]
+    for how in volume_clicks.BOTH:
+        pair = [volume_clicks.view(views, f"{how} {when}", *at) for when in ("before", "after")]
         assert (pair[0] != pair[1]).any()
     png = tab.look(views, "edges after", "coronal", 10**6)  # beyond the last: the last
-    assert cv2.imread(png).shape == (page.SIDE, page.SIDE, 3)
+    assert cv2.imread(png).shape == (volume_clicks.SIDE, volume_clicks.SIDE, 3)
     assert not capsys.readouterr().out, "no file is named in the log"
 
 
 def test_the_full_size_is_what_the_script_writes(tab, series, tmp_path):
-    *_, files, _ = fuse(tab, *series(), size=page.FULL)
+    *_, files, _ = fuse(tab, *series(), size=volume_tab.FULL)
     words = {"img1": tmp_path / "ct", "img2": tmp_path / "mr", "out": tmp_path / "f.nii.gz"}
     fuse_volumes(request_from(words | {"task": "CT-MRI"}), Brighter())
     assert Path(files[0]).read_bytes() == (tmp_path / "f.nii.gz").read_bytes()
     names = [Path(file).name for file in files]
-    assert names == ["fused.nii.gz", "moved.nii.gz"], "one frame of reference: no transform"
+    # one frame of reference, so there is no transform
+    assert names == ["fused.nii.gz", "moved.nii.gz", "fused.json"]
+
+
+def one_slice(folder: Path) -> tuple[Path, Path]:
+    data = np.random.default_rng(0).integers(0, 1000, (40, 40, 1), dtype=np.int16)
+    for name, lowest in (("ct", -1000), ("mri", 0)):
+        nib.Nifti1Image(data + np.int16(lowest), np.eye(4)).to_filename(folder / f"{name}.nii.gz")
+    return folder / "ct.nii.gz", folder / "mri.nii.gz"
+
+
+def test_a_volume_of_one_slice_is_fused_and_seen(tab, tmp_path):
+    words = volume_tab.words_of("CT-MRI", volume_tab.FULL, "off", MORE)
+    made = tab.fuse(*map(str, one_slice(tmp_path)), words, lambda *_, **__: None)
+    assert made.counts == [1, 40, 40]
+    for axis in shared.PLANES:
+        for shown in (*shared.SHOWN, "edges after", "checkerboard before"):
+            assert cv2.imread(tab.look(made.views, shown, axis, 1)).shape[0] == volume_clicks.SIDE
+            assert tab.look(made.views, shown, axis, 2), "the slider may point beyond the last"
 
 
 def test_colour_for_pet_and_nothing_of_the_patient(tab, tmp_path, series):
     write_series(tmp_path / "pt", numbered(), affine_of("oblique"), "PT")
     pet = zipped(tmp_path / "pt", tmp_path / "pt.zip")
-    lines, views, status, report, files, _ = fuse(tab, pet, series()[1], "PET-MRI", page.FULL)
+    lines, views, status, report, files, _ = fuse(tab, pet, series()[1], "PET-MRI", volume_tab.FULL)
     assert "fused_colour.nii.gz" in [Path(file).name for file in files]
     assert np.load(views / "fused.npy").shape[-1] == 3
+    side = volume_clicks.SIDE
+    image = volume_clicks.view(views, "fused", "axial", 2)
+    assert image.shape[0] == side and image.shape[1] > side + 20, "with a bar of the colours"
+    assert np.array_equal(image[:, side:], np.load(views / "bar.npy"))
+    assert volume_clicks.view(views, "scan 1", "axial", 2).shape == (side, side, 3)
     assert SECRET not in status + report + str(lines)
-    for path in tab.folder.rglob("*"):
+    for path in tab.place.folder.rglob("*"):
         assert SECRET not in str(path)
         assert not path.is_file() or SECRET.encode() not in path.read_bytes()
 
@@ -130,7 +164,7 @@ def test_before_is_shown_of_the_one_that_moved(tab, heads):
     """For PET the grid is the MRI's, so it is source 1 that is moved."""
     _, views, *_ = fuse(tab, heads["pet"], heads["mri"], "PET-MRI", register="rigid")
     assert (views / "before 1.npy").is_file() and not (views / "before 2.npy").is_file()
-    shapes = {np.load(path).shape[:3] for path in views.glob("[bs]*.npy")}
+    shapes = {np.load(path).shape[:3] for path in views.glob("[bs][ec]*.npy")}
     assert len(shapes) == 1
 
 
@@ -163,8 +197,9 @@ def test_bad_uploads_get_a_sentence(tab, heads, tmp_path, kind, message):
     elif kind not in ("absent", "swept"):
         path.write_bytes(bytes({"long": 5_000_000, "empty": 0}.get(kind, 100)))
     source = path if kind == "small" else heads["ct"]
-    said = refused(tab, source, None if kind == "absent" else path, size=page.FULL, register="off",
-                   force=["space", "place", "overlap", "units"])  # fmt: skip
+    how = {"size": volume_tab.FULL, "register": "off"}
+    how["force"] = ["space", "place", "overlap", "units"]
+    said = refused(tab, source, None if kind == "absent" else path, **how)
     assert message in said
 
 
@@ -189,7 +224,7 @@ def test_two_series_in_a_zip_are_chosen_by_a_field(tab, series, tmp_path):
     ct, mr = series(lambda ds, k: setattr(ds, "SeriesInstanceUID", f"1.2.{k % 2}"))
     said = refused(tab, ct, mr)
     assert said.startswith("mr.zip: choose by --series2 one of 2 series: 1: MR")
-    _, _, _, report, *_ = fuse(tab, ct, mr, series2="2", size=page.FULL)
+    _, _, _, report, *_ = fuse(tab, ct, mr, series2="2", size=volume_tab.FULL)
     assert "img2: MRI" in report
 
 
@@ -302,11 +337,11 @@ def test_names_in_a_zip_lead_nowhere(tab, tmp_path, series):
 
 
 def test_a_setting_that_is_not_on_the_page_is_refused():
-    good = "CT-MRI", page.QUICK, "auto"
+    good = "CT-MRI", volume_tab.QUICK, "auto"
     for at, wrong in enumerate(("all", "1mm", "/etc/passwd")):
         with pytest.raises(UserError, match="none of those on the page"):
-            page.words_of(*good[:at], wrong, *good[at + 1 :], MORE)
-    assert page.words_of(*good, MORE | {"force": ["space"]})["force"] == "space"
+            volume_tab.words_of(*good[:at], wrong, *good[at + 1 :], MORE)
+    assert volume_tab.words_of(*good, MORE | {"force": ["space"]})["force"] == "space"
 
 
 def test_a_result_that_was_swept_is_named(tab, tmp_path, monkeypatch):
@@ -317,9 +352,17 @@ def test_a_result_that_was_swept_is_named(tab, tmp_path, monkeypatch):
     assert tab.look(None, "fused", "axial", 1) is None and len(said) == 1
 
 
-def test_without_the_packages_the_tab_says_what_to_install(monkeypatch):
-    said = []
-    monkeypatch.setitem(__import__("sys").modules, "volumes.page", None)
-    stand_in = type("Page", (), {"gr": type("Gr", (), {"Markdown": said.append})})
-    app.volume_tab(stand_in)
-    assert said == ["Volumes need volumes.page: `pip install -r requirements-volumes.txt`"]
+def test_without_the_packages_the_tab_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(app, "FOR_VOLUMES", ("nibabel", "no_such_package"))
+    place = Place(tmp_path, 10, pytest.fail)
+    weights = app.weights_in(app.AppArgs().weights_dir)
+    page = app.Page(gradio, place, shared.ImageLimits(16, 200), weights, NearChild())
+    blocks = app.build(page, {t: shared.example_paths(tmp_path, t) for t in TASKS}, None)
+    texts = [str(block.value) for block in blocks.blocks.values() if hasattr(block, "value")]
+    assert "Volumes need no_such_package: `pip install -r requirements-volumes.txt`" in texts
+
+
+def test_the_page_offers_what_the_commands_take():
+    assert AXES[::-1] == shared.PLANES and tuple(volume_clicks.BOTH) == shared.COMPARED
+    assert WAYS_OF_VOLUMES == shared.WAYS and FORCED == shared.FORCED
+    assert Levels.window == shared.WINDOW

@@ -4,12 +4,16 @@ Skips without Chromium; with ASFE_BROWSER=required (set by .ci/run where it is i
 """
 
 import os
+import signal
+import sys
+import time
 import urllib.request
+from contextlib import suppress
 
 import cv2
 import numpy as np
 import pytest
-from browser import PATIENCE, Browser, missing, served
+from browser import PATIENCE, Browser, children, missing, running
 
 from args_setting import TASKS
 from images import read_image, to_uint8, write_png
@@ -20,13 +24,19 @@ pytestmark = pytest.mark.alone
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def server(tmp_path_factory):
+    """The address of a page, and the number of its process."""
     if reason := missing():
         if os.environ.get("ASFE_BROWSER") == "required":
             pytest.fail(f"ASFE_BROWSER=required, but the test {reason}")
         pytest.skip(reason)
-    with served(tmp_path_factory.mktemp("served"), "--max_mb", "1", "--volume_mb", "8") as address:
-        yield address
+    with running(tmp_path_factory.mktemp("served"), "--max_mb", "1", "--volume_mb", "8") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def address(server):
+    return server[0]
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +122,45 @@ def test_bad_uploads_get_a_sentence(user, address, tmp_path):
     assert "Traceback" not in user.text("body") and not user.picture("#fused")
 
 
+def test_one_error_is_one_message(user, address, tmp_path):
+    user.open(address)
+    (tmp_path / "t1.nii.gz").write_bytes(b"a volume")
+    user.upload("#file1", tmp_path / "t1.nii.gz")
+    said = "t1.nii.gz is a volume: use the tab Volumes"
+    user.wait(lambda: said in user.text("body"))
+    time.sleep(3)  # for a second message, should there be one
+    assert len(user.find(".toast-close")) == 1
+    user.click("#fuse")
+    user.wait(lambda: "two images are needed" in user.text("body"))
+    assert len(user.find(".toast-close")) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="stops a process as Linux does")
+def test_the_position_in_the_queue_is_told(user, server, tmp_path):
+    from visitor import Visitor  # httpx comes with gradio
+
+    address, pid = server
+    user.open(address)
+    choose(user, "CT-MRI")
+    user.wait(lambda: user.picture("#blend"))
+    other, paths = Visitor(address), [tmp_path / "ct.png", tmp_path / "mri.png"]
+    for path, image in zip(paths, phantom_pair("CT-MRI", 64), strict=True):
+        write_png(path, image)
+    files = [other.upload(path) for path in paths]
+    child = children(pid)[0]
+    os.kill(child, signal.SIGSTOP)
+    try:
+        reply = other.click("fuse", *files, "CT-MRI", "compact_CT-MRI")
+        time.sleep(1)
+        user.click("#fuse")
+        user.wait(lambda: user.find("#fused [aria-label^='in the queue, 1 before you']"))
+    finally:
+        with suppress(ProcessLookupError):  # its turn may be over
+            os.kill(child, signal.SIGCONT)
+    user.wait(lambda: user.picture("#fused"))
+    assert not reply.wait().error
+
+
 def test_four_users_at_once_each_get_their_own(user, address, tmp_path):
     own = [tmp_path / f"{name}.png" for name in ("ct", "mri")]
     for path, image in zip(own, phantom_pair("CT-MRI", seed=7), strict=True):
@@ -171,6 +220,7 @@ def test_two_volumes_are_registered_and_looked_at(user, address, tmp_path, heads
     user.upload("#scan2", tmp_path / "moved.nii.gz")
     user.wait(lambda: all("KB" in user.text(box) for box in ("#scan1", "#scan2")))
     user.click("#fuse-volumes")
+    user.wait(lambda: user.find("#status [aria-label^='reading'], #status [aria-label*='slices']"))
     for plane in ("#axial", "#coronal", "#sagittal"):
         image = pixels(user.wait(lambda plane=plane: user.picture(plane)))
         assert image.shape == (360, 360, 3) and image.max() > 200

@@ -8,8 +8,8 @@ dicom.py (with series.py, planes.py, stored.py, varying.py, nuclear.py, duration
 decay.py, tracers.py and quiet.py), geometry in grid.py, registration in pair.py (with register.py,
 transforms.py, programs.py and overlay.py; flat.py for images), intensities in intensity.py, the
 network in passes.py, and what is written in outputs.py, pictures.py, exports.py, labels.py,
-derived.py and blending.py. page.py is the tab of app.py, report.py what a run has to say. The
-packages for them are an extra, requirements-volumes.txt.
+derived.py and blending.py. report.py is what a run has to say. The packages for them are an extra,
+requirements-volumes.txt.
 
 Legend: I J K voxels as stored; N slices of (H, W) pixels, see grid.py.
 """
