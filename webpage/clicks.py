@@ -90,7 +90,7 @@ def fuse(
     out = folder / f"{stems}_fused.png"
     [fused] = fuse_images([ImageRequest(pair, out, task)], NETWORKS[weights])
     write_png(folder / "source.png", to_uint8(*luma_and_chroma(fused.sources[0])))
-    notes = [line for lines in fused.odd.values() for line in lines]
+    notes = [*fused.notes, *(line for lines in fused.odd.values() for line in lines)]
     return {"fused": out.name, "source": "source.png", "notes": notes}
 
 
