@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from networks import relative_error
+from networks import NARROW, relative_error
 from task_files import write_task
 
 from args_setting import ROOT, TASKS
@@ -15,12 +15,13 @@ from evaluation.compare import read_samples
 from images import read_luma8, write_png
 from network import ASFEFusion
 from phantom import phantom_pair
-from weights import load_weights
+from weights import load_weights, save_weights
 
 pytest.importorskip("sewar", reason="needs requirements-dev.txt")
 sys.path.append(str(ROOT / "benchmarks"))
 import ablation
 import brightness
+import left_out
 import loss_on_pixels
 import metric_times
 import page
@@ -30,8 +31,8 @@ import startup
 import study_speed
 import volume_memory
 
-SCRIPTS = ablation, brightness, loss_on_pixels, metric_times, page, published, speed, study_speed
-SCRIPTS += startup, volume_memory
+SCRIPTS = ablation, brightness, left_out, loss_on_pixels, metric_times, page, published, speed
+SCRIPTS += startup, study_speed, volume_memory
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +189,16 @@ def test_ablation_measures_people_left_out_and_trains_on_the_others(tmp_path, mo
     assert found["SSIM"] > 0 and found.keys() >= {"Qabf", "kept", "shortfall", "minutes"}
     model, metadata = load_weights(args.runs / "casf_1.safetensors")
     assert not model.size.casf and metadata["settings"]["leave_out"] == ["2", "3"]
+
+
+def test_weights_are_measured_on_the_named_people_and_on_the_others(run, tmp_path):
+    names = {"1000": 48, "1001": 48, "2000": 48, "3000": 48}
+    data = write_task(tmp_path, "CT-MRI", "train", names)
+    path = tmp_path / "w.safetensors"
+    save_weights(ASFEFusion(NARROW), path, {"task": "CT-MRI"})
+    out = run(left_out, path, "--task", "CT-MRI", "--cases", "CT:1", "--data_dir", data)
+    rows = [line.split()[:3] for line in out.splitlines() if line.startswith("w ")]
+    assert rows == [["w", "named", "2"], ["w", "others", "2"]]
 
 
 def test_pixels_move_towards_less_loss(run, data):

@@ -316,6 +316,7 @@ LONG = {  # part of a command -> why it is not run here
     "--leakage": "measures all of SPECT-MRI, see test_classify.py",
     "--size paper": "needs weights that are not shipped",
     "benchmarks/ablation": "trains",
+    "benchmarks/left_out": "measures weights that are not shipped, see test_benchmarks.py",
     "benchmarks/speed": "measures for minutes, see test_benchmarks.py",
     "benchmarks/startup": "measures for minutes",
     "benchmarks/study_speed": "measures for minutes",
