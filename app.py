@@ -28,13 +28,13 @@ from typing import NamedTuple
 
 import limits
 from args_setting import TASKS, AppArgs
-from cli import UserError, command_line, run_script, temporary_folder
+from cli import Runtime, UserError, command_line, run_script, temporary_folder
 
 if __name__ == "__main__":  # before the imports that take seconds
     ARGS = command_line(AppArgs, __doc__)
 
 from studies.child import Bounds, Call, Child
-from webpage.shared import ImageLimits, Runtime, VolumeLimits, example_paths
+from webpage.shared import ImageLimits, VolumeLimits, example_paths
 from webpage.tab import CLOSE_MESSAGES, Place, Tab, sentence
 from webpage.turns import Turns
 from webpage.volume_tab import VolumePage, volume_tab
@@ -370,13 +370,13 @@ def free_port(host: str, port: int) -> int:
         return probe.getsockname()[1]
 
 
-def start_children(args: AppArgs, folder: Path, stack: contextlib.ExitStack) -> list[Child]:
+def start_children(
+    runtime: Runtime, weights: dict[str, Path], folder: Path, stack: contextlib.ExitStack
+) -> list[Child]:
     """The children for images, for volumes, and to look at volumes; the first gets ready at once.
 
     They end with `stack`. Those for volumes are started by the first visitor who needs them.
     """
-    weights = weights_in(args.weights_dir)
-    runtime = Runtime(args.DEVICE, args.threads)
     of_tasks = {task: weights[weights_for(task, list(weights))] for task in TASKS}
     prepared = [
         Call("webpage.clicks:prepare", (list(weights.values()), runtime, folder)),
@@ -391,11 +391,13 @@ def start_children(args: AppArgs, folder: Path, stack: contextlib.ExitStack) -> 
     return children
 
 
-def pages(gr, args: AppArgs, uploads: Path, children: list[Child]) -> list[Tab | None]:
+def pages(
+    gr, args: AppArgs, weights: dict[str, Path], uploads: Path, children: list[Child]
+) -> list[Tab | None]:
     """What happens on the tab for images, and on the one for volumes, if it can be."""
     place = Place(uploads, args.keep_minutes, log)
     most = ImageLimits(args.max_mb, args.max_side)
-    page, volumes = Page(gr, place, most, weights_in(args.weights_dir), children[0]), None
+    page, volumes = Page(gr, place, most, weights, children[0]), None
     if all(map(find_spec, FOR_VOLUMES)):
         most = VolumeLimits(args.volume_mb, 1e6 * args.volume_voxels)
         volumes = VolumePage(gr, place, most, children[1:])
@@ -422,13 +424,15 @@ def import_gradio(folder: Path):
 
 def serve(args: AppArgs, folder: Path, stack: contextlib.ExitStack) -> None:
     """Serve the page, with its files below `folder`, until it is interrupted."""
-    children = start_children(args, folder, stack)
+    weights = weights_in(args.weights_dir)
+    runtime = Runtime(args.DEVICE, args.threads)
+    children = start_children(runtime, weights, folder, stack)
     gr = import_gradio(folder)
     port = free_port(args.host, args.port)
     if lacks := children[0].start():
         log(f"no limit of {', '.join(lacks)} for what opens uploads here: only its time is bounded")
     (uploads := folder / "uploads").mkdir()
-    page, volumes = pages(gr, args, uploads, children)
+    page, volumes = pages(gr, args, weights, uploads, children)
     turns = [page.turns, *((volumes.turns, volumes.looks) if volumes else ())]
     keep_swept(uploads, 60 * args.keep_minutes, turns)
     blocks = build(page, {task: example_paths(folder, task) for task in TASKS}, volumes)

@@ -268,10 +268,18 @@ def run_script(main: Callable, args) -> None:
         sys.exit(130)
 
 
-def setup_runtime(args) -> "torch.device":
-    """Set up the process before any work; returns the device of `args.DEVICE`.
+class Runtime(NamedTuple):
+    """Where networks run; the settings of a command have the same two fields."""
 
-    It sets how memory is kept, how subnormal numbers are treated, and `args.threads`.
+    DEVICE: str = "auto"
+    threads: int = 0  # 0: as many as PyTorch takes by itself
+
+
+def setup_runtime(runtime) -> "torch.device":
+    """Set up the process before any work; returns the device of `runtime.DEVICE`.
+
+    It sets how memory is kept, how subnormal numbers are treated, and `runtime.threads`. It takes a
+    `Runtime`, or the settings of a command.
     """
     import torch  # not on top: see there
 
@@ -279,9 +287,9 @@ def setup_runtime(args) -> "torch.device":
     # Subnormal numbers slow a CPU down and carry no information: they become 0.
     # A thread takes this setting from the thread that starts it. So set it before any other starts.
     torch.set_flush_denormal(True)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    return pick_device(args.DEVICE)
+    if runtime.threads:
+        torch.set_num_threads(runtime.threads)
+    return pick_device(runtime.DEVICE)
 
 
 def keep_freed_memory() -> None:

@@ -30,7 +30,7 @@ from dataset import TrainPairs, split_pairs
 from evaluation.tables import aligned
 from images import write_bytes
 from network import MIN_SIDE, ASFEFusion
-from train_asfe import fuse_all, spread, validate
+from train_asfe import Chosen, fuse_all, spread, validate
 from weights import load_weights
 
 LEFT_OUT = ("CT:2", "CT:16", "CT:37", "SPECT:3", "SPECT:4", "SPECT:9", "SPECT:10", "SPECT:11")
@@ -68,13 +68,18 @@ def train(folder: Path, name: str, seed: int, args: argparse.Namespace) -> Path:
 
 def measure(path: Path, args: argparse.Namespace) -> dict[str, float]:
     """Values of whole slices of the people left out, as means over the tasks."""
-    model, _ = load_weights(path)
     settings = TrainArgs(task="all", val_cases=LEFT_OUT, data_dir=args.data_dir)
     held = TrainPairs(split_pairs(settings).val, MIN_SIDE)
     chosen = []
     for task in TASKS:  # of PET-MRI there are none: it is one head, which all train on
         images = [i for i, t in zip(held.images, held.tasks, strict=True) if t == task]
         chosen += [(task, pair) for pair in spread(images, SLICES)]
+    return values_on(path, chosen)
+
+
+def values_on(path: Path, chosen: list[Chosen]) -> dict[str, float]:
+    """What `train_asfe.py` would validate of weights on these pairs."""
+    model, _ = load_weights(path)
     return validate(chosen, fuse_all(model, chosen))
 
 

@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 from machine import machine, make_parser, positive
 
+# isort: split
+from ablation import NAMES, values_on
+
 from args_setting import DATA_DIR, TASKS, TrainArgs
 from cli import run_script
 from dataset import TrainPairs, split_pairs
 from evaluation.tables import aligned
 from network import MIN_SIDE
-from train_asfe import fuse_all, spread, validate
-from weights import load_weights
-
-NAMES = ("SSIM", "VIF", "Qabf", "kept", "conspicuous", "foreign", "brighter", "shortfall")
+from train_asfe import spread
 
 
 def main(args: argparse.Namespace) -> None:
@@ -36,8 +36,7 @@ def main(args: argparse.Namespace) -> None:
         images = spread(TrainPairs(pairs, MIN_SIDE).images, args.slices)
         chosen = [(args.task, image) for image in images]
         for path in args.weights:
-            model, _ = load_weights(path)
-            found = validate(chosen, fuse_all(model, chosen))
+            found = values_on(path, chosen)
             values = [f"{found[name]:.3f}" for name in NAMES]
             lines.append([path.stem, people, str(len(chosen)), *values])
     print(aligned(lines))

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import limits
 from cli import (
@@ -18,6 +18,7 @@ from cli import (
     VOLUME_PAIR,
     VOLUMES,
     Column,
+    Runtime,
     UserError,
     installed,
     is_volume,
@@ -62,13 +63,6 @@ class Listing:
         return Choice(self.bids, self.participants, self.sessions)
 
 
-class Runtime(NamedTuple):
-    """Where a case runs; nothing of its result depends on it."""
-
-    DEVICE: str = "auto"
-    threads: int = 0
-
-
 @dataclass(frozen=True)
 class Case:
     """One pair: its name, what to fuse, with which network, where, and its record."""
@@ -76,7 +70,7 @@ class Case:
     name: str
     request: "ImageRequest | VolumeRequest"
     trained: Trained
-    runtime: Runtime
+    runtime: Runtime  # nothing of the result depends on it
     record: Path
 
     def packed(self) -> bytes:

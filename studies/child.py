@@ -214,7 +214,7 @@ def death(code: int, seconds: float, late: bool) -> DiedError:
         seconds: that it had.
         late: whether they had passed.
     """
-    ended_by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    ended_by = signal_name(-code) if code < 0 else f"exit code {code}"
     if late or ended_by == "SIGXCPU":
         text = f"it took over {seconds:g} seconds and was ended; make it smaller"
         return DiedError(text, "time" if late else ended_by)
@@ -232,6 +232,14 @@ def _reply(process: subprocess.Popen) -> tuple[str, Any]:
     except (ValueError, RecursionError):
         raise _NoReplyError from None
     return kind, content
+
+
+def signal_name(number: int) -> str:
+    """A signal's name, such as SIGSEGV; "signal 40" for one of real time, which has none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 class _NoReplyError(Exception):

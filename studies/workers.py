@@ -9,12 +9,13 @@ Sources: the documentation of distributed (nanny, events of the scheduler, as_co
 """
 
 import asyncio
-import signal
 import time
 from collections.abc import Callable, Iterator
 
 from distributed import Client, Future, KilledWorker, Nanny, as_completed
 from distributed.process import AsyncProcess
+
+from studies.child import signal_name
 
 STARTED: dict[int, AsyncProcess] = {}  # by id: every process of a worker here
 START = 0.01  # seconds between two looks for a process that starts
@@ -77,10 +78,7 @@ def ending(process: AsyncProcess) -> str:
         return "the system does not tell how"
     if code >= 0:
         return f"its process ended with exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:  # of real time
-        name = f"signal {-code}"
+    name = signal_name(-code)
     if name == "SIGKILL":
         return f"killed (SIGKILL), as the system does for lack of memory; {MORE_MEMORY}"
     if name in CRASHES:

@@ -19,12 +19,12 @@ from near_child import NearChild
 
 import limits
 from args_setting import ROOT, TASKS, AppArgs, TestArgs
-from cli import UserError, parse_args, remove_left
+from cli import Runtime, UserError, parse_args, remove_left
 from images import write_png
 from phantom import phantom_pair
 from studies.child import Child
 from webpage import clicks, tab
-from webpage.shared import ImageLimits, Runtime, example_paths
+from webpage.shared import ImageLimits, example_paths
 from webpage.tab import Place
 
 gradio = pytest.importorskip("gradio", reason="needs requirements-app.txt")
@@ -37,7 +37,7 @@ import test_asfe  # noqa: E402
 def page(tmp_path_factory) -> app.Page:
     folder = tmp_path_factory.mktemp("uploads")
     weights = app.weights_in(AppArgs().weights_dir)
-    clicks.prepare(list(weights.values()), Runtime(), folder)
+    clicks.prepare(list(weights.values()), Runtime("cpu"), folder)
     place = Place(folder, 10, pytest.fail)
     return app.Page(gradio, place, ImageLimits(16, 200), weights, NearChild())
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cli import UserError
-from studies.child import Bounds, Call, Child, DiedError, FaultError, is_lack_of_memory
+from studies.child import Bounds, Call, Child, DiedError, FaultError, is_lack_of_memory, signal_name
 
 resource = pytest.importorskip("resource", reason="needs a system with limits of processes")
 JOBS = "child_jobs:"
@@ -215,3 +215,8 @@ def test_a_child_ends_with_the_process_that_started_it(child):
 )
 def test_a_lack_of_memory_is_known_by_what_libraries_say(error, lack):
     assert is_lack_of_memory(error) == lack
+
+
+def test_a_signal_of_real_time_is_told_by_its_number():
+    assert signal_name(signal.SIGSEGV) == "SIGSEGV"
+    assert signal_name(40) == "signal 40"

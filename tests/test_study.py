@@ -20,11 +20,11 @@ import study
 import test_asfe
 import volumes
 from args_setting import VERSION, StudyArgs, TestArgs, shipped_path
-from cli import UserError, file_hash, parse_args
+from cli import Runtime, UserError, file_hash, parse_args
 from images import write_png
 from phantom import phantom_pair
 from studies import run
-from studies.cases import Case, Runtime
+from studies.cases import Case
 from studies.memory import USABLE, bytes_of_case
 from studies.report import write_report
 from volumes import request_from

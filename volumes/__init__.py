@@ -82,7 +82,9 @@ def fuse_volumes(
         plan = plan.without("transform")
     if "overlay" not in ready.extras:
         plan = plan.without("overlay")
-    report.tell(*blending_lines(request, together))
+    asked = request.writing.dicom is not None
+    no_blending = why_no_blending(together) if asked else "--dicom is not given"
+    report.tell(*([blending_line(no_blending)] if asked else []))
     scalings = ready.scalings
     report.tell(*scale_lines(scalings, request.modality))
     report.tell(*tracer_lines(ready.tracer, scalings[0]), *fall_lines(request.writing.colour))
@@ -93,7 +95,8 @@ def fuse_volumes(
     report.tell(*filter(None, [passes.line]))
     request = as_done(request, passes)
     weights = sha256_of_weights(model)
-    fused = Fused(request, luma, axis, scalings, together, ready.registered, weights)
+    made = ready.registered, weights, not no_blending
+    fused = Fused(request, luma, axis, scalings, together, *made)
     count, height, width = fused.stack.shape
     report.tell(f"{count} {fused.axis} slices of {height}x{width}")
     size = square_size((height, width), pixel_sides(fused.affine, axis))
@@ -300,13 +303,11 @@ def scale_lines(scalings: tuple[Scaling, Scaling], kind: str) -> list[str]:
     return lines
 
 
-def blending_lines(request: VolumeRequest, together: Together) -> list[str]:
-    """Whether `--dicom` lets a viewer blend the untouched sources, in a line."""
-    if not request.writing.dicom:
-        return []
-    if reason := why_no_blending(together):
-        return [f"--dicom: no presentation state that blends the sources, as {reason}"]
-    return ["--dicom: presentation.dcm blends the untouched sources in a viewer"]
+def blending_line(why_not: str) -> str:
+    """Whether `--dicom` lets a viewer blend the untouched sources; an empty reason: it does."""
+    if why_not:
+        return f"--dicom: no presentation state that blends the sources, as {why_not}"
+    return "--dicom: presentation.dcm blends the untouched sources in a viewer"
 
 
 def empty(together: Together, axis: str) -> tuple[np.ndarray, str]:

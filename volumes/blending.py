@@ -211,11 +211,9 @@ def matrix_type(matrix: np.ndarray) -> str:
     square = matrix[:3, :3].T @ matrix[:3, :3]
     if np.allclose(square, np.eye(3), atol=ORTHOGONAL):
         return "RIGID"
-    return (
-        "RIGID_SCALE"
-        if np.allclose(square, np.diag(np.diag(square)), atol=ORTHOGONAL)
-        else "AFFINE"
-    )
+    if np.allclose(square, np.diag(np.diag(square)), atol=ORTHOGONAL):
+        return "RIGID_SCALE"
+    return "AFFINE"
 
 
 # --- the presentation state ------------------------------------------------------------------

@@ -52,6 +52,7 @@ class Fused:
     together: Together  # the sources on its grid
     registered: Registered
     weights_sha256: str | None  # of the file of the network's values; None: of no file
+    blends: bool  # whether --dicom has a presentation state, which blends the untouched sources
 
     scale = 1 / STORED_ONE
 
@@ -215,7 +216,7 @@ def _dicom_writers(folder: Path, fused: Fused, pictures: np.ndarray) -> Writers:
     place = fused.affine, fused.luma.shape, fused.axis
     who = patient_fields(giver.origin if fused.request.writing.keep_patient else None)
     made = series(pictures, *place, giver.frame_of_reference, who)
-    made |= {} if why_no_blending(fused.together) else _blending(fused, who)
+    made |= _blending(fused, who) if fused.blends else {}
     return {folder / name: partial(_bytes, content) for name, content in made.items()}
 
 

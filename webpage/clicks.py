@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from args_setting import EXTENSIONS, TASKS
-from cli import VOLUMES, UserError, has_dicom_mark, setup_runtime
+from cli import VOLUMES, Runtime, UserError, has_dicom_mark, setup_runtime
 from dataset import Pair, decode_pair
 from evaluation.tables import table
 from evaluation.trivial import TRIVIAL
@@ -22,7 +22,7 @@ from inference import optimise
 from metrics import compare
 from network import MIN_SIDE, ASFEFusion
 from phantom import phantom_pair
-from webpage.shared import ImageLimits, Runtime, example_paths
+from webpage.shared import ImageLimits, example_paths
 from weights import load_weights
 
 NETWORKS: dict[Path, ASFEFusion] = {}  # by their files, ready for a click

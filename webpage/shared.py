@@ -19,13 +19,6 @@ FORCED = ("modality", "space", "place", "overlap", "registration", "units", "pat
 WINDOW = "wide"  # of --window
 
 
-class Runtime(NamedTuple):
-    """Where the networks run, as `cli.setup_runtime` wants it."""
-
-    DEVICE: str = "cpu"
-    threads: int = 0
-
-
 class ImageLimits(NamedTuple):
     """How large an uploaded image may be."""
 

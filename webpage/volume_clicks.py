@@ -16,7 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from cli import UserError, setup_runtime
+from cli import Runtime, UserError, setup_runtime
 from images import to_uint8, write_png
 from inference import optimise
 from network import ASFEFusion
@@ -27,7 +27,7 @@ from volumes.outputs import colour_volume
 from volumes.overlay import checkerboard, edges, fitted
 from volumes.pictures import with_bar, write_directions, write_text
 from volumes.uploads import check_upload, source_of
-from webpage.shared import PLANES, SHOWN, Runtime, VolumeLimits
+from webpage.shared import PLANES, SHOWN, VolumeLimits
 from weights import load_weights
 
 SIDE = 360  # pixels of a plane on the page
