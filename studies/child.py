@@ -39,6 +39,8 @@ from cli import UserError
 START_SECONDS = 600  # until a child is ready, on a machine that is busy
 REPLY_BYTES = 2**22  # of a line that it may send
 CODE = "import sys; sys.path.insert(0, sys.argv[1]); from studies.child import serve; serve()"
+# Threads of a pass that wait for each other sleep, as the caller and a browser want the processor.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
 
 
 class Call(NamedTuple):
@@ -146,7 +148,7 @@ class Child:
             [sys.executable, "-c", CODE, str(ROOT)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the caller alone
+            env=ENVIRONMENT | os.environ,
         )
         with contextlib.suppress(OSError):  # it died: `_start` tells
             pickle.dump((self.prepare, self.bounds), self.process.stdin)
@@ -199,11 +201,10 @@ class Child:
         process = self.process
         if process is None or process.returncode is not None:
             return
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if hasattr(os, "killpg"):
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-            else:
-                process.kill()
+        process.kill()  # one that has just begun has no group yet
 
 
 def death(code: int, seconds: float, late: bool) -> DiedError:
@@ -251,6 +252,10 @@ class _NoReplyError(Exception):
 
 def serve() -> None:
     """Answer calls until there are no more; what a child runs."""
+    # A group of its own, so that Ctrl-C is for the caller alone. It is no session of its own, since
+    # Linux may share the processor by sessions: beside a browser a call then took twice as long.
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)

@@ -203,6 +203,29 @@ def test_a_child_ends_with_the_process_that_started_it(child):
     assert child.process.wait(60) == 0 and pid
 
 
+def test_a_child_has_a_group_of_its_own_but_shares_the_session_of_its_caller(child):
+    """So Ctrl-C of a terminal is not for it, and it gets its part of the processor."""
+    pid = run(child, "pid")
+    assert os.getpgid(pid) == pid != os.getpgid(0)
+    assert os.getsid(pid) == os.getsid(0)
+
+
+@pytest.mark.parametrize("chosen", ["", "active"])
+def test_threads_of_a_child_sleep_while_they_wait_unless_the_user_chose(child, chosen, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if chosen:
+        monkeypatch.setenv("OMP_WAIT_POLICY", chosen)
+    policy = child.run("os:getenv", "OMP_WAIT_POLICY", seconds=60)
+    assert policy == (chosen or "passive")
+
+
+def test_one_that_is_closed_before_it_has_begun_ends(child):
+    child.begin()
+    process = child.process
+    child.close()
+    assert process.returncode == -signal.SIGKILL
+
+
 @pytest.mark.parametrize(
     ("error", "lack"),
     [
