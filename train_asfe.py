@@ -58,6 +58,7 @@ from evaluation.compare import means_of_rows
 from evaluation.floors import shortfall
 from evaluation.one_source import one_source
 from evaluation.one_source_tables import with_worse
+from evaluation.opposed import opposed
 from images import to_uint8, writable_folder
 from losses import fusion_loss, term_weights
 from metrics import evaluate
@@ -323,7 +324,8 @@ def validate(chosen: list[Chosen], fused: list[np.ndarray]) -> dict[str, float]:
     for (task, images), image in zip(chosen, fused, strict=True):
         source1, source2 = images.numpy()
         values = evaluate(image, source1, source2, METRICS)
-        values |= one_source(source1 / 255, source2 / 255, image / 255)._asdict()
+        lumas = source1 / 255, source2 / 255, image / 255
+        values |= one_source(*lumas)._asdict() | {"opposed": opposed(*lumas)}
         rows.setdefault(task, []).append(list(values.values()))
     of_tasks = []
     for task, of_images in rows.items():

@@ -48,7 +48,17 @@ VARIANTS = {  # name -> flags of train_asfe.py
     "aff as published": ["--aff", "published"],
     "paper loss": ["--recipe", "paper"],
 }
-NAMES = ("SSIM", "VIF", "Qabf", "kept", "conspicuous", "foreign", "brighter", "shortfall")
+NAMES = (
+    "SSIM",
+    "VIF",
+    "Qabf",
+    "kept",
+    "conspicuous",
+    "opposed",
+    "foreign",
+    "brighter",
+    "shortfall",
+)
 
 
 def train(folder: Path, name: str, seed: int, args: argparse.Namespace) -> Path:

@@ -273,6 +273,7 @@ COLUMNS = (
     *(Column(f"{name} ↑", "metrics", name, 3) for name in ("SSIM", "VIF", "Qabf")),
     Column("kept ↑", "one source", "kept", 2),
     Column("conspicuous ↑", "one source", "conspicuous", 2),
+    Column("opposed ↑", "one source", "opposed", 2),
     Column("foreign ↓", "one source", "foreign", 2),
     Column("brighter ↓", "one source", "brighter", 3),
     Column("rise ↓", "one source", "rise", 0),

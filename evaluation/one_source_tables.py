@@ -1,7 +1,7 @@
 """Folders of fused images, judged by what only one source shows: values, table and maps.
 
-The measure is that of evaluation/one_source.py. A method has the means over its images. Tables also
-have the value of the worse source: the one of which less is kept.
+The measures are those of evaluation/one_source.py and evaluation/opposed.py. A method has the means
+over its images. Tables also have the value of the worse source: the one of which less is kept.
 
 Legend: H W pixels. Lumas are (H, W) float64 in [0, 1], not rounded again.
 """
@@ -29,6 +29,7 @@ from evaluation.compare import (
 )
 from evaluation.maps import Metric
 from evaluation.one_source import OneSource, one_source, one_source_maps
+from evaluation.opposed import opposed
 from evaluation.sheets import contact_sheet
 from evaluation.tables import (
     Row,
@@ -51,7 +52,7 @@ LARGER_IS_BETTER = {"kept1", "kept2", "conspicuous1", "conspicuous2"}
 VALUES = {
     name: Metric(one_source, name in LARGER_IS_BETTER)  # a field of what the function returns
     for name in OneSource._fields
-} | {"hue": Metric(hue_shift, False)}
+} | {"opposed": Metric(opposed, True), "hue": Metric(hue_shift, False)}
 DIGITS = {"rise": 1, "hue": 1}  # after the point in a table; of the others three
 UPTAKE_ONLY = ("rise", "hue")  # of PET and SPECT
 WORSE = ("kept", "conspicuous")  # counted for the source with the lower mean
@@ -65,7 +66,7 @@ Modalities = tuple[str, str]  # names of source 1 and 2
 def compare_one_source(
     files: dict[str, Files], pairs: Sequence[Pair], jobs: int = 0, title: str = ""
 ) -> Comparison:
-    """The values of OneSource, and `hue`, of each image and method, the trivial ones first.
+    """The values of OneSource, `opposed` and `hue` of each image and method, trivial ones first.
 
     `hue` is the mean shift of the hue in degrees, NaN where an image is grey. `files` has an image
     of each pair for each method, see `complete_pairs`; `jobs` as in `in_processes`.
@@ -88,10 +89,11 @@ def judge(sample: StoredSample) -> dict[str, list[float]]:
     for method, fuse in TRIVIAL.items():
         fused = fuse(*lumas8) / 255
         hue = math.nan if chroma is None else hue_shift(to_uint8(fused, chroma), source)
-        rows[method] = [*one_source(*sources, fused), hue]
+        rows[method] = [*one_source(*sources, fused), opposed(*sources, fused), hue]
     for method, pixels in sample.fused.items():
         hue = hue_shift(in_colour(pixels), source)
-        rows[method] = [*one_source(*sources, exact_luma(pixels)), hue]
+        fused = exact_luma(pixels)
+        rows[method] = [*one_source(*sources, fused), opposed(*sources, fused), hue]
     return rows
 
 
@@ -135,7 +137,8 @@ def without_uptake(result: Comparison) -> Comparison:
 
 def labels(result: Comparison, modalities: Modalities) -> dict[str, str]:
     """What a table calls each value."""
-    words = {"brighter": "brighter than both", "rise": "rise, levels", "hue": "hue shift, degrees"}
+    words = {"brighter": "brighter than both", "rise": "rise, levels"}
+    words |= {"opposed": "opposed details", "hue": "hue shift, degrees"}
     for number_, modality in enumerate(modalities, 1):
         words |= {f"kept{number_}": f"kept {modality}"}
         words |= {f"conspicuous{number_}": f"conspicuous {modality}"}

@@ -504,10 +504,11 @@ def test_one_source_table_and_files(folders, own, monkeypatch):
     code, out, err = own(*flags, "--between", "ours", "mean")
     assert code == 0, err
     lines = [line.split("  ")[0] for line in out.splitlines() if line]
-    assert lines[2:12] == [
+    assert lines[2:13] == [
         "kept source 1 ↑", "kept source 2 ↑", "kept, worse source ↑",
         "conspicuous source 1 ↑", "conspicuous source 2 ↑", "conspicuous, worse source ↑",
-        "foreign ↓", "brighter than both ↓", "rise, levels ↓", "hue shift, degrees ↓",
+        "foreign ↓", "brighter than both ↓", "rise, levels ↓", "opposed details ↑",
+        "hue shift, degrees ↓",
     ]  # fmt: skip
     assert "ours - mean" in out
     with outputs["csv"].open(newline="") as file:
