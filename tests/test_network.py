@@ -66,7 +66,11 @@ def test_golden_vectors_on_cuda(published_on_cuda, golden):
 def compare_golden(
     model: ASFEFusion, golden: dict[str, np.ndarray], gone: tuple[str, ...] = ()
 ) -> None:
-    """Every stage of the network but those `gone` against the published ones, to 1e-5."""
+    """Every stage of the network but those `gone` against the published ones.
+
+    Both are float32. With the instructions that libraries may choose on other CPUs, a stage was up
+    to 2.6e-5 off and the fused image 0.8e-5; a term that is wrong makes 1e-3 and more.
+    """
     stages: dict[str, torch.Tensor] = {}
 
     def keep(name):
@@ -92,11 +96,11 @@ def compare_golden(
     names = golden.keys() - {"img1", "img2", "fused"}
     names = {name for name in names if not any(part in name for part in gone)}
     assert names == stages.keys()
-    assert relative_error(fused, torch.from_numpy(golden["fused"])) < 1e-5
+    assert relative_error(fused, torch.from_numpy(golden["fused"])) < 3e-5
     for name in names:
         c, h, w = stages[name].shape[1:]
         sample = stages[name][:, :: max(1, c // 8), :: max(1, h // 16), :: max(1, w // 16)]
-        assert relative_error(sample, torch.from_numpy(golden[name])) < 1e-5, name
+        assert relative_error(sample, torch.from_numpy(golden[name])) < 1e-4, name
 
 
 @pytest.mark.parametrize("aff", ["full", "published"])
