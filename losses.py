@@ -4,8 +4,8 @@
 term is differentiable, and norms are taken per image and divided by its size, so that the loss
 depends on neither batch nor patch. `reduction="published"` gives the published values.
 `sources`, ours: the brighter source's intensity, the steeper source's gradient, SSIM, how much
-information of the sources is left (VIF), what only one source shows, what is bright in one and dark
-in the other, nothing brighter than both sources, and solid bone.
+information of the sources is left (VIF), what only one source shows, nothing brighter than both
+sources, and solid bone.
 
 Legend: B batch, C channels, H W pixels. Images are (B, 1, H, W) in [0, 1]; a loss is a tensor
 without axes.
@@ -22,8 +22,6 @@ from cli import UserError
 
 NOISE = (1 / 255) ** 2  # variance of one 8-bit level
 WHITE = 250 / 255  # from here on, source 1 is bone in CT
-NEAR_BONE = 0.01  # share of a window that is bone
-VISIBLE_DETAIL = 8 / 255  # of both sources, from here on they oppose each other
 
 # total = sum of weight * term
 WEIGHTS = {
@@ -34,7 +32,6 @@ WEIGHTS = {
         "structure": 2.0,
         "information": 0.1,
         "one_source": 1.2,
-        "opposed": 0.5,
         "brightness": 30.0,
         "bone": 20.0,
     },
@@ -174,9 +171,11 @@ def one_source_loss(fused: Tensor, img1: Tensor, img2: Tensor) -> Tensor:
     of source s that the other source does not show should come through in full, so a_s should be 1:
     what lacks counts in full, what is too much a fifth.
 
-    Bone (white in img1) is to be solid, so that nothing of img2 is owed there.
+    Bone (white in img1) is to be solid, so that nothing of img2 is owed there. Values beyond black
+    and white count a tenth: a stored image does not show them, but their gradient leads back.
     """
-    images = torch.cat([img1, img2, _shown(fused)], 1)  # (B, 3, H, W)
+    shown = fused.lerp(fused.clamp(0, 1), 0.9)
+    images = torch.cat([img1, img2, shown], 1)  # (B, 3, H, W)
     mean = _window_mean(images)
     first, second = (0, 1, 2, 0, 0, 1), (0, 1, 2, 1, 2, 2)  # whose product with whose
     moments = _window_mean(images[:, first] * images[:, second]) - mean[:, first] * mean[:, second]
@@ -195,44 +194,6 @@ def one_source_loss(fused: Tensor, img1: Tensor, img2: Tensor) -> Tensor:
         enough = weight.mean((1, 2, 3)).clamp(min=0.005)
         loss = loss + ((weight * missing).mean((1, 2, 3)) / enough).mean()
     return loss
-
-
-def opposed_loss(fused: Tensor, img1: Tensor, img2: Tensor) -> Tensor:
-    """What the fused image lacks where one source is bright and the other dark; 0 is best.
-
-    A calcification, or fresh blood, may be bright in CT and dark in MRI. A sum of both shows
-    nothing there. So where the details of both sources have opposite signs, the fused detail should
-    be that of the stronger source. What lacks counts in full, what is too much a fifth. Bone's
-    surroundings do not count, as bone has a loss of its own.
-
-    The measure of evaluation/opposed.py, made differentiable.
-    """
-    images = torch.cat([img1, img2, _shown(fused)], 1)  # (B, 3, H, W)
-    detail = _narrow_mean(images) - _window_mean(images)
-    detail1, detail2, found = detail.split(1, 1)  # (B, 1, H, W) each
-    weaker = torch.minimum(detail1.abs(), detail2.abs())
-    stronger = torch.where(detail1.abs() >= detail2.abs(), detail1, detail2)
-    near_bone = _window_mean((img1 >= WHITE).to(img1)) > NEAR_BONE
-    weight = weaker * ((detail1 * detail2 < 0) & (weaker > VISIBLE_DETAIL) & ~near_bone)
-    share = (found / torch.where(weight > 0, stronger, 1)).clamp(-3, 3)
-    missing = (1 - share).clamp(min=0) + 0.2 * (share - 1).clamp(min=0)
-    # An image with hardly any such detail counts little.
-    enough = weight.mean((1, 2, 3)).clamp(min=0.0001)
-    return ((weight * missing).mean((1, 2, 3)) / enough).mean()
-
-
-def _shown(fused: Tensor) -> Tensor:
-    """The fused image with a tenth of its values beyond black and white.
-
-    A stored image does not show them, but their gradient leads back.
-    """
-    return fused.lerp(fused.clamp(0, 1), 0.9)
-
-
-def _narrow_mean(maps: Tensor) -> Tensor:
-    """(B, C, H, W) under a gaussian window of 1 pixel, the border mirrored."""
-    rows, columns = (mirrored_gaussian(n, maps, 4, 1.0) for n in maps.shape[-2:])
-    return rows @ maps @ columns.T
 
 
 def _window_mean(maps: Tensor) -> Tensor:
@@ -313,7 +274,6 @@ def fusion_loss(
             "structure": structure_loss(*images),
             "information": information_loss(*images),
             "one_source": one_source_loss(*images),
-            "opposed": opposed_loss(*images),
             "brightness": brightness_loss(*images),
             "bone": bone_loss(*images),
         }
