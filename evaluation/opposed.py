@@ -28,8 +28,9 @@ NEAR_BONE = 0.01  # share of the wide window; bone is to be solid, whatever the 
 def opposed(source1: ndarray, source2: ndarray, fused: ndarray) -> float:
     """The share of the stronger detail that F keeps where the sources oppose each other, 0..1.
 
-    NaN where they do so nowhere. A place counts by the detail of its weaker source. F counts from
-    no detail, or the weaker source's (0), to all of the stronger source's (1).
+    NaN where they do so nowhere. A place weighs as much as the detail of its weaker source. The
+    share is 0 where F shows nothing, or the detail of the weaker source. It is 1 where F shows all
+    of the stronger one, or more.
     """
     weight, stronger = opposed_places(source1, source2)
     if not weight.any():

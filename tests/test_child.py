@@ -222,7 +222,9 @@ def test_threads_of_a_child_sleep_while_they_wait_unless_the_user_chose(child, c
 def test_one_that_is_closed_before_it_has_begun_ends(child):
     child.begin()
     process = child.process
-    child.close()
+    closing = threading.Thread(target=child.close, daemon=True)
+    closing.start()
+    closing.join(60)
     assert process.returncode == -signal.SIGKILL
 
 

@@ -1,5 +1,6 @@
 """The network is the published one in every stage, one path in every mode, and takes any size."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -39,8 +40,15 @@ def golden(request) -> dict[str, np.ndarray]:
     return golden_arrays(shared / "golden" / "expected.npz", request.param)
 
 
-def test_golden_vectors(published_model, golden):
-    compare_golden(published_model, golden)
+def test_golden_vectors(published_model, golden, monkeypatch):
+    """In float64, so that what is left is the rounding of the published float32 values.
+
+    It is 6e-6 and 7e-6 on any CPU. In float32 it goes up to 2e-5, by the instructions that
+    libraries choose.
+    """
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # of AFF, around its transforms
+    images = {name: golden[name].astype(np.float64) for name in ("img1", "img2")}
+    compare_golden(copy.deepcopy(published_model).double(), golden | images, bound=1e-5)
 
 
 def test_golden_vectors_of_the_optimised_network(published_model, golden):
@@ -64,12 +72,14 @@ def test_golden_vectors_on_cuda(published_on_cuda, golden):
 
 
 def compare_golden(
-    model: ASFEFusion, golden: dict[str, np.ndarray], gone: tuple[str, ...] = ()
+    model: ASFEFusion,
+    golden: dict[str, np.ndarray],
+    gone: tuple[str, ...] = (),
+    bound: float = 3e-5,
 ) -> None:
-    """Every stage of the network but those `gone` against the published ones.
+    """Every stage of the network but those `gone` against the published ones, to `bound`.
 
-    Both are float32. With the instructions that libraries may choose on other CPUs, a stage was up
-    to 2.6e-5 off and the fused image 0.8e-5; a term that is wrong makes 1e-3 and more.
+    By default it is one for float32 on any CPU. A term that is wrong makes 1e-3 and more.
     """
     stages: dict[str, torch.Tensor] = {}
 
@@ -96,11 +106,11 @@ def compare_golden(
     names = golden.keys() - {"img1", "img2", "fused"}
     names = {name for name in names if not any(part in name for part in gone)}
     assert names == stages.keys()
-    assert relative_error(fused, torch.from_numpy(golden["fused"])) < 3e-5
+    assert relative_error(fused, torch.from_numpy(golden["fused"])) < bound
     for name in names:
         c, h, w = stages[name].shape[1:]
         sample = stages[name][:, :: max(1, c // 8), :: max(1, h // 16), :: max(1, w // 16)]
-        assert relative_error(sample, torch.from_numpy(golden[name])) < 1e-4, name
+        assert relative_error(sample, torch.from_numpy(golden[name])) < bound, name
 
 
 @pytest.mark.parametrize("aff", ["full", "published"])
